@@ -4,3 +4,179 @@
 tp-cp-dp-pp): **tp** shares each layer's matrices, **cp** shares each sequence, **dp** shares the batch,
 **pp** shares the depth. Experts are laid over the same ranks: etp, ep, edp inside one pipeline stage.
 """
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from mswift.errors import LayoutError
+
+DENSE_AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "edp", "pp")
+
+FLAGS = {
+    "tp": "--tensor_model_parallel_size",
+    "cp": "--context_parallel_size",
+    "pp": "--pipeline_model_parallel_size",
+    "ep": "--expert_model_parallel_size",
+    "etp": "--expert_tensor_parallel_size",
+    "vpp": "--virtual_pipeline_model_parallel_size",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Coordinate:
+    """Place of one rank on the dense mesh, each digit counted from 0."""
+
+    tp: int = 0
+    cp: int = 0
+    dp: int = 0
+    pp: int = 0
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degrees of parallelism of one job; what is left of `world_size` after tp x cp x pp is data parallel.
+
+    `etp` is the tensor-parallel size of experts (default: `tp`), `vpp` the model chunks per pipeline stage.
+    Raises LayoutError when the degrees do not fit each other.
+    """
+
+    world_size: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    vpp: int | None = None
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for axis, flag in FLAGS.items():
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise LayoutError(f"{flag} {size}: a degree of parallelism is at least 1; use {flag} 1")
+        if self.world_size < 1:
+            raise LayoutError(f"--world_size {self.world_size}: a job has at least one rank; use --world_size 1")
+        self._check_divides(("tp", "cp", "pp"))
+        self._check_divides(("etp", "ep", "pp"))
+        if self.sequence_parallel and self.tp == 1:
+            raise LayoutError(
+                f"--sequence_parallel true splits the sequence inside a tensor-parallel group, but {FLAGS['tp']} is 1: "
+                f"use --sequence_parallel false, or {FLAGS['tp']} 2"
+            )
+        if self.vpp is not None and self.vpp > 1 and self.pp == 1:
+            raise LayoutError(
+                f"{FLAGS['vpp']} {self.vpp} cuts pipeline stages in chunks, but {FLAGS['pp']} is 1: "
+                f"use {FLAGS['vpp']} 1, or {FLAGS['pp']} 2"
+            )
+
+    def _check_divides(self, axes: tuple[str, ...]) -> None:
+        sizes = {axis: self.sizes[axis] for axis in axes}
+        need = math.prod(sizes.values())
+        if self.world_size % need == 0:
+            return
+        spelled = " x ".join(f"{FLAGS[axis]} {size}" for axis, size in sizes.items() if size > 1)
+        below, above = self.world_size // need * need, -(-self.world_size // need) * need
+        fitting = " or ".join(str(n) for n in (below, above) if n)
+        raise LayoutError(
+            f"{self.world_size} ranks cannot be divided by {spelled} = {need}: use {fitting} ranks "
+            f"(--nproc_per_node, --world_size), or degrees whose product divides {self.world_size} "
+            f"({', '.join(map(str, divisors(self.world_size)))})"
+        )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: replicas of the dense model, each with its own part of the batch."""
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.sizes["etp"] * self.ep * self.pp)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size of every axis by name."""
+        etp = self.tp if self.etp is None else self.etp
+        stage = self.world_size // self.pp
+        return {
+            **{"tp": self.tp, "cp": self.cp, "dp": stage // (self.tp * self.cp), "pp": self.pp},
+            **{"etp": etp, "ep": self.ep, "edp": stage // (etp * self.ep)},
+        }
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Dense coordinate of `rank`."""
+        return Coordinate(**self._digits(DENSE_AXES, rank))
+
+    def rank(self, coordinate: Coordinate) -> int:
+        """Inverse of `coordinate`. ValueError for a place outside the mesh."""
+        rank, stride = 0, 1
+        for axis in DENSE_AXES:
+            digit, size = getattr(coordinate, axis), self.sizes[axis]
+            if not 0 <= digit < size:
+                raise ValueError(f"{axis} {digit} lies outside 0..{size - 1}")
+            rank, stride = rank + digit * stride, stride * size
+        return rank
+
+    def members(self, axis: str, rank: int) -> tuple[int, ...]:
+        """Ranks of `rank`'s group on `axis`, ascending, which is also their order in the group.
+
+        `axis` is a name or several joined by "-" ("dp-cp"), all of the dense mesh (tp cp dp pp) or all of the
+        expert mesh (etp ep edp pp).
+        """
+        names = axis.split("-")
+        mesh = next((mesh for mesh in (DENSE_AXES, EXPERT_AXES) if set(names) <= set(mesh)), None)
+        if mesh is None:
+            raise ValueError(f"{axis!r} is no axis of {DENSE_AXES} or of {EXPERT_AXES}")
+        digits = self._digits(mesh, rank)
+        strides, stride = {}, 1
+        for name in mesh:
+            strides[name], stride = stride, stride * self.sizes[name]
+        base = sum(digits[name] * strides[name] for name in mesh if name not in names)
+        steps = [[digit * strides[name] for digit in range(self.sizes[name])] for name in names]
+        return tuple(sorted(base + sum(offsets) for offsets in product(*steps)))
+
+    def _digits(self, mesh: tuple[str, ...], rank: int) -> dict[str, int]:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} lies outside 0..{self.world_size - 1}")
+        digits = {}
+        for axis in mesh:
+            rank, digits[axis] = divmod(rank, self.sizes[axis])
+        return digits
+
+    def stage_layers(self, num_layers: int, pp_rank: int, vpp_rank: int = 0) -> range:
+        """Layers of one pipeline stage (of one model chunk of it with vpp), counted from 0.
+
+        Chunk c of stage p holds a run of num_layers / (pp * vpp) layers; chunk c + 1 of stage 0 follows chunk c
+        of the last stage. LayoutError when the layers do not divide.
+        """
+        chunks = self.vpp or 1
+        if not (0 <= pp_rank < self.pp and 0 <= vpp_rank < chunks):
+            raise ValueError(f"stage {pp_rank} chunk {vpp_rank} lies outside {self.pp} stages of {chunks} chunks")
+        check_stages(num_layers, self.pp, chunks)
+        depth = num_layers // (self.pp * chunks)
+        start = (vpp_rank * self.pp + pp_rank) * depth
+        return range(start, start + depth)
+
+
+def check_stages(num_layers: int, pp: int, vpp: int = 1) -> None:
+    """LayoutError unless `num_layers` can be cut in `pp` stages of `vpp` equal chunks."""
+    if num_layers % (pp * vpp) == 0:
+        return
+    if vpp > 1 and num_layers % pp == 0:
+        fitting = ", ".join(str(n) for n in divisors(num_layers // pp))
+        raise LayoutError(
+            f"{FLAGS['vpp']} {vpp} does not divide the {num_layers // pp} layers of each of the {pp} stages: "
+            f"{FLAGS['vpp']} can be {fitting}"
+        )
+    why = "has more stages than" if pp > num_layers else "does not divide"
+    fitting = ", ".join(str(n) for n in divisors(num_layers))
+    raise LayoutError(f"{FLAGS['pp']} {pp} {why} the {num_layers} layers of the model: {FLAGS['pp']} can be {fitting}")
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors of a positive number, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -1,0 +1,41 @@
+"""For every test: no network, one thread, and the seconds of each folder against its budget at the end."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent
+
+# Seconds on two cores, by the longest prefix of a test's path below tests/. The sum leaves `make test` (15 minutes)
+# room for the installation.
+BUDGET_SECONDS = {"unit": 60, "cpu": 600, "system": 600, "gpu": 600}
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def _group(path: str) -> str:
+    """The budget that a test file counts on: the longest prefix in BUDGET_SECONDS."""
+    return max((prefix for prefix in BUDGET_SECONDS if path.startswith(prefix)), key=len, default="other")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add setup, call and teardown of a test to its file's group."""
+    path = Path(report.nodeid.partition("::")[0])
+    _seconds[_group("/".join(path.parts[1:]))] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print seconds per group beside the budget."""
+    if not _seconds:
+        return
+    terminalreporter.section("time per group", sep="-")
+    for group, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
+        budget = BUDGET_SECONDS.get(group)
+        over = "  OVER BUDGET" if budget is not None and seconds > budget else ""
+        terminalreporter.write_line(f"{group:<24} {seconds:7.1f} s of {budget or 0:4d} s{over}")

@@ -1,0 +1,155 @@
+"""LoRA in the space of Hugging Face modules: which linears exist, who fuses them, what an adapter holds. No torch.
+
+A LoRA belongs to an HF linear (q_proj, gate_proj, ...): `lora_A` [r, in], `lora_B` [out, r], even where Megatron
+fuses several linears into one. Names are those of a PEFT file without its `base_model.model.` prefix. Sources of the
+names: the family's table, never a private list.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mswift.converters.spec import ModelSpec
+from mswift.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+EMBED, HEAD = "embed_tokens", "lm_head"
+SAVABLE = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+_LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+class Table(Protocol):
+    """What is read of a `ModelTable` (a family's table applied to one config.json)."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def hf(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def megatron(self) -> Mapping[str, object]: ...
+    def hf_modules(self, key: str) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which linears get an adapter and how it starts; the product B @ A is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"--lora_rank {self.rank}: a rank is at least 1; 8 is usual")
+        if self.alpha <= 0:
+            raise ConfigError(f"--lora_alpha {self.alpha}: the scale alpha / rank must be positive; 32 is usual")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class HfLinear:
+    """One linear of the HF model, e.g. model.layers.3.self_attn.q_proj."""
+
+    name: str
+    leaf: str
+    layer: int
+    in_features: int
+    out_features: int
+
+    def lora_names(self) -> tuple[str, str]:
+        return f"{self.name}.lora_A.weight", f"{self.name}.lora_B.weight"
+
+    def lora_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        a, b = self.lora_names()
+        return {a: (rank, self.in_features), b: (self.out_features, rank)}
+
+
+def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
+    """Megatron module inside a layer -> the HF leaves fused in it, in order.
+
+    Example: {"self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.linear_fc2": ("down_proj",), ...}
+    """
+    prefix, suffix = "decoder.layers.", ".weight"
+    leaves = {key: table.hf_modules(key) for key in table.megatron if key.startswith(prefix) and key.endswith(suffix)}
+    return {key.removeprefix(prefix).removesuffix(suffix): names for key, names in leaves.items() if names}
+
+
+def linears(table: Table) -> tuple[HfLinear, ...]:
+    """Every HF linear inside the layers, in the order of layers, then of the Megatron model."""
+    order = [leaf for leaves in fused_linears(table).values() for leaf in leaves]
+    found = []
+    for name, shape in table.hf.items():
+        match = _LAYER_WEIGHT.fullmatch(name)
+        leaf = match[2].rpartition(".")[2] if match else ""
+        if match and leaf in order:
+            out_features, in_features = shape
+            found.append(HfLinear(name.removesuffix(".weight"), leaf, int(match[1]), in_features, out_features))
+    return tuple(sorted(found, key=lambda linear: (linear.layer, order.index(linear.leaf))))
+
+
+def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
+    """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
+
+    Raises ConfigError for a name the model does not have, with the nearest one.
+    """
+    leaves = list(dict.fromkeys(linear.leaf for linear in linears(table)))
+    if not names:
+        raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
+    for name in names:
+        if name in SAVABLE:
+            raise ConfigError(
+                f"--target_modules {name}: no LoRA on embeddings; train it in full with --modules_to_save {name}"
+            )
+        if name != ALL_LINEAR and name not in leaves:
+            raise ConfigError(_unknown("--target_modules", name, [ALL_LINEAR, *leaves]))
+    return tuple(leaf for leaf in leaves if leaf in names or ALL_LINEAR in names)
+
+
+def expand_modules_to_save(table: Table, names: Sequence[str]) -> tuple[str, ...]:
+    """--modules_to_save, checked; in a tied model the two names are one matrix, so either means both."""
+    for name in names:
+        if name not in SAVABLE:
+            raise ConfigError(_unknown("--modules_to_save", name, list(SAVABLE)))
+    if names and table.spec.tied_embeddings:
+        return (EMBED, HEAD)
+    return tuple(name for name in SAVABLE if name in names)
+
+
+def lora_shapes(modules: Iterable[HfLinear], rank: int) -> dict[str, tuple[int, ...]]:
+    """Names and global shapes of the A and B of these linears."""
+    return {name: shape for linear in modules for name, shape in linear.lora_shapes(rank).items()}
+
+
+def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names)."""
+    embedding = table.hf[SAVABLE[EMBED]]
+    return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
+
+
+def adapter_shapes(
+    table: Table, config: LoraConfig, modules_to_save: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the PEFT file of this adapter: name -> global shape."""
+    targets = [linear for linear in linears(table) if linear.leaf in config.target_modules]
+    return lora_shapes(targets, config.rank) | saved_shapes(table, modules_to_save)
+
+
+def trained_name(table: Table, name: str) -> str:
+    """The name under which training holds a tensor: a tied lm_head.weight is model.embed_tokens.weight."""
+    return SAVABLE[EMBED] if table.spec.tied_embeddings and name == SAVABLE[HEAD] else name
+
+
+def kv_groups(table: Table, leaves: Sequence[str]) -> int:
+    """How many times a fused weight repeats [its linears' rows]: once per KV group for q, k, v, else once."""
+    return table.spec.num_kv_heads if "k_proj" in leaves else 1
+
+
+def _unknown(flag: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"{flag} {name}: the model has no such module; nearest: {near} (known: {' '.join(known)})"

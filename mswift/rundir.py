@@ -1,0 +1,184 @@
+"""What lies in a run directory, and how to read it. No torch: `status` and launchers read runs from login nodes.
+
+output_dir/
+    run.yaml                 the resolved configuration of the newest start
+    metrics.jsonl            one object a step
+    loss.png                 the loss curve, drawn at the end
+    runs/                    TensorBoard events
+    checkpoint-<step>/       complete, hashed, committed; anything else is not a checkpoint
+    .checkpoint-<step>.partial/   a save under way, or the remains of one that was killed
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mswift.errors import CheckpointError
+
+METRICS = "metrics.jsonl"
+CONFIG = "run.yaml"
+LOSS_PLOT = "loss.png"
+TENSORBOARD = "runs"
+COMMIT = "COMMIT"
+STATE = "run.json"
+HF_FILES = "hf"
+_COMMIT_VERSION = 1
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 (hex) of one file of a checkpoint."""
+
+    size_bytes: int
+    sha256: str
+
+
+def checkpoint_dir(output_dir: Path, step: int) -> Path:
+    """The place of the committed checkpoint of `step`."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def partial_dir(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` grows until it is renamed."""
+    return output_dir / f".checkpoint-{step}.partial"
+
+
+def committed_steps(output_dir: Path) -> list[int]:
+    """Steps of all committed checkpoints, ascending; derived from the directories, never from a pointer file."""
+    if not output_dir.is_dir():
+        return []
+    steps = []
+    for entry in output_dir.iterdir():
+        prefix, _, number = entry.name.rpartition("-")
+        if prefix == "checkpoint" and number.isdecimal() and (entry / COMMIT).is_file():
+            steps.append(int(number))
+    return sorted(steps)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a committed checkpoint, else the newest one of the run directory `path`."""
+    if (path / COMMIT).is_file():
+        return path
+    steps = committed_steps(path)
+    if not steps:
+        raise CheckpointError(
+            f"{path} is neither a committed checkpoint (a directory with {COMMIT}) nor a run directory "
+            f"that holds one (checkpoint-N/{COMMIT}); a run saves its first at --save_steps or at its end"
+        )
+    return checkpoint_dir(path, steps[-1])
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    size_bytes = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            size_bytes += len(block)
+    return FileRecord(size_bytes, digest.hexdigest())
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file's bytes, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) -> None:
+    """Publish `directory` as `destination`: write COMMIT last, fsync, rename; the rename is the publication."""
+    records = {n: {"size": r.size_bytes, "sha256": r.sha256} for n, r in sorted(files.items())}
+    write_json(directory / COMMIT, {"version": _COMMIT_VERSION, "files": records})
+    fsync_path(directory)
+    directory.rename(destination)
+    fsync_path(destination.parent)
+
+
+def read_commit(checkpoint: Path) -> dict[str, FileRecord]:
+    """The files that a committed checkpoint consists of."""
+    path = checkpoint / COMMIT
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["version"] != _COMMIT_VERSION:
+            raise CheckpointError(f"{path}: version {value['version']}; this mswift reads {_COMMIT_VERSION}")
+        return {n: FileRecord(int(r["size"]), str(r["sha256"])) for n, r in value["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} is not a committed checkpoint: it has no {COMMIT}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); use an older checkpoint of the run") from None
+
+
+def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
+    """Compare sizes and hashes with COMMIT (all files, or `names`); the first difference is an error naming it."""
+    records = read_commit(checkpoint)
+    for name in records if names is None else names:
+        path = checkpoint / name
+        want = records[name]
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing (COMMIT lists it with {want.size_bytes} bytes)")
+        found = path.stat().st_size
+        if found != want.size_bytes:
+            raise CheckpointError(f"{path} is damaged: {found} bytes, COMMIT says {want.size_bytes}")
+        if (digest := hash_file(path).sha256) != want.sha256:
+            raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., COMMIT says {want.sha256[:16]}...")
+
+
+def prune(output_dir: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` (at least 1) committed checkpoints; returns what was deleted.
+
+    COMMIT goes first, so that a deletion cut short leaves no directory that looks complete.
+    """
+    doomed = [checkpoint_dir(output_dir, step) for step in committed_steps(output_dir)[: -max(keep, 1)]]
+    for path in doomed:
+        (path / COMMIT).unlink()
+        shutil.rmtree(path)
+    return doomed
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl; a torn last line (a killed writer) is left out."""
+    path = output_dir / METRICS
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number}: not a JSON object") from None
+    return rows
+
+
+def truncate_metrics(output_dir: Path, step: int) -> None:
+    """Drop what was logged after `step`, so that a resumed run continues the same file."""
+    path = output_dir / METRICS
+    if not path.is_file():
+        return
+    rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,146 @@
+"""From the flat configuration to the parts of a run; each part gets its own small configuration."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mswift.config.train import SftConfig, TrainConfig
+from mswift.converters.adapters import LoraConfig
+from mswift.converters.reader import WeightReader
+from mswift.data.dataset import DataOptions, TokenDataset, build_dataset
+from mswift.data.tokenizer import load_tokenizer
+from mswift.errors import ConfigError
+from mswift.launchers.environment import RankInfo
+from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
+from mswift.topology import ParallelDims
+from mswift.train import checkpoint
+from mswift.train.batches import BatchPlan
+from mswift.train.collective import barrier
+from mswift.train.schedule import LearningRate
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def build_data(
+    kind: str, config: TrainConfig, reader: WeightReader, info: RankInfo
+) -> tuple[TokenDataset, TokenDataset | None, Any]:
+    """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared."""
+    tokenizer = load_tokenizer(reader.hf_files)
+    options = DataOptions(
+        max_length=config.max_length,
+        truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
+        system=config.system if isinstance(config, SftConfig) else None,
+        cache_dir=config.cache_dir,
+    )
+
+    def build(specs: tuple[str, ...]) -> TokenDataset:
+        return build_dataset(kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=barrier)
+
+    data = build(config.dataset)
+    val_data = build(config.val_dataset) if config.val_dataset else None
+    positions = reader.table.spec.max_position_embeddings
+    for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
+        longest = 0 if some is None else int(some.lengths.max()) - 1
+        if longest > positions:
+            raise ConfigError(
+                f"{flag}: a sample has {longest} tokens, the model has {positions} positions "
+                f"(max_position_embeddings); pass --max_length {positions}"
+            )
+    return data, val_data, tokenizer
+
+
+def build_engine(
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, load: bool
+) -> MegatronEngine:
+    """The Megatron model on this rank. `load`: take the weights from --model (a resumed full run takes its own)."""
+    lora = None
+    if config.tuner_type == "lora":
+        lora = LoraConfig.for_table(
+            reader.table, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=config.target_modules,
+            seed=config.seed,
+        )  # fmt: skip
+    engine_config = EngineConfig(
+        dtype=_DTYPES[config.torch_dtype] if config.torch_dtype else reader.dtype,
+        micro_batch_size=config.micro_batch_size,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        sgd_momentum=config.sgd_momentum,
+        clip_grad=config.clip_grad,
+        seed=config.seed,
+        lora=lora,
+        trainable_modules=config.modules_to_save,
+    )
+    engine = MegatronEngine(reader.table, dims, engine_config, device)
+    if load or lora is not None:
+        engine.load_weights(reader)
+    return engine
+
+
+def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Any) -> BatchPlan:
+    """Batch arithmetic of this rank; under sequence parallelism a length divides by the tensor-parallel size."""
+    pad = tokenizer.pad_token_id
+    return BatchPlan(
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        dp_rank=dims.coordinate(rank).dp,
+        dp_size=dims.dp,
+        seq_multiple=math.lcm(8, dims.tp) if dims.sequence_parallel else 8,
+        pad_token_id=0 if pad is None else int(pad),
+    )
+
+
+def num_steps(config: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of the run; the last epoch is rounded up to whole batches."""
+    if config.train_iters is not None:
+        return config.train_iters
+    assert config.num_train_epochs is not None  # refused before
+    return math.ceil(num_samples * config.num_train_epochs / config.global_batch_size)
+
+
+def learning_rate(config: TrainConfig, steps: int) -> LearningRate:
+    """The schedule; what is not given follows from the length of the run."""
+    decay_iters = config.lr_decay_iters or steps
+    return LearningRate(
+        peak=config.lr,
+        floor=config.min_lr,
+        style=config.lr_decay_style,
+        warmup_iters=config.lr_warmup_iters,
+        decay_iters=decay_iters,
+        wsd_decay_iters=config.lr_wsd_decay_iters or max(decay_iters // 10, 1),
+        wsd_decay_style=config.lr_wsd_decay_style,
+    )
+
+
+def print_banner(
+    kind: str,
+    config: TrainConfig,
+    dims: ParallelDims,
+    device: torch.device,
+    engine: MegatronEngine,
+    data: TokenDataset,
+    val_data: TokenDataset | None,
+    last_step: int,
+    state: checkpoint.RunState | None,
+) -> None:
+    """Say what will happen before it does."""
+    per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
+    trained = engine.trainable_parameters
+    microbatches = f"{per_rank} microbatches x {config.micro_batch_size} x DP {dims.dp}"
+    lines = {
+        "command": f"{kind}, {config.tuner_type}, {engine.config.dtype} on {device}",
+        "model": f"{Path(config.model)} ({engine.num_parameters:,} parameters, {trained:,} trained)",
+        "layout": f"{dims.world_size} ranks = TP {dims.tp} x PP {dims.pp} x DP {dims.dp}"
+        + (", sequence parallel" if dims.sequence_parallel else ""),
+        "batch": f"{config.global_batch_size} samples = {microbatches}",
+        "data": data.summary,
+        "validation": val_data.summary if val_data else "none",
+        "steps": f"{last_step}" + (f", continuing after step {state.step}" if state else ""),
+        "output": str(Path(config.output_dir)),
+    }
+    print("\n".join(f"{name:11s}{text}" for name, text in lines.items()), flush=True)

@@ -1,0 +1,22 @@
+"""`mswift export`: what a run trained, as Hugging Face files. Bytes are moved; no model is built, no torch needed."""
+
+from pathlib import Path
+
+from mswift import rundir
+from mswift.config.export import ExportConfig
+from mswift.converters.engine import convert
+from mswift.tuners.export import export_adapter, is_adapter_checkpoint
+
+
+def main(config: ExportConfig) -> int:
+    """A full run becomes a Hugging Face directory, a LoRA run a PEFT adapter directory."""
+    path = Path(config.model)
+    checkpoint = rundir.resolve_checkpoint(path)
+    rundir.check_files(checkpoint)
+    destination = Path(config.output_dir)
+    if is_adapter_checkpoint(checkpoint):
+        report = export_adapter(checkpoint, destination)
+    else:
+        report = convert(checkpoint, destination, "hf")
+    print(report)
+    return 0

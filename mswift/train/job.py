@@ -1,0 +1,184 @@
+"""One rank of a training job, from configuration to last checkpoint: the place where all parts of a run meet."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mswift import rundir
+from mswift.config.loader import save_yaml, to_dict
+from mswift.config.train import TrainConfig
+from mswift.converters.reader import WeightReader
+from mswift.data.dataset import TokenDataset
+from mswift.launchers.environment import RankInfo, current
+from mswift.parallel import device as devices
+from mswift.parallel import groups
+from mswift.parallel.megatron.engine import MegatronEngine
+from mswift.refusals import check_train
+from mswift.topology import ParallelDims
+from mswift.train import checkpoint
+from mswift.train.batches import BatchPlan, training_batch
+from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
+from mswift.train.collective import agreed, barrier
+from mswift.train.flops import step_flops
+from mswift.train.loop import FinishedStep, evaluate, train
+from mswift.train.metrics import MetricsFile, Progress, StepRecord, TensorBoard, Watcher, plot_loss, watching
+from mswift.train.resume import find_resume_point
+from mswift.train.side_files import hf_side_files
+
+# What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
+_FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
+          "target_modules", "modules_to_save", "torch_dtype")  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What the steps of one rank share."""
+
+    config: TrainConfig
+    rank: int
+    dims: ParallelDims
+    device: torch.device
+    reader: WeightReader
+    engine: MegatronEngine
+    plan: BatchPlan
+    data: TokenDataset
+    val_data: TokenDataset | None
+    last_step: int
+    output_dir: Path
+    hf_files: dict[str, bytes]
+
+
+def run_job(kind: str, config: TrainConfig) -> int:
+    """Train as one rank of the job that this process belongs to. Raises mswift.errors for what the user can mend."""
+    info = current() or RankInfo.single()
+    output_dir = Path(config.output_dir)
+    resume = find_resume_point(output_dir, config.resume)
+    source = resume.checkpoint if resume and config.tuner_type == "full" else Path(config.model)
+    reader = WeightReader(source)
+    dims = check_train(config, reader.table.spec, info.world_size)
+    device = devices.prepare(config.device)
+    groups.init(dims, device, info)
+    try:
+        data, val_data, tokenizer = build_data(kind, config, reader, info)
+        engine = build_engine(config, reader, dims, device, load=resume is None)
+        plan = batch_plan(config, dims, info.rank, tokenizer)
+        files = hf_side_files(reader.hf_files, engine.config.dtype) | engine.adapter_files(config.model)
+        run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data,
+                  num_steps(config, len(data)), output_dir, files)  # fmt: skip
+        state = _resume(run, resume.checkpoint) if resume else None
+        if info.rank == 0:
+            _open_run_directory(run, state)
+            print_banner(kind, config, dims, device, engine, data, val_data, run.last_step, state)
+        barrier()
+        _train(run, state)
+    finally:
+        groups.destroy()
+    return 0
+
+
+def _resume(run: Run, path: Path) -> checkpoint.RunState:
+    """Load the checkpoint at `path` after proving that the data is the same."""
+    state = checkpoint.read_state(path)
+    config = to_dict(run.config)
+    checkpoint.check_same_data(state, run.data.fingerprint, len(run.data), {name: config[name] for name in _FIXED})
+    return checkpoint.load(run.engine, path, run.rank, run.dims.world_size)
+
+
+def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
+    """The configuration for people to read, and the metrics cut back to where the run continues."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    save_yaml(run.config, run.output_dir / rundir.CONFIG)
+    rundir.truncate_metrics(run.output_dir, state.step if state else 0)
+
+
+def _train(run: Run, state: checkpoint.RunState | None) -> None:
+    """All steps that are left; on rank 0 watched by a progress bar, metrics.jsonl and TensorBoard."""
+    config, first_step = run.config, state.step if state else 0
+    steps = train(
+        run.engine,
+        lambda consumed: training_batch(run.data, run.plan, config.seed, consumed),
+        learning_rate(config, run.last_step),
+        first_step,
+        run.last_step,
+        state.consumed_samples if state else 0,
+    )
+    watchers: list[Watcher] = []
+    if run.rank == 0:
+        watchers = [MetricsFile(run.output_dir), Progress(first_step, run.last_step, config.logging_steps)]
+        watchers += [TensorBoard(run.output_dir, first_step)] if config.tensorboard else []
+    with watching(watchers):
+        for done in steps:
+            clock = [time.perf_counter()]
+            eval_loss = _evaluate_if_due(run, done)
+            clock.append(time.perf_counter())
+            saved = _save_if_due(run, done)
+            clock.append(time.perf_counter())
+            seconds = {"evaluation": clock[1] - clock[0], "checkpoint": clock[2] - clock[1]}
+            record = _record(run, done, seconds, eval_loss, saved)
+            for watcher in watchers:
+                watcher.step(record)
+    if run.rank == 0 and (picture := plot_loss(run.output_dir)):
+        print(f"loss curve: {picture}\ncheckpoint: {rundir.resolve_checkpoint(run.output_dir)}")
+
+
+def _record(
+    run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: float | None, saved: Path | None
+) -> StepRecord:
+    """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
+    tokens, world_size = done.batch.tokens, run.dims.world_size
+    frozen = run.config.tuner_type == "lora"
+    flops = step_flops(run.reader.table.spec, tokens, done.batch.seq_length, frozen_base=frozen)
+    per_device = flops / done.seconds / world_size
+    peak = devices.peak_flops(run.engine.config.dtype)
+    return StepRecord(
+        step=done.step,
+        loss=done.result.loss,
+        grad_norm=done.result.grad_norm,
+        lr=done.lr,
+        epoch=done.consumed_samples / len(run.data),
+        consumed_samples=done.consumed_samples,
+        tokens=tokens,
+        trained_tokens=done.result.num_tokens,
+        padding_tokens=done.batch.padding_tokens,
+        step_seconds=done.seconds,
+        seconds={"data": done.data_seconds, **done.result.seconds, **seconds},
+        tokens_per_second=tokens / done.seconds,
+        tokens_per_second_per_device=tokens / done.seconds / world_size,
+        model_tflops_per_device=per_device / 1e12,
+        mfu=None if peak is None else per_device / peak,
+        memory_bytes=devices.peak_memory_bytes(),
+        eval_loss=eval_loss,
+        checkpoint=None if saved is None else str(saved),
+    )
+
+
+def _evaluate_if_due(run: Run, done: FinishedStep) -> float | None:
+    """Loss on the whole validation data every eval_steps and after the last step."""
+    every = run.config.eval_steps
+    if run.val_data is None or not (done.step == run.last_step or (every and done.step % every == 0)):
+        return None
+    return evaluate(run.engine, run.val_data, run.plan)
+
+
+def _save_if_due(run: Run, done: FinishedStep) -> Path | None:
+    """A checkpoint every save_steps and after the last step; old ones go only after the new one is committed."""
+    every = run.config.save_steps
+    if not (done.step == run.last_step or (every and done.step % every == 0)):
+        return None
+    state = checkpoint.RunState(
+        step=done.step,
+        consumed_samples=done.consumed_samples,
+        optimizer_step=run.engine.optimizer_step,
+        world_size=run.dims.world_size,
+        layout=checkpoint.engine_layout(run.engine),
+        data_fingerprint=run.data.fingerprint,
+        num_samples=len(run.data),
+        config=to_dict(run.config),
+    )
+    path = checkpoint.save(run.engine, run.output_dir, state, run.rank, run.hf_files)
+    with agreed("removing old checkpoints"):
+        if run.rank == 0 and run.config.save_total_limit is not None:
+            rundir.prune(run.output_dir, run.config.save_total_limit)
+    return path

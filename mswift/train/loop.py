@@ -1,0 +1,60 @@
+"""The training loop as a generator of finished steps; whoever consumes it logs, evaluates, saves and stops."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mswift.data.dataset import TokenDataset
+from mswift.errors import MswiftError
+from mswift.parallel.megatron.engine import MegatronEngine, StepResult
+from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
+from mswift.train.schedule import LearningRate
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """`step` counts finished optimizer steps: the first one yielded by a fresh run is 1."""
+
+    step: int
+    consumed_samples: int
+    lr: float
+    batch: StepBatch
+    result: StepResult
+    data_seconds: float
+    seconds: float  # data, forward, backward, optimizer
+
+
+def train(
+    engine: MegatronEngine,
+    next_batch: Callable[[int], StepBatch],
+    schedule: LearningRate,
+    first_step: int,
+    last_step: int,
+    consumed_samples: int,
+) -> Iterator[FinishedStep]:
+    """Run steps first_step+1 .. last_step. `next_batch(consumed_samples)` is this rank's share of the next batch."""
+    for step in range(first_step, last_step):
+        started = time.perf_counter()
+        batch = next_batch(consumed_samples)
+        data_seconds = time.perf_counter() - started
+        lr = schedule.at(step)
+        result = engine.train_step(batch.microbatches, lr)
+        consumed_samples += len(batch.sample_ids)
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            raise MswiftError(
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm} (samples "
+                f"{consumed_samples - len(batch.sample_ids)} to {consumed_samples - 1}, lr {lr:.3g}); nothing was "
+                "saved after it. Lower --lr, or lengthen --lr_warmup_iters, and start again from the last checkpoint"
+            )
+        yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
+
+
+def evaluate(engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan) -> float:
+    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move."""
+    loss_sum, weight_sum = 0.0, 0.0
+    for ids in evaluation_batches(dataset, plan):
+        loss, weight = engine.evaluate(assemble(dataset, plan, ids).microbatches)
+        loss_sum += loss
+        weight_sum += weight
+    return loss_sum / weight_sum

@@ -1,0 +1,183 @@
+"""What is known after each step, and the places that show it: metrics.jsonl, a progress bar or lines, TensorBoard."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from mswift import rundir
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of the whole job; one object of metrics.jsonl.
+
+    `loss` is the mean over trained tokens of the global batch, in nats. Token counts are of this step, all ranks:
+    `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
+    `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    epoch: float
+    consumed_samples: int
+    tokens: int
+    trained_tokens: float
+    padding_tokens: int
+    step_seconds: float
+    seconds: dict[str, float]
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    model_tflops_per_device: float
+    mfu: float | None
+    memory_bytes: int
+    eval_loss: float | None = None
+    checkpoint: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; eval_loss and checkpoint only where there is one."""
+        value = asdict(self)
+        for name in ("eval_loss", "checkpoint"):
+            if value[name] is None:
+                del value[name]
+        return value
+
+
+class Watcher(Protocol):
+    """Something that looks at each step; called on rank 0 only."""
+
+    def step(self, record: StepRecord) -> None:
+        """One step is done."""
+
+    def close(self) -> None:
+        """The run ends, well or not."""
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl; every line is flushed whole."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._file: TextIO = (output_dir / rundir.METRICS).open("a", encoding="utf-8")
+
+    def step(self, record: StepRecord) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record.as_dict()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Progress:
+    """A progress bar on a terminal, else a line every `every` steps."""
+
+    def __init__(self, first_step: int, last_step: int, every: int) -> None:
+        self._bar = tqdm(
+            total=last_step, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._last_step, self._every = last_step, every
+
+    def step(self, record: StepRecord) -> None:
+        """Show loss, gradient norm, learning rate and speed."""
+        parts = {
+            "loss": f"{record.loss:.4f}",
+            "grad_norm": f"{record.grad_norm:.3f}",
+            "lr": f"{record.lr:.2e}",
+            "tok/s": f"{record.tokens_per_second:,.0f}",
+        }
+        if record.mfu is not None:
+            parts["mfu"] = f"{record.mfu:.1%}"
+        if record.eval_loss is not None:
+            parts["eval_loss"] = f"{record.eval_loss:.4f}"
+        if not self._bar.disable:
+            self._bar.set_postfix(parts, refresh=False)
+            self._bar.update()
+        elif record.step % self._every == 0 or record.step == self._last_step or record.eval_loss is not None:
+            width = len(str(self._last_step))
+            text = "  ".join(f"{name} {value}" for name, value in parts.items())
+            print(f"step {record.step:{width}d}/{self._last_step}  {text}", flush=True)
+        if record.checkpoint is not None:
+            tqdm.write(f"saved {record.checkpoint}", file=sys.stdout)
+
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        self._bar.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard in output_dir/runs; a resumed run purges what came after its first step."""
+
+    def __init__(self, output_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(output_dir / rundir.TENSORBOARD), purge_step=first_step + 1)
+
+    def step(self, record: StepRecord) -> None:
+        """Write the finite scalars of the record."""
+        scalars = {
+            "train/loss": record.loss,
+            "train/grad_norm": record.grad_norm,
+            "train/lr": record.lr,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "speed/mfu": record.mfu,
+            "eval/loss": record.eval_loss,
+        }
+        for name, value in scalars.items():
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(name, value, record.step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def watching(watchers: list[Watcher]) -> Iterator[list[Watcher]]:
+    """Close every watcher at the end, also after an error."""
+    with contextlib.ExitStack() as stack:
+        for watcher in watchers:
+            stack.callback(watcher.close)
+        yield watchers
+
+
+def plot_loss(output_dir: Path) -> Path | None:
+    """Draw loss.png from metrics.jsonl: every step, a running mean, evaluations. None if there is nothing to draw."""
+    rows = rundir.read_metrics(output_dir)
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="loss of each step")
+    if len(losses) >= 20:
+        axes.plot(steps, _running_mean(losses, max(len(losses) // 50, 2)), color="tab:blue", label="running mean")
+    evaluations = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="tab:orange", label="evaluation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=output_dir.resolve().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = output_dir / rundir.LOSS_PLOT
+    figure.savefig(path)
+    return path
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place."""
+    result, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        result.append(total / min(index + 1, window))
+    return result

@@ -76,20 +76,21 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
     Example: {"self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.linear_fc2": ("down_proj",), ...}
     """
     prefix, suffix = "decoder.layers.", ".weight"
-    leaves = {key: table.hf_modules(key) for key in table.megatron if key.startswith(prefix) and key.endswith(suffix)}
-    return {key.removeprefix(prefix).removesuffix(suffix): names for key, names in leaves.items() if names}
+    matrices = {match[2].rpartition(".")[2] for match, shape in _layer_weights(table) if len(shape) == 2}
+    keys = (key for key in table.megatron if key.startswith(prefix) and key.endswith(suffix))
+    leaves = {key.removeprefix(prefix).removesuffix(suffix): table.hf_modules(key) for key in keys}
+    return {module: names for module, names in leaves.items() if names and matrices.issuperset(names)}
 
 
 def linears(table: Table) -> tuple[HfLinear, ...]:
     """Every HF linear inside the layers, in the order of layers, then of the Megatron model."""
     order = [leaf for leaves in fused_linears(table).values() for leaf in leaves]
     found = []
-    for name, shape in table.hf.items():
-        match = _LAYER_WEIGHT.fullmatch(name)
-        leaf = match[2].rpartition(".")[2] if match else ""
-        if match and leaf in order:
+    for match, shape in _layer_weights(table):
+        leaf = match[2].rpartition(".")[2]
+        if leaf in order:
             out_features, in_features = shape
-            found.append(HfLinear(name.removesuffix(".weight"), leaf, int(match[1]), in_features, out_features))
+            found.append(HfLinear(match[0].removesuffix(".weight"), leaf, int(match[1]), in_features, out_features))
     return tuple(sorted(found, key=lambda linear: (linear.layer, order.index(linear.leaf))))
 
 
@@ -132,9 +133,7 @@ def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tupl
     return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
 
 
-def adapter_shapes(
-    table: Table, config: LoraConfig, modules_to_save: Sequence[str] = ()
-) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(table: Table, config: LoraConfig, modules_to_save: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
     """Every tensor of the PEFT file of this adapter: name -> global shape."""
     targets = [linear for linear in linears(table) if linear.leaf in config.target_modules]
     return lora_shapes(targets, config.rank) | saved_shapes(table, modules_to_save)
@@ -148,6 +147,11 @@ def trained_name(table: Table, name: str) -> str:
 def kv_groups(table: Table, leaves: Sequence[str]) -> int:
     """How many times a fused weight repeats [its linears' rows]: once per KV group for q, k, v, else once."""
     return table.spec.num_kv_heads if "k_proj" in leaves else 1
+
+
+def _layer_weights(table: Table) -> list[tuple[re.Match[str], tuple[int, ...]]]:
+    found = ((_LAYER_WEIGHT.fullmatch(name), shape) for name, shape in table.hf.items())
+    return [(match, shape) for match, shape in found if match]
 
 
 def _unknown(flag: str, name: str, known: Sequence[str]) -> str:

@@ -1,0 +1,117 @@
+"""A PEFT LoRA directory as a source of tensors: checked strictly against the model, read region by region."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mswift.converters.adapters import LoraConfig, Table, linears, lora_shapes, saved_shapes
+from mswift.converters.layout import Region
+from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.peft_config import PeftSettings, read_peft_config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_FLOATS = ("F32", "BF16", "F16")
+
+
+class PeftAdapter:
+    """adapter_config.json + adapter_model.safetensors. Names are without the `base_model.model.` prefix.
+
+    Raises ConfigError for a directory that is no adapter or asks for what mswift lacks, CheckpointError for a
+    damaged file. Files are memory-mapped; what is not asked for is not read.
+    """
+
+    def __init__(self, path: Path):
+        self.settings: PeftSettings = read_peft_config(path)
+        self._open: Any
+        self.file = path / WEIGHTS_FILE
+        if not self.file.is_file():
+            raise ConfigError(f"--adapters {path}: no {WEIGHTS_FILE} there (pickled adapters: re-save them with PEFT)")
+        try:
+            self._open = safe_open(self.file, framework="pt")
+            names = self._open.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file} is damaged: {error}") from None
+        for name in names:
+            if not name.startswith(PREFIX):
+                raise CheckpointError(f"{self.file}: tensor {name} does not begin with {PREFIX}")
+        slices = {name.removeprefix(PREFIX): self._open.get_slice(name) for name in names}
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(s.get_shape()) for n, s in slices.items()}
+        for name, piece in slices.items():
+            if piece.get_dtype() not in _FLOATS:
+                raise CheckpointError(f"{self.file}: {name} is {piece.get_dtype()}; known: {' '.join(_FLOATS)}")
+
+    def expected_shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        """What adapter_config.json promises on this model: LoRA of the selected linears, and modules_to_save."""
+        modules = [linear for linear in linears(table) if self.settings.selects(linear.name)]
+        if not modules:
+            targets = self.settings.target_modules
+            raise ConfigError(f"{self.settings.path}: target_modules={targets!r} match no linear of the model")
+        return lora_shapes(modules, self.settings.rank) | saved_shapes(table, self.settings.modules_to_save)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """CheckpointError unless the file holds exactly these tensors; names the first offender and both shapes."""
+        for name, shape in shapes.items():
+            if name not in self.shapes:
+                raise CheckpointError(f"{self.file} lacks {PREFIX}{name} {list(shape)}, which the model and {self._by}")
+            if self.shapes[name] != shape:
+                found = list(self.shapes[name])
+                raise CheckpointError(f"{self.file}: {PREFIX}{name} has shape {found}, the model needs {list(shape)}")
+        extra = sorted(self.shapes.keys() - shapes.keys())
+        if extra:
+            raise CheckpointError(
+                f"{self.file}: {PREFIX}{extra[0]} {list(self.shapes[extra[0]])} has no place in this model "
+                f"({len(extra)} such tensors)"
+            )
+
+    @property
+    def _by(self) -> str:
+        return f"{self.settings.path.name} ask for"
+
+    def lora_config(self, table: Table, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
+        """(LoraConfig, modules_to_save) to train this adapter on; ConfigError for what training cannot continue."""
+        settings, all_linears = self.settings, linears(table)
+        if settings.dropout:
+            raise ConfigError(
+                f"{settings.path}: lora_dropout={settings.dropout}: training has no adapter dropout; "
+                "set it to 0.0 in that file to continue without"
+            )
+        chosen = {linear.leaf for linear in all_linears if settings.selects(linear.name)}
+        for linear in all_linears:
+            if linear.leaf in chosen and not settings.selects(linear.name):
+                raise ConfigError(
+                    f"{settings.path}: target_modules leave out {linear.name}; training adapts a module in every "
+                    "layer or in none"
+                )
+        targets = tuple(dict.fromkeys(linear.leaf for linear in all_linears if linear.leaf in chosen))
+        if table.spec.tied_embeddings and settings.modules_to_save:
+            self._require_tied()
+        return LoraConfig(settings.rank, settings.alpha, targets, seed), settings.modules_to_save
+
+    def _require_tied(self) -> None:
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        for name in (embedding, head):
+            if name not in self.shapes:
+                raise ConfigError(
+                    f"{self.file} has no {PREFIX}{name}, but the model ties {embedding} and {head}: mswift trains "
+                    "them as one; merge the adapter first (mswift merge unties them)"
+                )
+        if not torch.equal(self.tensor(embedding).float(), self.tensor(head).float()):
+            raise ConfigError(
+                f"{self.file}: {embedding} and {head} differ, but the model ties them: mswift trains them as one; "
+                "merge the adapter first (mswift merge unties them)"
+            )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, in the file's dtype."""
+        value: torch.Tensor = self._open.get_tensor(PREFIX + name)
+        return value
+
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        """That region of a tensor, in the file's dtype."""
+        index = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+        value: torch.Tensor = self._open.get_slice(PREFIX + name)[index]
+        return value

@@ -1,0 +1,69 @@
+"""The table of commands. A row names modules as text: they are imported when the command is asked for."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """`config` is the dataclass of the options, `run` a function of it that returns the exit status."""
+
+    summary: str
+    config: str
+    run: str
+    example: str
+
+
+COMMANDS = {
+    "pt": Command(
+        summary="continue pretraining on plain text",
+        config="mswift.config.train:PtConfig",
+        run="mswift.train.run:pt",
+        example="mswift pt --model Qwen3-0.6B --dataset books.txt --max_length 2048 --train_iters 1000 "
+        "--lr 2e-5 --nproc_per_node 2 --tensor_model_parallel_size 2 --output_dir runs/pt",
+    ),
+    "sft": Command(
+        summary="fine-tune on conversations, in full or with LoRA",
+        config="mswift.config.train:SftConfig",
+        run="mswift.train.run:sft",
+        example="mswift sft --model Qwen3-0.6B --dataset chats.jsonl --tuner_type lora --lora_rank 16 "
+        "--lr 1e-4 --num_train_epochs 1 --output_dir runs/sft",
+    ),
+    "convert": Command(
+        summary="a Hugging Face checkpoint to Megatron's torch_dist, or back, with its proof",
+        config="mswift.config.convert:ConvertConfig",
+        run="mswift.converters.commands:convert",
+        example="mswift convert --model Qwen3-0.6B --to megatron --output_dir Qwen3-0.6B-megatron",
+    ),
+    "verify": Command(
+        summary="prove two checkpoints equal, or name the first differences",
+        config="mswift.config.convert:VerifyConfig",
+        run="mswift.converters.commands:verify",
+        example="mswift verify Qwen3-0.6B Qwen3-0.6B-megatron",
+    ),
+    "export": Command(
+        summary="a run or checkpoint to a Hugging Face model or a PEFT adapter",
+        config="mswift.config.export:ExportConfig",
+        run="mswift.train.export:main",
+        example="mswift export --model runs/sft --output_dir Qwen3-0.6B-adapter",
+    ),
+    "merge": Command(
+        summary="fold adapters into a copy of their base model",
+        config="mswift.config.merge:MergeConfig",
+        run="mswift.tuners.merge:main",
+        example="mswift merge --model Qwen3-0.6B --adapters Qwen3-0.6B-adapter --output_dir Qwen3-0.6B-merged",
+    ),
+    "infer": Command(
+        summary="chat, answer prompts, or answer a data set to a file",
+        config="mswift.config.infer:InferConfig",
+        run="mswift.infer.run:main",
+        example='mswift infer --model Qwen3-0.6B --adapters Qwen3-0.6B-adapter --prompt "Who are you?"',
+    ),
+}
+
+
+def load(reference: str) -> Any:
+    """The object that "module:name" refers to."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,111 @@
+"""The `mswift` command. Only the standard library is imported until a subcommand is known."""
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+
+from mswift import __version__
+from mswift.cli.commands import COMMANDS, Command, load
+from mswift.errors import ConfigError, MswiftError
+
+_EXIT_STATUS = "Exit status: 0 done, 1 the check or the job failed, 2 the command was wrong."
+_WIDTH = 76  # of an example line
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+_INTERRUPTED = 130  # 128 + SIGINT
+
+
+def console() -> None:
+    """Entry point of the `mswift` script."""
+    status = main(sys.argv[1:])
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Interpreter shutdown would wait for peers that wait for this rank; leaving at once lets them fail.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line (without the program's name); returns the exit status. User errors are one message."""
+    name = argv[0] if argv else ""
+    try:
+        return _run(argv)
+    except (MswiftError, OSError, KeyboardInterrupt) as error:
+        if os.environ.get("MSWIFT_TRACEBACK") == "1":
+            raise
+        return _report(name if name in COMMANDS else "", error)
+
+
+def _run(argv: Sequence[str]) -> int:
+    name, *rest = argv or ("--help",)
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"mswift {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(_unknown(name))
+    from mswift.cli import options  # imports tyro: only when a command is known
+
+    command = COMMANDS[name]
+    config_class = load(command.config)
+    if options.wants_help(rest):
+        options.print_help(config_class, name, _description(command, config_class))
+        return 0
+    config = options.parse(config_class, rest)
+    return int(load(command.run)(config))
+
+
+def _report(command: str, error: BaseException) -> int:
+    """Print what went wrong on stderr; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"mswift{' ' * bool(command)}{command}{rank}: {error}", file=sys.stderr)
+    return error.exit_status if isinstance(error, MswiftError) else 1
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"the commands are {' '.join(COMMANDS)}"
+    return f"unknown {'flag' if name.startswith('-') else 'command'} {name!r}; {hint}"
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<9}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: mswift COMMAND [RECIPE.yaml] [--flag value ...]\n\n"
+        "Train Hugging Face models on Megatron-core, and take them back.\n\n"
+        f"commands:\n{rows}\n\n"
+        "mswift COMMAND --help shows its flags; mswift --version shows the version.\n"
+        "A recipe is a YAML file of the same names; flags win over it. A bare flag means true.\n"
+        "Add --dry_run --world_size N to pt or sft to see what would run, without running it.\n\n"
+        f"example:\n{_example(COMMANDS['sft'])}\n\n{_EXIT_STATUS}"
+    )
+
+
+def _description(command: Command, config_class: type) -> str:
+    return f"{inspect.cleandoc(config_class.__doc__ or '')}\n\nexample:\n{_example(command)}\n\n{_EXIT_STATUS}"
+
+
+def _example(command: Command) -> str:
+    """The example, broken before flags as a shell accepts it."""
+    words = command.example.replace(" --", "\n--").split("\n")
+    lines = ["  " + words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) > _WIDTH:
+            lines[-1] += " \\"
+            lines.append("      " + word)
+        else:
+            lines[-1] += " " + word
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,159 @@
+"""Command line and recipe -> one frozen configuration; every mistake is one line that names the flag.
+
+The recipe and the flags both become name -> texts; flags win over the recipe and later flags over earlier ones.
+tyro turns the texts into typed values and writes the help from the field docstrings.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import tyro
+
+from mswift.config.loader import read_recipe
+from mswift.config.schema import NONE_SPELLINGS, Option, canonical, find, names, nearest, options_of
+from mswift.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+_FLAG = re.compile(r"--[A-Za-z]")
+_RECIPE_SUFFIXES = (".yaml", ".yml")
+_MARKERS = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether help is asked for."""
+    return "-h" in argv or "--help" in argv
+
+
+def print_help(config_class: type, command: str, description: str) -> None:
+    """Print the options of a command with their docstrings."""
+    positional = any(option.positional for option in options_of(config_class).values())
+    usage = f"mswift {command}" if positional else f"mswift {command} [RECIPE.yaml]"
+    try:
+        tyro.cli(
+            config_class,
+            args=["--help"],
+            prog=usage,
+            description=description,
+            config=_MARKERS,
+            use_underscores=True,
+        )
+    except SystemExit:
+        return
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """The configuration that `argv` (after the command) asks for. ConfigError in one line."""
+    options = options_of(config_class)
+    positionals, flags = _split(options, argv)
+    fields = [option for option in options.values() if option.positional]
+    values: dict[str, list[str]] = {}
+    if fields:
+        values.update(_positional_values(fields, positionals))
+    elif positionals:
+        recipe, *surplus = positionals
+        if not Path(recipe).is_file():
+            raise ConfigError(f"{recipe!r} is neither a recipe file nor a --flag{_flag_hint(options, recipe)}")
+        if surplus:
+            raise ConfigError(f"unexpected {surplus[0]!r} beside the recipe {recipe}; values follow a --flag")
+        values.update(read_recipe(Path(recipe), config_class))
+    values.update(flags)
+    missing = [option for option in options.values() if option.required and option.name not in values]
+    if missing:
+        raise ConfigError(f"--{missing[0].name} is required ({missing[0].accepted}); --help says what it is")
+    return _typed(config_class, options, values)
+
+
+def _positional_values(fields: Sequence[Option], given: Sequence[str]) -> dict[str, list[str]]:
+    spelled = " ".join(option.name.upper() for option in fields)
+    if len(given) != len(fields):
+        raise ConfigError(f"{len(fields)} arguments are needed ({spelled}), {len(given)} given")
+    return {option.name: [value] for option, value in zip(fields, given, strict=True)}
+
+
+def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Arguments that belong to no flag, and the texts of each flag that is given; of a repeated flag the last."""
+    positionals: list[str] = []
+    flags: dict[str, list[str]] = {}
+    spellings: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not _FLAG.match(argument):
+            positionals.append(argument)
+            continue
+        spelled, equals, attached = argument.partition("=")
+        option = find(options, spelled[2:])
+        if option is None or option.positional:
+            raise ConfigError(f"unknown flag {spelled}{_flag_hint(options, spelled[2:])}")
+        if canonical(spellings.setdefault(option.name, spelled)) != canonical(spelled):
+            raise ConfigError(f"{spellings[option.name]} and {spelled} are the same option; give one of them")
+        if not equals:
+            flags[option.name] = _take(option, spelled, rest)
+        else:
+            flags[option.name] = [attached, *(_take(option, spelled, rest) if option.many else [])]
+    return positionals, flags
+
+
+def _take(option: Option, spelled: str, rest: list[str]) -> list[str]:
+    """Remove the texts of a flag from the front of `rest`."""
+    if option.boolean:
+        if not rest or _FLAG.match(rest[0]) or Path(rest[0]).suffix in _RECIPE_SUFFIXES:
+            return ["true"]
+        if rest[0].lower() in ("true", "false") or (option.optional and rest[0].lower() in NONE_SPELLINGS):
+            return [rest.pop(0)]
+        raise ConfigError(f"{spelled} {rest[0]}: it takes {option.accepted}; the bare flag means true")
+    taken: list[str] = []
+    while rest and not _FLAG.match(rest[0]) and (option.many or not taken):
+        taken.append(rest.pop(0))
+    if not taken and not option.many:
+        raise ConfigError(f"{spelled} needs a value; it takes {option.accepted}")
+    return taken
+
+
+def _flag_hint(options: Mapping[str, Option], name: str) -> str:
+    return nearest(name, names(options), "--")
+
+
+def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: Mapping[str, list[str]]) -> ConfigT:
+    config = _run_tyro(config_class, options, values)
+    if config is not None:
+        return config
+    hints = get_type_hints(config_class, include_extras=True)
+    for name, texts in values.items():
+        alone = make_dataclass("Alone", [(name, hints[name])])
+        if _run_tyro(alone, options, {name: texts}) is None:
+            raise ConfigError(f"--{name} {' '.join(texts) or 'nothing'}: it takes {options[name].accepted}")
+    raise ConfigError("the options do not fit together")
+
+
+def _run_tyro(
+    config_class: type[ConfigT], options: Mapping[str, Option], values: Mapping[str, list[str]]
+) -> ConfigT | None:
+    """The typed configuration, or None when tyro refuses a value."""
+    arguments: list[str] = []
+    for name, texts in values.items():
+        option = options[name]
+        spelled = [_spelling(option, text) for text in texts]
+        if option.positional or (len(spelled) != 1 and not option.many):
+            arguments += spelled if option.positional else [f"--{name}", *spelled]
+        else:
+            arguments += [f"--{name}", *spelled] if option.many else [f"--{name}={spelled[0]}"]
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return tyro.cli(config_class, args=arguments, config=_MARKERS, use_underscores=True, console_outputs=False)
+    except SystemExit:
+        return None
+
+
+def _spelling(option: Option, text: str) -> str:
+    """`text` as tyro spells it: True, False and None have a capital."""
+    lowered = text.lower()
+    if option.boolean and lowered in ("true", "false"):
+        return lowered.capitalize()
+    return "None" if option.optional and lowered in NONE_SPELLINGS else text

@@ -1,0 +1,122 @@
+"""Model, tokenizer and adapter from files, strictly: every tensor expected and none extra."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.model_dir import check_adapter_dir, check_model_dir
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here. Raises ConfigError when there is no such device."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda: this machine has no usable GPU; use --device auto or --device cpu")
+    return torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; code of the directory is never run. Raises ConfigError."""
+    check_model_dir(model_dir)
+    try:
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {model_dir}: its tokenizer cannot be loaded: {error}") from error
+
+
+def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreTrainedModel:
+    """The model of a Hugging Face directory, in evaluation mode on `device`.
+
+    Raises ConfigError (not a model that transformers knows) and CheckpointError (tensors missing, extra or of another
+    shape, or a damaged file).
+    """
+    check_model_dir(model_dir)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=_DTYPES[dtype] if dtype else "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"--model {model_dir}: a safetensors file is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"--model {model_dir}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"--model {model_dir}: transformers cannot load it: {error}") from error
+    model, info = loaded
+    _refuse_differences(model_dir, info)
+    return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _refuse_differences(model_dir: Path, info: dict[str, Any]) -> None:
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"missing: {_some(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        problems.append(f"not part of the model: {_some(info['unexpected_keys'])}")
+    problems += [
+        f"{name} has shape {tuple(found)} where config.json says {tuple(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])[:5]
+    ]
+    if problems:
+        raise CheckpointError(f"--model {model_dir}: tensors do not fit config.json: " + "; ".join(problems))
+
+
+def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
+    """The model with a PEFT adapter on it, not merged.
+
+    Raises ConfigError (no adapter there, or one for other modules) and CheckpointError (tensors missing, extra or of
+    another shape: an adapter of another base model).
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check_adapter_dir(adapter_dir)
+    stored = _stored_shapes(adapter_dir)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
+    except RuntimeError as error:  # torch's load_state_dict: sizes differ
+        raise CheckpointError(
+            f"--adapters {adapter_dir}: it does not fit --model {model.config._name_or_path}: {error}; "
+            f"give the base model that it was trained on"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--adapters {adapter_dir}: peft cannot load it: {error}") from error
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+    }
+    missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"--adapters {adapter_dir}: its {len(stored)} tensors are not the {len(expected)} that "
+            f"adapter_config.json means on --model {model.config._name_or_path}"
+            + (f"; missing: {_some(missing)}" if missing else "")
+            + (f"; not used: {_some(extra)}" if extra else "")
+        )
+    return cast(PreTrainedModel, adapted.eval())
+
+
+def _stored_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
+    path = adapter_dir / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"--adapters {adapter_dir}: {path.name} is damaged: {error}") from error
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

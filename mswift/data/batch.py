@@ -1,0 +1,50 @@
+"""Samples -> the arrays of one micro batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of one sample and which of them are learned."""
+
+    tokens: NDArray[np.int32]
+    """int32 [n]"""
+    loss_mask: NDArray[np.bool_]
+    """bool [n]; loss_mask[t]: token t is a target, predicted from the tokens before it. The first one never is."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of a batch that the sample fills: the last token is only a target, so n - 1."""
+        return len(self.tokens) - 1
+
+
+class Batch(NamedTuple):
+    """One micro batch; labels are already shifted: labels[b, t] is the token that follows tokens[b, t]."""
+
+    tokens: NDArray[np.int64]
+    """int64 [batch, length]"""
+    labels: NDArray[np.int64]
+    """int64 [batch, length]"""
+    loss_weights: NDArray[np.float32]
+    """float32 [batch, length]; 0 on padding and on tokens that are not learned"""
+
+
+def collate(samples: Sequence[Sample], length: int, pad_token_id: int) -> Batch:
+    """Pad samples on the right to `length` positions; padding is never a target."""
+    shape = (len(samples), length)
+    tokens = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, pad_token_id, dtype=np.int64)
+    loss_weights = np.zeros(shape, dtype=np.float32)
+    for row, sample in enumerate(samples):
+        positions = sample.num_positions
+        if positions > length:
+            raise ValueError(f"a sample of {positions} positions in a batch of length {length}")
+        tokens[row, :positions] = sample.tokens[:-1]
+        labels[row, :positions] = sample.tokens[1:]
+        loss_weights[row, :positions] = sample.loss_mask[1:]
+    return Batch(tokens, labels, loss_weights)

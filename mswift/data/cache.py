@@ -1,0 +1,207 @@
+"""Token files on disk: written once under the hash of everything that decides them, mapped into memory by every rank.
+
+An entry is a directory: tokens.bin (int32), mask.bin (one byte a token; absent in a plain stream), offsets.bin (int64
+[pieces + 1]: where each sample or document starts, and the end) and index.json. It is written in a temporary sibling,
+fsynced and renamed, so it is whole or absent. On opening, sizes and the checksums of index and offsets are compared.
+The content hashes in the index, taken while writing, are the fingerprint of the data.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mswift.data.batch import Sample
+from mswift.errors import ConfigError, DataError
+
+FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+def content_hash(value: Mapping[str, Any]) -> str:
+    """Hex sha256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """$MSWIFT_CACHE, or ~/.cache/mswift."""
+    return Path(os.environ.get("MSWIFT_CACHE") or "~/.cache/mswift").expanduser()
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An open entry; the arrays are read-only maps of its files."""
+
+    tokens: NDArray[np.int32]
+    """int32 [tokens]"""
+    mask: NDArray[np.bool_] | None
+    """bool [tokens]"""
+    offsets: NDArray[np.int64]
+    """int64 [pieces + 1]"""
+    report: dict[str, Any]
+    """What the writer had to say about the data."""
+    fingerprint: str
+
+
+class _HashedFile:
+    """A file whose hash and size are known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream: IO[bytes] = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = array.tobytes()
+        self._stream.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return {"size": self.size, "sha256": self._hash.hexdigest()}
+
+
+class StoreWriter:
+    """Appends samples (tokens and mask) or plain pieces of a stream (tokens only) to the files of an entry."""
+
+    def __init__(self, directory: Path, with_mask: bool) -> None:
+        names = ("tokens.bin", "offsets.bin", *(["mask.bin"] if with_mask else []))
+        self._directory = directory
+        self._files = {name: _HashedFile(directory / name) for name in names}
+        self.num_tokens = 0
+        self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64))
+
+    def add(self, tokens: NDArray[np.int32]) -> None:
+        """Append a piece of a stream."""
+        self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False))
+        self.num_tokens += len(tokens)
+        self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64))
+
+    def add_sample(self, sample: Sample) -> None:
+        """Append a sample."""
+        self.add(sample.tokens)
+        self._files["mask.bin"].write(sample.loss_mask.astype(np.bool_, copy=False))
+
+    def close(self, report: Mapping[str, Any]) -> None:
+        """Write the index, last."""
+        index = {"version": FORMAT_VERSION, "files": {n: f.close() for n, f in self._files.items()}, "report": report}
+        text = json.dumps({"index": index, "sha256": content_hash(index)}, indent=1)
+        with (self._directory / "index.json").open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def open_or_build(
+    directory: Path,
+    build: Callable[[StoreWriter], Mapping[str, Any]],
+    *,
+    with_mask: bool,
+    is_writer: bool,
+    barrier: Callable[[], None],
+) -> TokenStore:
+    """The entry at `directory`; the writer builds it where it is missing or damaged, the others wait at `barrier`.
+
+    `build` fills the writer and returns the report. An error of the writer is raised there and reaches the others as a
+    DataError, after the barrier: nobody is left waiting.
+    """
+    if is_writer:
+        try:
+            _ensure(directory, build, with_mask)
+        finally:
+            barrier()
+    else:
+        barrier()
+    try:
+        return open_store(directory)
+    except (FileNotFoundError, DataError) as error:
+        raise DataError(
+            f"the token cache {directory} is not there ({error}): the process that writes it failed, see its message; "
+            "on several machines --cache_dir must be on a shared file system or be written on each machine"
+        ) from None
+
+
+def open_store(directory: Path) -> TokenStore:
+    """Map an entry into memory. FileNotFoundError: there is none; DataError: it is damaged."""
+    text = (directory / "index.json").read_text(encoding="utf-8")
+    try:
+        envelope = json.loads(text)
+        index = envelope["index"]
+        intact = content_hash(index) == envelope["sha256"] and index["version"] == FORMAT_VERSION
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise DataError("index.json does not match its checksum")
+    for name, entry in index["files"].items():
+        size = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if size != entry["size"]:
+            raise DataError(f"{name} has {size} bytes, the index says {entry['size']}")
+    if file_hash(directory / "offsets.bin") != index["files"]["offsets.bin"]["sha256"]:
+        raise DataError("offsets.bin does not match its checksum")
+    mask = np.memmap(directory / "mask.bin", np.bool_, "r") if "mask.bin" in index["files"] else None
+    return TokenStore(
+        tokens=np.memmap(directory / "tokens.bin", np.int32, "r"),
+        mask=mask,
+        offsets=np.memmap(directory / "offsets.bin", np.int64, "r"),
+        report=index["report"],
+        fingerprint=content_hash(index["files"]),
+    )
+
+
+def _ensure(directory: Path, build: Callable[[StoreWriter], Mapping[str, Any]], with_mask: bool) -> None:
+    try:
+        open_store(directory)
+        return
+    except FileNotFoundError:
+        pass
+    except DataError as error:
+        _log.warning("the token cache %s is damaged (%s): it is built again", directory, error)
+    with _temporary_sibling(directory) as temporary:
+        writer = StoreWriter(temporary, with_mask)
+        writer.close(build(writer))
+        _publish(temporary, directory)
+
+
+@contextmanager
+def _temporary_sibling(directory: Path) -> Iterator[Path]:
+    """A folder on the same file system, removed on any way out; ConfigError where it cannot be written."""
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except OSError as error:
+        free = shutil.disk_usage(temporary.parent).free if temporary.parent.is_dir() else 0
+        raise ConfigError(
+            f"the token cache cannot be written to {directory.parent} ({error.strerror or error}; {free:,} bytes "
+            "free): name a folder with room for it, --cache_dir /path"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Rename; an entry that lies there is a damaged one, or was published by another job meanwhile and is as good."""
+    if directory.exists():
+        aside = temporary.with_name(temporary.name + ".old")
+        directory.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    temporary.rename(directory)

@@ -1,0 +1,170 @@
+"""Conversations -> text with the spans that are learned, by the tokenizer's own chat template.
+
+The rule. The span of an assistant turn starts where the template's generation prompt ends and goes up to the
+end-of-turn token, which is learned too: without it a model never stops. White space that the template writes after that
+token is not learned: generation stops at the token, so nothing after it is ever produced.
+
+The proof. With prompt = render(messages before the turn, add_generation_prompt) and turn = render(messages up to the
+turn), turn must start with prompt: the model is then trained on exactly what it will see. Where a template writes a
+turn differently once others follow (Qwen3 strips the thinking of earlier turns), the row becomes several samples: each
+turn is learned once, in a text that starts with its own prompt. A template whose prompt is no prefix is refused.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mswift.data.rows import Conversation, Message
+from mswift.data.tokenizer import Tokenizer, render, special_tokens, template_end_token_id
+from mswift.errors import ConfigError, DataError
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) that are learned."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The text of one sample and what is learned in it."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    index: int
+    """Of the assistant message."""
+    text: str
+    """Rendering of the messages up to it."""
+    span: Span
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer; ConfigError when it has none or writes no end-of-turn token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        name = tokenizer.name_or_path
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer of {name} has no chat_template, which sft needs: put the chat_template.jinja of the "
+                "instruct version of the model beside its tokenizer.json, or train on plain text with `mswift pt`"
+            )
+        if template_end_token_id(tokenizer) is None:
+            raise ConfigError(
+                f"the chat_template of {name} writes no special token after an assistant turn, so a model trained on "
+                "it would never stop: write {{ eos_token }} after the assistant's content in chat_template.jinja"
+            )
+        self._specials = tuple(special_tokens(tokenizer))
+
+    def render(self, conversation: Conversation, where: str) -> list[Rendering]:
+        """One rendering, or several where later messages change how earlier turns are written; DataError names `where`.
+
+        Messages after the last assistant turn teach nothing and are left out.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [self._turn(messages, index, tools, where) for index in indices]
+        if tools and turns[0].text == self._render(messages[: indices[0] + 1], None, False, where):
+            raise DataError(
+                f"{where} has `tools`, which the chat template ignores; remove the field or use a template with tools"
+            )
+        renderings = []
+        while turns:
+            last = turns[-1]
+            kept = [turn for turn in turns if last.text.startswith(turn.text[: turn.span.end])]
+            self._check_messages(messages[: last.index + 1], last.text, where)
+            self._check_marks(messages[: last.index + 1], tools, last.text, kept, where)
+            renderings.append(Rendering(last.text, tuple(turn.span for turn in kept)))
+            turns = [turn for turn in turns if turn not in kept]
+        return renderings[::-1]
+
+    def _turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None, where: str) -> _Turn:
+        where = f"{where}, message {index + 1}"
+        prompt = self._render(messages[:index], tools, True, where)
+        text = self._render(messages[: index + 1], tools, False, where)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"{where}: the span to learn cannot be found: the chat template writes the prompt as {_end(prompt)} "
+                f"but the turn as {_end(text)}, which does not start with it. Use a template whose generation prompt is "
+                "the beginning of an assistant turn"
+            )
+        learned = text[len(prompt) :].rstrip()
+        if not learned.endswith(self._specials):
+            raise DataError(f"{where}: the chat template ends this turn without a special token: {_end(text)}")
+        self._check_answer(messages[index], learned, where)
+        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned)))
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool, where: str) -> str:
+        try:
+            return render(self._tokenizer, list(messages), prompt=prompt, tools=tools)
+        except Exception as error:  # whatever a template raises: jinja errors and any of Python's
+            roles = ", ".join(message["role"] for message in messages) or "none"
+            raise DataError(
+                f"{where}: the chat template refuses the turns before and up to this one (roles: {roles}): {error}. "
+                "Most templates want user and assistant in turn, the user first"
+            ) from error
+
+    @staticmethod
+    def _check_answer(message: Message, learned: str, where: str) -> None:
+        """What the row teaches is in the span, but for white space: no template may drop a part of it."""
+        wanted = [message["content"], *(call["function"]["name"] for call in message.get("tool_calls", ()))]
+        for text in wanted:
+            if _squeeze(text) not in _squeeze(learned):
+                raise DataError(
+                    f"{where}: the chat template does not write all of the turn: {_end(text)} became {_end(learned)}"
+                )
+
+    @staticmethod
+    def _check_messages(messages: Sequence[Message], text: str, where: str) -> None:
+        """A template that leaves out a system or user message is refused (some ignore the system role)."""
+        squeezed = _squeeze(text)
+        for number, message in enumerate(messages, start=1):
+            if message["role"] in ("system", "user") and _squeeze(message["content"]) not in squeezed:
+                raise DataError(
+                    f"{where}, message {number}: the chat template leaves out this {message['role']} message; remove it"
+                )
+
+    def _check_marks(
+        self, messages: list[Message], tools: list[Any] | None, text: str, turns: Sequence[_Turn], where: str
+    ) -> None:
+        """Where the template has {% generation %} marks, they must say the same, but for the end-of-turn token."""
+        template = self._tokenizer.get_chat_template(tools=tools)
+        if not _GENERATION_MARK.search(template):
+            return
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = {**self._tokenizer.special_tokens_map, "tools": tools}
+        texts, marks = cast(Any, render_jinja_template)(
+            conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **options
+        )
+        marked = {start: self._core(text[start:end]) for start, end in marks[0]}
+        for turn in turns:
+            span = turn.span
+            if texts[0] != text or marked.get(span.start) != self._core(text[span.start : span.end]):
+                raise DataError(
+                    f"{where}, message {turn.index + 1}: the {{% generation %}} marks of the chat template disagree with "
+                    f"its generation prompt about what is learned, {text[span.start : span.end]!r}; mend the marks"
+                )
+
+    def _core(self, learned: str) -> str:
+        """A span without its end-of-turn token and the white space around it."""
+        learned = learned.rstrip()
+        end = next((token for token in self._specials if learned.endswith(token)), "")
+        return learned.removesuffix(end).rstrip()
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _end(text: str, length: int = 60) -> str:
+    return repr(text if len(text) <= length else "..." + text[-length:])

@@ -17,11 +17,6 @@ class Sample:
     loss_mask: NDArray[np.bool_]
     """bool [n]; loss_mask[t]: token t is a target, predicted from the tokens before it. The first one never is."""
 
-    @property
-    def num_positions(self) -> int:
-        """Positions of a batch that the sample fills: the last token is only a target, so n - 1."""
-        return len(self.tokens) - 1
-
 
 class Batch(NamedTuple):
     """One micro batch; labels are already shifted: labels[b, t] is the token that follows tokens[b, t]."""
@@ -41,7 +36,7 @@ def collate(samples: Sequence[Sample], length: int, pad_token_id: int) -> Batch:
     labels = np.full(shape, pad_token_id, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
     for row, sample in enumerate(samples):
-        positions = sample.num_positions
+        positions = len(sample.tokens) - 1  # the last token is only a target
         if positions > length:
             raise ValueError(f"a sample of {positions} positions in a batch of length {length}")
         tokens[row, :positions] = sample.tokens[:-1]

@@ -94,8 +94,8 @@ class ChatTemplate:
         if not text.startswith(prompt):
             raise DataError(
                 f"{where}: the span to learn cannot be found: the chat template writes the prompt as {_end(prompt)} "
-                f"but the turn as {_end(text)}, which does not start with it. Use a template whose generation prompt is "
-                "the beginning of an assistant turn"
+                f"but the turn as {_end(text)}, which does not start with it. Use a template whose generation "
+                "prompt is the beginning of an assistant turn"
             )
         learned = text[len(prompt) :].rstrip()
         if not learned.endswith(self._specials):
@@ -151,8 +151,8 @@ class ChatTemplate:
             span = turn.span
             if texts[0] != text or marked.get(span.start) != self._core(text[span.start : span.end]):
                 raise DataError(
-                    f"{where}, message {turn.index + 1}: the {{% generation %}} marks of the chat template disagree with "
-                    f"its generation prompt about what is learned, {text[span.start : span.end]!r}; mend the marks"
+                    f"{where}, message {turn.index + 1}: the {{% generation %}} marks of the chat template disagree "
+                    f"with its generation prompt about what is learned, {text[span.start : span.end]!r}; mend the marks"
                 )
 
     def _core(self, learned: str) -> str:

@@ -47,6 +47,13 @@ class LoraConfig:
         if self.alpha <= 0:
             raise ConfigError(f"--lora_alpha {self.alpha}: the scale alpha / rank must be positive; 32 is usual")
 
+    @classmethod
+    def for_table(
+        cls, table: "Table", *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
+    ) -> "LoraConfig":
+        """As the flags say it, with target_modules expanded on this model."""
+        return cls(rank, alpha, expand_targets(table, target_modules), seed)
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank

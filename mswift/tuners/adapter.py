@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mswift.converters.adapters import LoraConfig, Table, linears, lora_shapes, saved_shapes
+from mswift.converters.adapters import LoraConfig, Table, linears
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
-from mswift.tuners.peft_config import PeftSettings, read_peft_config
+from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftSettings, read_peft_config
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -44,19 +42,11 @@ class PeftAdapter:
             if piece.get_dtype() not in _FLOATS:
                 raise CheckpointError(f"{self.file}: {name} is {piece.get_dtype()}; known: {' '.join(_FLOATS)}")
 
-    def expected_shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
-        """What adapter_config.json promises on this model: LoRA of the selected linears, and modules_to_save."""
-        modules = [linear for linear in linears(table) if self.settings.selects(linear.name)]
-        if not modules:
-            targets = self.settings.target_modules
-            raise ConfigError(f"{self.settings.path}: target_modules={targets!r} match no linear of the model")
-        return lora_shapes(modules, self.settings.rank) | saved_shapes(table, self.settings.modules_to_save)
-
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """CheckpointError unless the file holds exactly these tensors; names the first offender and both shapes."""
         for name, shape in shapes.items():
             if name not in self.shapes:
-                raise CheckpointError(f"{self.file} lacks {PREFIX}{name} {list(shape)}, which the model and {self._by}")
+                raise CheckpointError(f"{self.file} lacks {PREFIX}{name} {list(shape)}, which {CONFIG_FILE} asks for")
             if self.shapes[name] != shape:
                 found = list(self.shapes[name])
                 raise CheckpointError(f"{self.file}: {PREFIX}{name} has shape {found}, the model needs {list(shape)}")
@@ -66,10 +56,6 @@ class PeftAdapter:
                 f"{self.file}: {PREFIX}{extra[0]} {list(self.shapes[extra[0]])} has no place in this model "
                 f"({len(extra)} such tensors)"
             )
-
-    @property
-    def _by(self) -> str:
-        return f"{self.settings.path.name} ask for"
 
     def lora_config(self, table: Table, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
         """(LoraConfig, modules_to_save) to train this adapter on; ConfigError for what training cannot continue."""

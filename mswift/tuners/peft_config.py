@@ -11,10 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mswift.converters.adapters import ALL_LINEAR, LoraConfig
+from mswift.converters.adapters import (
+    ALL_LINEAR,
+    SAVABLE,
+    LoraConfig,
+    Table,
+    expand_modules_to_save,
+    linears,
+    lora_shapes,
+    saved_shapes,
+)
 from mswift.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the HF model."""
+
 _PEFT_VERSION = "0.21.2"
 _OFF: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -78,6 +91,20 @@ class PeftSettings:
         return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
 
 
+def promised_shapes(table: Table, settings: PeftSettings) -> dict[str, tuple[int, ...]]:
+    """What a configuration promises on this model: LoRA of the selected linears, and modules_to_save.
+
+    Raises ConfigError when it selects no linear of the model.
+    """
+    modules = [linear for linear in linears(table) if settings.selects(linear.name)]
+    if not modules:
+        raise ConfigError(f"{settings.path}: target_modules={settings.target_modules!r} match no linear of the model")
+    saved = tuple(name for name in SAVABLE if name in settings.modules_to_save)
+    if len(saved) != len(set(settings.modules_to_save)):
+        raise ConfigError(f"{settings.path}: modules_to_save={settings.modules_to_save!r}; known: {' '.join(SAVABLE)}")
+    return lora_shapes(modules, settings.rank) | saved_shapes(table, saved)
+
+
 def peft_config(
     config: LoraConfig, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
 ) -> dict[str, Any]:
@@ -108,6 +135,15 @@ def peft_config(
     )
 
 
+def adapter_files(
+    table: Table, config: LoraConfig, modules_to_save: Sequence[str], base_model: str | None
+) -> dict[str, bytes]:
+    """adapter_config.json by name, as a training checkpoint carries it in hf/."""
+    saved = expand_modules_to_save(table, modules_to_save)
+    content = peft_config(config, saved, base_model=base_model, tied=table.spec.tied_embeddings)
+    return {CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
+
+
 def read_peft_config(adapter: Path) -> PeftSettings:
     """adapter_config.json of a PEFT directory.
 
@@ -117,7 +153,9 @@ def read_peft_config(adapter: Path) -> PeftSettings:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--adapters {adapter}: no {CONFIG_FILE} there; give a directory that PEFT wrote") from None
+        raise ConfigError(
+            f"--adapters {adapter}: no {CONFIG_FILE} there; give a PEFT directory (of a run: mswift export --model RUN)"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):

@@ -1,0 +1,109 @@
+"""A PEFT directory from the adapters of a training checkpoint, or from any named arrays. Bytes move; no torch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mswift.converters.adapters import Table, trained_name
+from mswift.converters.catalog import read_config
+from mswift.converters.io.files import new_directory, write_file
+from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.layout import Region
+from mswift.converters.plan import DTYPE_BYTES, table_for
+from mswift.errors import CheckpointError
+from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.peft_config import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    PeftSettings,
+    promised_shapes,
+    read_peft_config,
+)
+
+STORED = "adapter."
+"""Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""
+
+Read = Callable[[str, Region, memoryview], None]
+"""Fills a buffer with the C-order bytes of a region of a named tensor."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What was written; prints as one sentence."""
+
+    destination: Path
+    num_tensors: int
+    num_elements: int
+
+    def __str__(self) -> str:
+        return f"PEFT adapter written to {self.destination}: {self.num_tensors} tensors, {self.num_elements:,} elements"
+
+
+def is_adapter_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds adapters in place of a model."""
+    return (checkpoint / "hf" / CONFIG_FILE).is_file()
+
+
+def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
+    """The adapter of a LoRA checkpoint as PEFT loads it, in the dtype it was trained in.
+
+    Raises CheckpointError unless the checkpoint holds exactly the tensors its adapter_config.json promises.
+    """
+    settings = read_peft_config(checkpoint / "hf")
+    table = table_for(read_config(checkpoint / "hf"))
+    source = TorchDistSource(checkpoint)
+    stored = {name.removeprefix(STORED): t for name, t in source.tensors.items() if name.startswith(STORED)}
+    tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
+    config = (checkpoint / "hf" / CONFIG_FILE).read_bytes()
+
+    def read(name: str, region: Region, out: memoryview) -> None:
+        source.read(STORED + name, region, out)
+
+    return write_adapter(destination, table, settings, config, tensors, read, where=str(checkpoint))
+
+
+def write_adapter(
+    destination: Path,
+    table: Table,
+    settings: PeftSettings,
+    config: bytes,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Read,
+    *,
+    where: str,
+) -> AdapterReport:
+    """adapter_model.safetensors and adapter_config.json (`config`, of which `settings` is the reading), atomically.
+
+    tensors: trained name -> (dtype, shape), a tied embedding once; `where` names their origin in errors. A tied
+    embedding is written under both of its names.
+    """
+    shapes = promised_shapes(table, settings)
+    _check(where, tensors, {trained_name(table, name): shape for name, shape in shapes.items()})
+    written = {PREFIX + name: (tensors[trained_name(table, name)][0], shape) for name, shape in shapes.items()}
+
+    def blocks(name: str) -> Iterator[bytearray]:
+        dtype, shape = written[name]
+        for region in row_blocks(shape, DTYPE_BYTES[dtype]):
+            buffer = bytearray(region.num_elements * DTYPE_BYTES[dtype])
+            read(trained_name(table, name.removeprefix(PREFIX)), region, memoryview(buffer))
+            yield buffer
+
+    with new_directory(destination) as partial:
+        write_safetensors(partial / WEIGHTS_FILE, dict(sorted(written.items())), blocks)
+        write_file(partial / CONFIG_FILE, config)
+    return AdapterReport(destination, len(written), sum(prod(shape) for shape in shapes.values()))
+
+
+def _check(
+    where: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{where} lacks the adapter tensor {name} {list(shape)}")
+        if tensors[name][1] != shape:
+            raise CheckpointError(f"{where}: {name} has shape {list(tensors[name][1])}, the model needs {list(shape)}")
+    extra = sorted(tensors.keys() - expected.keys())
+    if extra:
+        raise CheckpointError(f"{where}: {extra[0]} {list(tensors[extra[0]][1])} has no place in this adapter")

@@ -1,0 +1,182 @@
+"""`mswift merge`: one fp32 fold of adapters into a copy of their base, tensor by tensor.
+
+weight' = cast(float32(weight) + sum over adapters of scale * float32(B) @ float32(A)); modules_to_save replace their
+weight. No model is built; a few row blocks are in memory at a time. The base is only read.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mswift.config.merge import MergeConfig
+from mswift.converters.adapters import EMBED, HEAD, SAVABLE, linears
+from mswift.converters.catalog import read_config
+from mswift.converters.io.files import new_directory, open_read, read_bytes, write_file
+from mswift.converters.io.safetensors import INDEX, StoredTensor, read_directory
+from mswift.converters.io.side_files import carried_files
+from mswift.converters.layout import Region
+from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
+from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.peft_config import promised_shapes
+
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TIE = "tie_word_embeddings"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written; prints as one sentence."""
+
+    destination: Path
+    num_folded: int
+    num_replaced: int
+    num_tensors: int
+    untied: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        untied = f"; the embeddings are untied now ({_TIE}: false)" if self.untied else ""
+        return (
+            f"merged model written to {self.destination}: {self.num_tensors} tensors, {self.num_folded} with a LoRA "
+            f"folded in, {self.num_replaced} from modules_to_save{untied}; {self.seconds:.1f} s"
+        )
+
+
+def main(config: MergeConfig) -> int:
+    """The command; prints the report."""
+    print(merge(Path(config.model), [Path(path) for path in config.adapters], Path(config.output_dir)))
+    return 0
+
+
+def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeReport:
+    """Write base + adapters (folded in this order) to a new HF directory with the base's dtypes and files.
+
+    Raises ConfigError or CheckpointError when base and adapters do not fit, naming the tensor and both shapes;
+    nothing is written then.
+    """
+    start = time.perf_counter()
+    if (base / ".metadata").is_file():
+        raise ConfigError(f"--model {base} is a Megatron checkpoint: mswift convert --model {base} --to hf first")
+    table = table_for(read_config(base))
+    stored = _check_base(base, table)
+    fold = _Fold(table, stored, [PeftAdapter(path) for path in adapters])
+    with new_directory(destination) as partial:
+        for path in sorted({tensor.path for tensor in stored.values()}):
+            write_safetensors(partial / path.name, fold.contents(path), fold.blocks)
+        for side in carried_files(base):
+            write_file(partial / side.name, _untied_config(side) if _is_config(side, fold) else side.read_bytes())
+        if (base / INDEX).is_file():
+            write_file(partial / INDEX, fold.index(base / INDEX))
+    return MergeReport(
+        destination,
+        len(fold.deltas),
+        len(fold.replaced),
+        len(stored) + fold.untied,
+        fold.untied,
+        time.perf_counter() - start,
+    )
+
+
+class _Fold:
+    """Which tensors of the base change, and the new bytes of any tensor."""
+
+    def __init__(self, table: ModelTable, stored: Mapping[str, StoredTensor], adapters: Sequence[PeftAdapter]):
+        self.stored = stored
+        self.deltas: dict[str, list[tuple[PeftAdapter, str, str]]] = {}  # weight -> (adapter, name of A, name of B)
+        self.replaced: dict[str, PeftAdapter] = {}
+        for adapter in adapters:
+            adapter.check(promised_shapes(table, adapter.settings))
+            for linear in linears(table):
+                name_a, name_b = linear.lora_names()
+                if name_a in adapter.shapes:
+                    self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, name_a, name_b))
+            self.replaced |= {name: adapter for name in SAVABLE.values() if name in adapter.shapes}
+        self.untied = table.spec.tied_embeddings and self._embeddings_differ()
+        if table.spec.tied_embeddings and not self.untied:
+            self.replaced.pop(SAVABLE[HEAD], None)
+
+    def contents(self, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensors of the merged file that stands for this file of the base, in the base's order."""
+        own = sorted((t.offset, name) for name, t in self.stored.items() if t.path == path)
+        entries = {name: (self.stored[name].dtype, self.stored[name].shape) for _, name in own}
+        if self.untied and SAVABLE[EMBED] in entries:
+            entries[SAVABLE[HEAD]] = entries[SAVABLE[EMBED]]
+        return entries
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one merged tensor, in row blocks."""
+        tensor = self.stored.get(name, self.stored[SAVABLE[EMBED]])  # an untied head starts as the embedding
+        fd = open_read(tensor.path)
+        with open(fd, "rb"):
+            offset = tensor.offset
+            for region in row_blocks(tensor.shape, DTYPE_BYTES[tensor.dtype]):
+                size = region.num_elements * DTYPE_BYTES[tensor.dtype]
+                raw = bytearray(read_bytes(fd, size, offset, tensor.path))
+                rows = torch.frombuffer(raw, dtype=_TORCH[tensor.dtype]).view(region.sizes)
+                yield memoryview(self._merged(name, region, rows).view(-1).view(torch.uint8).numpy())
+                offset += size
+
+    def _merged(self, name: str, region: Region, rows: Tensor) -> Tensor:
+        if name in self.replaced:
+            return self.replaced[name].read(name, region).to(rows.dtype).contiguous()
+        if name not in self.deltas:
+            return rows
+        total = rows.float()
+        for adapter, name_a, name_b in self.deltas[name]:
+            b = adapter.read(name_b, Region((region.offsets[0], 0), (region.sizes[0], adapter.settings.rank)))
+            total = torch.addmm(total, b.float(), adapter.tensor(name_a).float(), alpha=adapter.settings.scale)
+        return total.to(rows.dtype)
+
+    def _embeddings_differ(self) -> bool:
+        """Whether modules_to_save leave the tied base with two different matrices."""
+        embedding, head = (self.replaced.get(SAVABLE[name]) for name in (EMBED, HEAD))
+        if head is None:
+            return embedding is not None and not embedding.settings.ensure_weight_tying
+        if embedding is None:
+            return True
+        one, other = embedding.tensor(SAVABLE[EMBED]), head.tensor(SAVABLE[HEAD])
+        return not torch.equal(one.float(), other.float())
+
+    def index(self, path: Path) -> bytes:
+        """The base's index, with the untied head if there is one."""
+        if not self.untied:
+            return path.read_bytes()
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"][SAVABLE[HEAD]] = index["weight_map"][SAVABLE[EMBED]]
+        metadata = index.setdefault("metadata", {})
+        if "total_size" in metadata:
+            metadata["total_size"] += self.stored[SAVABLE[EMBED]].nbytes
+        return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _check_base(base: Path, table: ModelTable) -> dict[str, StoredTensor]:
+    """Every tensor of the base; CheckpointError unless they are those of its config.json."""
+    stored = read_directory(base)
+    for name, shape in table.hf.items():
+        if name not in stored:
+            raise CheckpointError(f"--model {base} lacks tensor {name} {list(shape)}")
+        if stored[name].shape != shape:
+            raise CheckpointError(f"--model {base}: {name} has shape {list(stored[name].shape)}, not {list(shape)}")
+    for name, tensor in stored.items():
+        if name not in table.hf and name not in table.dropped:
+            raise CheckpointError(f"--model {base}: {name} {list(tensor.shape)} is no tensor of this model")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"--model {base}: {name} is {tensor.dtype}; known: {' '.join(WEIGHT_DTYPES)}")
+    return stored
+
+
+def _is_config(path: Path, fold: _Fold) -> bool:
+    return fold.untied and path.name == "config.json"
+
+
+def _untied_config(path: Path) -> bytes:
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return (json.dumps(config | {_TIE: False}, indent=2) + "\n").encode()

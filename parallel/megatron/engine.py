@@ -1,0 +1,224 @@
+"""The Megatron engine: one model on this rank, trained in steps, read and written as boxes of global tensors.
+
+Shapes: b microbatch size, s padded sequence length, V vocabulary (without padding).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from mswift.converters.plan import ModelTable
+from mswift.converters.reader import WeightReader
+from mswift.errors import CheckpointError
+from mswift.parallel import device as devices
+from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
+from mswift.parallel.megatron import schedule, world
+from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
+from mswift.parallel.megatron.model import build_model
+from mswift.parallel.megatron.optimizer import ShardedOptimizer
+from mswift.parallel.megatron.placement import Placed, place_adapter, place_parameters
+from mswift.parallel.megatron.schedule import Microbatch, StepResult
+from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
+from mswift.topology import ParallelDims
+
+__all__ = ["EngineConfig", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
+
+SOURCE_DTYPES = {**DTYPES, "F16": torch.float16}
+"""Dtypes that a checkpoint's weights may have; they are converted to the engine's."""
+
+
+class MegatronEngine:
+    """One rank's part of a model on megatron-core.
+
+    To be made after `mswift.parallel.device.prepare` and `mswift.parallel.groups.init`. Weights hold nothing
+    until `load_weights` or `load_state`. One engine at a time: a new one takes megatron-core's groups over.
+    """
+
+    def __init__(self, table: ModelTable, dims: ParallelDims, config: EngineConfig, device: torch.device) -> None:
+        table.check_tp(dims.tp)
+        world.enter(dims, config.seed)
+        self.table, self.dims, self.config, self.device = table, dims, config, device
+        self.coordinate = dims.coordinate(dist.get_rank())
+        self.optimizer_step = 0
+        self._core_config = transformer_config(table.spec, dims, config)
+        self._core_config.finalize_model_grads_func = self._finalize_gradients
+        chunks = build_model(table.spec, dims, self._core_config, device)
+        self._place(chunks)
+        self._chunks = [DistributedDataParallel(self._core_config, ddp_config(), chunk) for chunk in chunks]
+        self._optimizer = ShardedOptimizer(self._chunks, config)
+        self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _place(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Note what every parameter is of the whole; add adapters in between, since they rename the base."""
+        layers = self.dims.stage_layers(self.table.spec.num_layers, self.coordinate.pp)
+        tp, size = self.coordinate.tp, self.dims.tp
+        self._base = [
+            p for chunk in chunks for p in place_parameters(chunk, self.table, layers=layers, tp_rank=tp, tp_size=size)
+        ]
+        self._trained = self._base
+        if self.config.lora is not None:
+            add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
+            self._trained = [place_adapter(*adapter, tp_rank=tp) for adapter in adapter_tensors(chunks)]
+
+    # -- weights
+
+    @torch.no_grad()
+    def load_weights(self, reader: WeightReader) -> None:
+        """Fill the base from a checkpoint: this rank's slices and no others; padded vocabulary rows are zero.
+
+        Adapters keep their start. Raises CheckpointError for another model than the engine's.
+        """
+        if reader.table.spec != self.table.spec:
+            raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self.table.spec}")
+        self._read_parameters(self._base, reader.read, SOURCE_DTYPES[reader.dtype])
+
+    @torch.no_grad()
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`)."""
+        assert self.config.lora is not None
+        load_adapter(self._chunks, self.table, self.config.lora, self.config.trainable_modules, source)
+        self._optimizer.reload_parameters()
+
+    @torch.no_grad()
+    def load_state(self, read: Read, optimizer_step: int) -> None:
+        """Weights (adapters only in an adapter run) and optimizer state, written at any layout.
+
+        `read` is asked for exactly the regions of this rank. The next update is number `optimizer_step` + 1.
+        """
+        self._read_parameters(self._trained, read, DTYPES[self.config.dtype])
+        self.optimizer_step = optimizer_step
+        for placed, (start, stop) in self._owned():
+            if self.config.dtype != "F32":
+                master = self._optimizer.master(placed.parameter)
+                read_range(placed, master, start, stop, read, "optimizer.master.")
+            if optimizer_step:
+                self._optimizer.make_states(placed.parameter, optimizer_step)
+                for name, values in self._optimizer.states(placed.parameter):
+                    read_range(placed, values, start, stop, read, f"optimizer.{name}.")
+
+    def _read_parameters(self, parameters: Sequence[Placed], read: Read, dtype: torch.dtype) -> None:
+        for placed in parameters:
+            values = placed.parameter.data.view(-1)
+            read_range(placed, values, 0, values.numel(), read, dtype=dtype)
+        self._optimizer.reload_parameters()
+
+    def model_shards(self) -> Iterator[StateShard]:
+        """What a checkpoint must hold of the weights: every element of the model on exactly one rank of the job.
+
+        A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
+        """
+        for placed, (start, stop) in self._owned():
+            if placed.is_primary:
+                values = placed.parameter.detach().view(-1)[start:stop]
+                yield from shards_of_range(placed, values, start, stop)
+
+    def optimizer_shards(self) -> Iterator[StateShard]:
+        """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16."""
+        for placed, (start, stop) in self._owned():
+            if not placed.is_primary:
+                continue
+            if self.config.dtype != "F32":
+                master = self._optimizer.master(placed.parameter)
+                yield from shards_of_range(placed, master, start, stop, "optimizer.master.")
+            for name, values in self._optimizer.states(placed.parameter):
+                yield from shards_of_range(placed, values, start, stop, f"optimizer.{name}.")
+
+    def gradients(self) -> Iterator[StateShard]:
+        """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
+        for placed, (start, stop) in self._owned():
+            if placed.is_primary:
+                values = placed.parameter.main_grad.view(-1)[start:stop]  # type: ignore[attr-defined]
+                yield from shards_of_range(placed, values, start, stop, "gradient.")
+
+    def _owned(self) -> Iterator[tuple[Placed, tuple[int, int]]]:
+        """Trained parameters and the flat range of them that this data-parallel rank updates."""
+        for placed in self._trained:
+            span = self._optimizer.owned_range(placed.parameter)
+            if span is not None:
+                yield placed, span
+
+    # -- computing
+
+    def train_step(self, microbatches: Sequence[Microbatch], lr: float) -> StepResult:
+        """One update from these microbatches of this data-parallel rank (1F1B over pipeline stages).
+
+        The loss is the mean over the global batch, weighted by the tokens' loss weights; all microbatches of the
+        step have one length, on all ranks.
+        """
+        started = time.perf_counter()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
+        self._weight_sum.fill_(weights)
+        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False)
+        loss_sum = self._sum_over_ranks(losses)
+        devices.synchronize(self.device)
+        computed = time.perf_counter()
+        grad_norm = self._optimizer.step(lr)
+        devices.synchronize(self.device)
+        self.optimizer_step += 1
+        num_tokens = float(self._weight_sum)  # summed over ranks by _finalize_gradients
+        seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
+        return StepResult(loss_sum / num_tokens if num_tokens else float("nan"), num_tokens, grad_norm, seconds)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        """(sum of weighted losses, sum of weights) over the global batch; touches no state of the training."""
+        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=True)
+        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
+        weights = weights if self._reports else 0.0
+        total = torch.tensor([losses, weights], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total[0]), float(total[1])
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype, on every rank."""
+        return schedule.logits(self._chunks, tokens, self.table.spec.vocab_size, self.device)
+
+    @property
+    def _reports(self) -> bool:
+        """One rank per data-parallel rank counts: the last pipeline stage of the first tensor-parallel rank."""
+        return self.coordinate.tp == 0 and self.coordinate.pp == self.dims.pp - 1
+
+    def _sum_over_ranks(self, losses: float) -> float:
+        total = torch.tensor(losses if self._reports else 0.0, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def _finalize_gradients(self, model: list[torch.nn.Module], _num_tokens: Tensor | None, **groups: object) -> None:
+        """Sum gradients over ranks and divide by the sum of loss weights, which megatron-core would count as int."""
+        schedule.finalize_gradients(model, self._weight_sum, **groups)
+
+    # -- sizes
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the global model, adapters not counted, tied embeddings once."""
+        return sum(_elements(tensor.shape) for tensor in self.table.megatron.values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Elements that the whole job trains."""
+        mine = sum(
+            part.region.num_elements for placed in self._trained if placed.is_primary for part in placed.parts
+        )
+        total = torch.tensor(mine, dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        return int(total) // self.dims.dp
+
+    def close(self) -> None:
+        """Give megatron-core's groups back; the engine is of no use afterwards."""
+        self._chunks, self._base, self._trained = [], [], []
+        world.leave()
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

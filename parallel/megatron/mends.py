@@ -1,0 +1,84 @@
+"""What megatron-core needs where there is no Transformer Engine or no GPU. Applied by mswift.parallel.device.prepare.
+
+Each group is pinned to the megatron-core versions it was tested with; others are refused. Nothing in
+megatron-core's files is changed.
+"""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.version import InvalidVersion, Version
+
+from mswift.errors import ConfigError
+from mswift.parallel.megatron import no_gpu
+
+TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
+HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+@dataclass
+class _State:
+    applied_for: str | None = None
+
+
+_state = _State()
+
+
+def apply(*, on_gpu: bool) -> None:
+    """Check the version and apply the groups for this kind of device; the second call for it does nothing.
+
+    Raises ConfigError for a version outside TESTED, and when this process was prepared for the other device.
+    """
+    wanted = "cuda" if on_gpu else "cpu"
+    if _state.applied_for == wanted:
+        return
+    if _state.applied_for is not None:
+        raise ConfigError(
+            f"--device {wanted}: this process already runs megatron-core on {_state.applied_for}; start another process"
+        )
+    check_version(installed_version())
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before mswift.parallel.device.prepare()")
+    hide_fused_kernels()
+    if not on_gpu:
+        no_gpu.replace_cuda_calls()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # five "X is not installed" at import; it is hidden on purpose
+        import megatron.core.tensor_parallel.random
+    if not on_gpu:
+        no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
+    # megatron-core 0.16 calls torch's older names of these collectives at every step
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS.*", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf", category=UserWarning)
+    _state.applied_for = wanted
+
+
+def installed_version() -> str:
+    """Version of the installed megatron-core. Raises ConfigError when there is none."""
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError("megatron-core is not installed: pip install 'megatron-core>=0.16.1,<0.17'") from error
+
+
+def check_version(version: str) -> None:
+    """ConfigError unless the mends were tested with this megatron-core."""
+    first, after = TESTED
+    try:
+        known = Version(first) <= Version(version) < Version(after)
+    except InvalidVersion:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"megatron-core {version} is installed, but the mends of mswift are tested with {first} up to, "
+            f"not including, {after}: pip install 'megatron-core>={first},<{after}'"
+        )
+
+
+def hide_fused_kernels() -> None:
+    """Make `import transformer_engine` and `import apex` fail in this process, as if they were not installed."""
+    for name in HIDDEN:
+        sys.modules[name] = None  # type: ignore[assignment]

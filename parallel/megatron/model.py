@@ -1,0 +1,80 @@
+"""Build the model chunks of this rank. megatron-core's globals must be set (`mswift.parallel.megatron.world`).
+
+Shapes: s sequence, b batch, v vocabulary columns of this rank.
+"""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mswift.converters.spec import ModelSpec
+from mswift.parallel.loss import vocab_parallel_cross_entropy
+from mswift.parallel.megatron.spec import block_spec, rotary_table
+from mswift.topology import ParallelDims
+
+
+class DenseModel(GPTModel):
+    """GPTModel whose loss leaves the padded vocabulary out. Called with labels it returns losses [b, s]."""
+
+    num_real_rows: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s] and local logits [s, b, v] -> loss per token [b, s], without a reduction."""
+        group = self.pg_collection.tp
+        losses = vocab_parallel_cross_entropy(
+            logits,
+            labels.transpose(0, 1),
+            first_row=group.rank() * logits.shape[-1],
+            vocab_size=self.num_real_rows,
+            group=group,
+        )
+        return losses.transpose(0, 1)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the vocabulary at run time: the next multiple of the tensor-parallel size."""
+    return -(-vocab_size // tp) * tp
+
+
+def build_model(
+    spec: ModelSpec, dims: ParallelDims, config: TransformerConfig, device: torch.device
+) -> list[DenseModel]:
+    """The chunks of this pipeline stage (one without virtual stages), weights allocated and not yet set."""
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model = DenseModel(
+        config,
+        block_spec(spec, len(dims.stage_layers(spec.num_layers, stage)), rotary_table(spec, device)),
+        vocab_size=padded_vocab_size(spec.vocab_size, dims.tp),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == dims.pp - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="none",  # the attention layers rotate q and k themselves
+    )
+    model.num_real_rows = spec.vocab_size
+    _mark_cut_parameters(model)
+    return [model]
+
+
+def _mark_cut_parameters(model: torch.nn.Module) -> None:
+    """Tell the parameters that are cut over tensor-parallel ranks from the replicated ones.
+
+    megatron-core marks weights only while it initialises them; without the mark, the gradient norm would count
+    the shard of tensor-parallel rank 0 alone.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            continue
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        if not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)

@@ -1,0 +1,89 @@
+"""megatron-core's distributed optimizer with the update rule of our choice, and its state by parameter."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from mswift.parallel.megatron.config import EngineConfig, optimizer_config
+
+STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""Names of an update rule's fp32 tensors, each shaped like the parameter."""
+
+
+class ShardedOptimizer:
+    """Clips, steps and gathers; each data-parallel rank updates its flat range of every parameter.
+
+    Vectors (norms, biases) have no weight decay.
+    """
+
+    def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
+        self._config = config
+        self._chained = get_megatron_optimizer(optimizer_config(config), list(chunks), use_gloo_process_groups=False)
+        (inner,) = self._chained.chained_optimizers
+        self._inner: DistributedOptimizer = inner
+        if not inner.is_stub_optimizer:
+            inner.optimizer = _update_rule(inner.optimizer.param_groups, config)
+
+    def step(self, lr: float) -> float:
+        """One update from the gradients in the buffers; returns their global L2 norm before clipping."""
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self._chained.step()
+        self._chained.zero_grad()
+        return float(grad_norm)
+
+    def reload_parameters(self) -> None:
+        """Take master weights from the model; after weights were loaded from outside."""
+        self._chained.reload_model_params()
+
+    def owned_range(self, parameter: nn.Parameter) -> tuple[int, int] | None:
+        """Flat range [start, stop) of a trained parameter that this rank updates, or None."""
+        if self._inner.is_stub_optimizer or parameter not in self._inner.model_param_group_index_map:
+            return None
+        span = self._inner._get_model_param_range_map(parameter)["param"]
+        return span.start, span.end
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 values [stop - start] that the update rule works on; of an fp32 model a view of its weights."""
+        group, order = self._inner.model_param_group_index_map[parameter]
+        return self._inner.optimizer.param_groups[group]["params"][order]  # type: ignore[no-any-return]
+
+    def states(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor [stop - start]) of the update rule; none before the first step."""
+        state = self._inner.optimizer.state.get(self.master(parameter), {})
+        for name in STATES[self._config.optimizer]:
+            if name in state:
+                yield name, state[name]
+
+    def make_states(self, parameter: nn.Parameter, step: int) -> None:
+        """Allocate the state as it is after `step` updates, tensors still zero.
+
+        Every parameter gets a step counter of its own: torch's Adam counts in place.
+        """
+        master = self.master(parameter)
+        state: dict[str, Tensor] = {name: torch.zeros_like(master) for name in STATES[self._config.optimizer]}
+        if self._config.optimizer == "adam":
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
+        self._inner.optimizer.state[master] = state
+
+
+def _update_rule(groups: list[dict[str, Any]], config: EngineConfig) -> torch.optim.Optimizer:
+    """torch's own AdamW (one fused pass) or SGD over the flat shards that megatron-core made."""
+    some = [nn.Parameter(torch.empty(1))]  # a torch optimizer takes leaves only; the shards are views, put in below
+    rule: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        rule = torch.optim.SGD(some, lr=config.lr, momentum=config.sgd_momentum)
+    else:
+        betas = (config.adam_beta1, config.adam_beta2)
+        rule = torch.optim.AdamW(some, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    defaults = {name: value for name, value in rule.param_groups[0].items() if name != "params"}
+    rule.param_groups = [
+        {**defaults, "params": group["params"], "weight_decay": config.weight_decay * group["wd_mult"]}
+        for group in groups
+    ]
+    return rule

@@ -1,0 +1,39 @@
+"""megatron-core's process groups, which it keeps in globals: the only place in mswift that sets them."""
+
+import math
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from mswift.topology import ParallelDims
+
+_entered: list[ParallelDims] = []
+
+
+def enter(dims: ParallelDims, seed: int, timeout_seconds: float = 1800.0) -> None:
+    """Make megatron-core's groups for this layout; an earlier layout of this process is left first.
+
+    torch.distributed must be running with `dims.world_size` ranks.
+    """
+    if _entered != [dims]:
+        leave()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=dims.tp,
+            pipeline_model_parallel_size=dims.pp,
+            virtual_pipeline_model_parallel_size=dims.vpp,
+            context_parallel_size=dims.cp,
+            expert_model_parallel_size=dims.ep,
+            expert_tensor_parallel_size=dims.etp,
+            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+            create_gloo_process_groups=False,
+        )
+        _entered.append(dims)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def leave() -> None:
+    """Destroy megatron-core's groups, if there are any; the torch.distributed job stays."""
+    if _entered and dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+    _entered.clear()

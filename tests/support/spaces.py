@@ -1,0 +1,90 @@
+"""Whole models in memory, in Hugging Face space and in Megatron space, moved by the family's table."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+
+from mswift.converters.layout import Piece, Region
+from mswift.converters.plan import ModelTable, table_for
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def to_megatron(hf: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
+    """Every Megatron tensor of the table from the tensors of the HF model."""
+    some = next(iter(hf.values()))
+    out: Arrays = {key: np.zeros(tensor.shape, some.dtype) for key, tensor in table.megatron.items()}
+    for key in table.megatron:
+        for piece in table.pieces(key):
+            _view(out[key], piece, 1)[...] = _view(hf[piece.names[0]], piece, 0)
+    return out
+
+
+def to_hf(megatron: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
+    """The inverse of `to_megatron`."""
+    some = next(iter(megatron.values()))
+    out: Arrays = {name: np.zeros(shape, some.dtype) for name, shape in table.hf.items()}
+    for key in table.megatron:
+        for piece in table.pieces(key):
+            _view(out[piece.names[0]], piece, 0)[...] = _view(megatron[key], piece, 1)
+    return out
+
+
+def _view(array: np.ndarray[Any, Any], piece: Piece, side: int) -> np.ndarray[Any, Any]:
+    start = array[tuple(slice(i, None) for i in piece.starts[side])]
+    strides = [array.strides[dim.axis[side]] * dim.step[side] for dim in piece.dims]
+    return as_strided(start, [dim.size for dim in piece.dims], strides)
+
+
+class MemoryReader:
+    """A `WeightReader` over the weights of a transformers model."""
+
+    def __init__(self, config: dict[str, Any], hf: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self.config, self.table, self.dtype = config, table_for(config), "F32"
+        self.hf_files = Path("memory")
+        self.tensors = to_megatron(hf, self.table)
+
+    def read(self, key: str, region: Region, out: memoryview) -> None:
+        """Bytes of a region, C order."""
+        read_array(self.tensors[key], region, out)
+
+
+def read_array(array: np.ndarray[Any, Any], region: Region, out: memoryview) -> None:
+    """Copy a region of an array into a buffer of exactly its size."""
+    box = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+    out[:] = np.ascontiguousarray(array[box]).tobytes()
+
+
+def weights_of(model: torch.nn.Module) -> Arrays:
+    """fp32 weights of a transformers model by name; a tied head is left out."""
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
+def gather(shards: Iterable[Any]) -> dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]]:
+    """StateShards of one rank in a form that pickles: key -> (global shape, [(region, values)])."""
+    out: dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]] = {}
+    for shard in shards:
+        out.setdefault(shard.key, (shard.shape, []))[1].append((shard.region, shard.tensor.detach().clone()))
+    return out
+
+
+def assemble(ranks: Iterable[Mapping[str, Any]]) -> Arrays:
+    """Global tensors from the gathered shards of all ranks; asserts that they tile every tensor exactly once."""
+    counts: Arrays = {}
+    out: Arrays = {}
+    for rank in ranks:
+        for key, (shape, parts) in rank.items():
+            for region, values in parts:
+                if key not in out:
+                    out[key] = np.zeros(shape, values.float().numpy().dtype)
+                    counts[key] = np.zeros(shape, np.int32)
+                box = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+                out[key][box] = values.float().numpy().reshape(region.sizes)
+                counts[key][box] += 1
+    for key, count in counts.items():
+        assert count.min() == count.max() == 1, f"{key}: written {count.min()} to {count.max()} times"
+    return out

@@ -45,8 +45,8 @@ class TokenDataset:
         self._starts, self._ends = starts, ends
         self.fingerprint = fingerprint
         """Hash of the samples: two data sets with the same fingerprint give the same samples under the same ids."""
-        self.lengths: NDArray[np.int64] = ends - starts
-        """int64 [samples]; tokens of each sample. It fills one position less in a batch: the last is only a target."""
+        self.lengths: NDArray[np.int64] = ends - starts - 1
+        """int64 [samples]; positions that each sample fills in a batch: its tokens less one, the last is only a target."""
         self.num_tokens = len(self._tokens)
         self.num_trained_tokens = self._count_trained()
         reports = [FileReport(**report) for report in store.report["files"]]
@@ -74,7 +74,7 @@ class TokenDataset:
     def _total(self) -> str:
         return (
             f"{len(self):,} samples, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of them learned, "
-            f"{int(self.lengths.max()):,} in the longest sample"
+            f"{int(self.lengths.max()) + 1:,} in the longest sample"
         )
 
 

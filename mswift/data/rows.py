@@ -52,8 +52,13 @@ def to_document(row: Mapping[str, Any], where: str) -> str:
     return text
 
 
-def to_conversation(row: Mapping[str, Any], where: str, default_system: str | None = None) -> Conversation:
-    """Normalise an sft row of any accepted shape; DataError starts with `where` (file and row)."""
+def to_conversation(
+    row: Mapping[str, Any], where: str, default_system: str | None = None, *, for_training: bool = True
+) -> Conversation:
+    """Normalise an sft row of any accepted shape; DataError starts with `where` (file and row).
+
+    `for_training`: there must be assistant turns, with something to learn in each.
+    """
     fields = {name: value for name, value in row.items() if value not in (None, "", [])}
     for name in _MULTIMODAL_NAMES:
         if name in fields:
@@ -66,7 +71,8 @@ def to_conversation(row: Mapping[str, Any], where: str, default_system: str | No
             raise DataError(f"{where} has a `system` field and a system message; keep one of them")
     elif (system := system if system is not None else default_system) is not None:
         messages.insert(0, {"role": "system", "content": _text(system, "`system`", where)})
-    _check_turns(messages, where)
+    if for_training:
+        _check_turns(messages, where)
     return Conversation(messages, tools, frozenset(fields) - used - {"system", "tools"})
 
 

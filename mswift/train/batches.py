@@ -59,7 +59,7 @@ def assemble(dataset: TokenDataset, plan: BatchPlan, ids: Sequence[int]) -> Step
     The length is that of the longest sample of the *global* batch, so every rank computes the same one without
     asking; microbatch m of rank d takes the ids m x B x dp + d x B onwards.
     """
-    lengths = [int(dataset.lengths[i]) - 1 for i in ids if i >= 0]  # inputs: the last token is only a target
+    lengths = [int(dataset.lengths[i]) for i in ids if i >= 0]  # positions: the last token is only a target
     longest = max(max(lengths, default=1), 1)
     seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
     stride = plan.micro_batch_size * plan.dp_size

@@ -2,30 +2,39 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mswift.config.train import SftConfig, TrainConfig
-from mswift.converters.adapters import LoraConfig
+from mswift.converters.adapters import LoraConfig, expand_modules_to_save
 from mswift.converters.reader import WeightReader
-from mswift.data.dataset import DataOptions, TokenDataset, build_dataset
-from mswift.data.tokenizer import load_tokenizer
+from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
+from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
+from mswift.parallel import groups
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import barrier
 from mswift.train.schedule import LearningRate
+from mswift.tuners.adapter import PeftAdapter
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
+def join_job(info: RankInfo, dims: ParallelDims, device: torch.device) -> None:
+    """Meet the other ranks; a job of one needs no port."""
+    if info.world_size == 1:
+        groups.init(dims, device)
+    else:
+        groups.init(dims, device, rank=info.rank, init_method=f"tcp://{info.master_addr}:{info.master_port}")
+
+
 def build_data(
-    kind: str, config: TrainConfig, reader: WeightReader, info: RankInfo
-) -> tuple[TokenDataset, TokenDataset | None, Any]:
+    kind: Kind, config: TrainConfig, reader: WeightReader, info: RankInfo
+) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
     """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared."""
     tokenizer = load_tokenizer(reader.hf_files)
     options = DataOptions(
@@ -35,14 +44,17 @@ def build_data(
         cache_dir=config.cache_dir,
     )
 
-    def build(specs: tuple[str, ...]) -> TokenDataset:
-        return build_dataset(kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=barrier)
+    def build(flag: str, specs: tuple[str, ...]) -> TokenDataset:
+        return build_dataset(
+            kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=barrier,
+            progress=info.rank == 0, flag=flag,
+        )  # fmt: skip
 
-    data = build(config.dataset)
-    val_data = build(config.val_dataset) if config.val_dataset else None
+    data = build("--dataset", config.dataset)
+    val_data = build("--val_dataset", config.val_dataset) if config.val_dataset else None
     positions = reader.table.spec.max_position_embeddings
     for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
-        longest = 0 if some is None else int(some.lengths.max()) - 1
+        longest = 0 if some is None else int(some.lengths.max())
         if longest > positions:
             raise ConfigError(
                 f"{flag}: a sample has {longest} tokens, the model has {positions} positions "
@@ -52,15 +64,11 @@ def build_data(
 
 
 def build_engine(
-    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, load: bool
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, resumed: bool
 ) -> MegatronEngine:
-    """The Megatron model on this rank. `load`: take the weights from --model (a resumed full run takes its own)."""
-    lora = None
-    if config.tuner_type == "lora":
-        lora = LoraConfig.for_table(
-            reader.table, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=config.target_modules,
-            seed=config.seed,
-        )  # fmt: skip
+    """The Megatron model on this rank, with the weights of --model and --adapters; a resumed run brings its own."""
+    start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
+    lora, trainable_modules = _lora(config, reader, start)
     engine_config = EngineConfig(
         dtype=_DTYPES[config.torch_dtype] if config.torch_dtype else reader.dtype,
         micro_batch_size=config.micro_batch_size,
@@ -74,24 +82,43 @@ def build_engine(
         clip_grad=config.clip_grad,
         seed=config.seed,
         lora=lora,
-        trainable_modules=config.modules_to_save,
+        trainable_modules=trainable_modules,
     )
     engine = MegatronEngine(reader.table, dims, engine_config, device)
-    if load or lora is not None:
+    if not resumed or lora is not None:
         engine.load_weights(reader)
+    if start is not None and not resumed:
+        engine.load_adapter(start)
     return engine
 
 
-def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Any) -> BatchPlan:
+def _lora(
+    config: TrainConfig, reader: WeightReader, start: PeftAdapter | None
+) -> tuple[LoraConfig | None, tuple[str, ...]]:
+    """What is trained beside the frozen base: (adapters, modules in full). An adapter to continue keeps its own."""
+    if config.tuner_type != "lora":
+        return None, ()
+    if start is not None:
+        return start.lora_config(reader.table, config.seed)
+    lora = LoraConfig.for_table(
+        reader.table,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        seed=config.seed,
+    )
+    return lora, expand_modules_to_save(reader.table, config.modules_to_save)
+
+
+def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer) -> BatchPlan:
     """Batch arithmetic of this rank; under sequence parallelism a length divides by the tensor-parallel size."""
-    pad = tokenizer.pad_token_id
     return BatchPlan(
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
         dp_rank=dims.coordinate(rank).dp,
         dp_size=dims.dp,
         seq_multiple=math.lcm(8, dims.tp) if dims.sequence_parallel else 8,
-        pad_token_id=0 if pad is None else int(pad),
+        pad_token_id=pad_token_id(tokenizer),
     )
 
 
@@ -118,7 +145,7 @@ def learning_rate(config: TrainConfig, steps: int) -> LearningRate:
 
 
 def print_banner(
-    kind: str,
+    kind: Kind,
     config: TrainConfig,
     dims: ParallelDims,
     device: torch.device,

@@ -7,25 +7,24 @@ from pathlib import Path
 import torch
 
 from mswift import rundir
-from mswift.config.loader import save_yaml, to_dict
+from mswift.config.loader import dump, to_dict
 from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
 from mswift.data.dataset import TokenDataset
-from mswift.launchers.environment import RankInfo, current
 from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.parallel.megatron.engine import MegatronEngine
-from mswift.refusals import check_train
 from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan, training_batch
-from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
+from mswift.train.build import batch_plan, build_data, build_engine, join_job, learning_rate, num_steps, print_banner
 from mswift.train.collective import agreed, barrier
 from mswift.train.flops import step_flops
 from mswift.train.loop import FinishedStep, evaluate, train
 from mswift.train.metrics import MetricsFile, Progress, StepRecord, TensorBoard, Watcher, plot_loss, watching
-from mswift.train.resume import find_resume_point
-from mswift.train.side_files import hf_side_files
+from mswift.train.run import Start
+from mswift.train.side_files import side_files
+from mswift.train.untrained import warn_of_untrained_tokens
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
@@ -50,27 +49,22 @@ class Run:
     hf_files: dict[str, bytes]
 
 
-def run_job(kind: str, config: TrainConfig) -> int:
+def run_job(start: Start, device: torch.device) -> int:
     """Train as one rank of the job that this process belongs to. Raises mswift.errors for what the user can mend."""
-    info = current() or RankInfo.single()
-    output_dir = Path(config.output_dir)
-    resume = find_resume_point(output_dir, config.resume)
-    source = resume.checkpoint if resume and config.tuner_type == "full" else Path(config.model)
-    reader = WeightReader(source)
-    dims = check_train(config, reader.table.spec, info.world_size)
-    device = devices.prepare(config.device)
-    groups.init(dims, device, info)
+    config, info, dims, reader, resume = start.config, start.info, start.dims, start.reader, start.resume
+    join_job(info, dims, device)
     try:
-        data, val_data, tokenizer = build_data(kind, config, reader, info)
-        engine = build_engine(config, reader, dims, device, load=resume is None)
+        data, val_data, tokenizer = build_data(start.kind, config, reader, info)
+        engine = build_engine(config, reader, dims, device, resumed=resume is not None)
         plan = batch_plan(config, dims, info.rank, tokenizer)
-        files = hf_side_files(reader.hf_files, engine.config.dtype) | engine.adapter_files(config.model)
+        files = side_files(reader, engine.config, config.model)
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data,
-                  num_steps(config, len(data)), output_dir, files)  # fmt: skip
+                  num_steps(config, len(data)), Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None
         if info.rank == 0:
             _open_run_directory(run, state)
-            print_banner(kind, config, dims, device, engine, data, val_data, run.last_step, state)
+            warn_of_untrained_tokens(config, reader, tokenizer)
+            print_banner(start.kind, config, dims, device, engine, data, val_data, run.last_step, state)
         barrier()
         _train(run, state)
     finally:
@@ -89,7 +83,7 @@ def _resume(run: Run, path: Path) -> checkpoint.RunState:
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
     """The configuration for people to read, and the metrics cut back to where the run continues."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    save_yaml(run.config, run.output_dir / rundir.CONFIG)
+    (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
     rundir.truncate_metrics(run.output_dir, state.step if state else 0)
 
 
@@ -131,7 +125,7 @@ def _record(
     frozen = run.config.tuner_type == "lora"
     flops = step_flops(run.reader.table.spec, tokens, done.batch.seq_length, frozen_base=frozen)
     per_device = flops / done.seconds / world_size
-    peak = devices.peak_flops(run.engine.config.dtype)
+    peak = devices.peak_flops(run.device, run.engine.config.dtype)
     return StepRecord(
         step=done.step,
         loss=done.result.loss,
@@ -148,7 +142,7 @@ def _record(
         tokens_per_second_per_device=tokens / done.seconds / world_size,
         model_tflops_per_device=per_device / 1e12,
         mfu=None if peak is None else per_device / peak,
-        memory_bytes=devices.peak_memory_bytes(),
+        memory_bytes=devices.peak_memory_bytes(run.device),
         eval_loss=eval_loss,
         checkpoint=None if saved is None else str(saved),
     )

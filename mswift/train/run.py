@@ -1,24 +1,62 @@
-"""The commands `mswift pt` and `mswift sft`: plan only, or train in this process as one rank of a job."""
+"""The commands `mswift pt` and `mswift sft`: plan only, or train in this process as one rank of a job.
+
+Everything that can be refused without torch is refused before torch is imported.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
+from mswift.converters.reader import WeightReader
+from mswift.launchers.environment import RankInfo, current
+from mswift.refusals import check_train
+from mswift.topology import ParallelDims
+from mswift.train.resume import ResumePoint, find_resume_point
+
+Kind = Literal["pt", "sft"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before anything heavy is imported."""
+
+    kind: Kind
+    config: TrainConfig
+    info: RankInfo
+    dims: ParallelDims
+    reader: WeightReader
+    resume: ResumePoint | None
 
 
 def pt(config: PtConfig) -> int:
     """`mswift pt`: continued pretraining on plain text."""
-    return _start("pt", config)
+    return _run("pt", config)
 
 
 def sft(config: SftConfig) -> int:
     """`mswift sft`: supervised fine-tuning on conversations."""
-    return _start("sft", config)
+    return _run("sft", config)
 
 
-def _start(kind: str, config: TrainConfig) -> int:
-    """torch is imported only once something is to be computed."""
+def _run(kind: Kind, config: TrainConfig) -> int:
     if config.dry_run:
         from mswift.train.dry_run import dry_run
 
         return dry_run(config)
+    start = prepare(kind, config)
+    from mswift.parallel import device
+
+    chosen = device.prepare(config.device)  # before the first import of megatron.core
     from mswift.train.job import run_job
 
-    return run_job(kind, config)
+    return run_job(start, chosen)
+
+
+def prepare(kind: Kind, config: TrainConfig) -> Start:
+    """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
+    info = current() or RankInfo.single()
+    resume = find_resume_point(Path(config.output_dir), config.resume)
+    own_weights = resume is not None and config.tuner_type == "full"
+    reader = WeightReader(resume.checkpoint if resume and own_weights else Path(config.model))
+    return Start(kind, config, info, check_train(config, reader.table.spec, info.world_size), reader, resume)

@@ -199,9 +199,16 @@ def _temporary_sibling(directory: Path) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, directory: Path) -> None:
-    """Rename; an entry that lies there is a damaged one, or was published by another job meanwhile and is as good."""
+    """Rename into place. What lies there is kept if another writer published it meanwhile, replaced if damaged."""
     if directory.exists():
-        aside = temporary.with_name(temporary.name + ".old")
-        directory.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    temporary.rename(directory)
+        try:
+            open_store(directory)
+            return
+        except (FileNotFoundError, DataError):
+            aside = temporary.with_name(temporary.name + ".old")
+            directory.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    try:
+        temporary.rename(directory)
+    except OSError:
+        open_store(directory)  # the other writer was faster between the two lines above

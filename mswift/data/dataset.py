@@ -46,7 +46,7 @@ class TokenDataset:
         self.fingerprint = fingerprint
         """Hash of the samples: two data sets with the same fingerprint give the same samples under the same ids."""
         self.lengths: NDArray[np.int64] = ends - starts - 1
-        """int64 [samples]; positions that each sample fills in a batch: its tokens less one, the last is only a target."""
+        """int64 [samples]; positions each sample fills in a batch: its tokens less one (the last is only a target)."""
         self.num_tokens = len(self._tokens)
         self.num_trained_tokens = self._count_trained()
         reports = [FileReport(**report) for report in store.report["files"]]

@@ -116,3 +116,8 @@ def to_arguments(config: Any) -> list[str]:
         else:
             arguments.append(f"--{field.name}={'none' if value is None else value}")
     return arguments
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Write `dump(config)` to `path`."""
+    path.write_text(dump(config), encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Which rank of which job this process is, from the variables that torchrun or SLURM set. A pure function."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mswift.errors import ConfigError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the ephemeral ports that Linux hands out from 32768 on
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Place of a process in a job, and where rank 0 listens."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+    @classmethod
+    def single(cls) -> "RankInfo":
+        """The only rank of a job of one; port 0 lets the system choose."""
+        return cls(rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=0)
+
+
+def current(environ: Mapping[str, str] | None = None) -> RankInfo | None:
+    """The rank that `environ` (default: os.environ) describes, or None outside any job.
+
+    torchrun's variables come first. SLURM counts inside `srun` with more than one task; the batch script itself
+    (SLURM_JOB_ID without SLURM_STEP_ID) is not a rank. ConfigError names a variable that is missing or no number.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env:
+        return _from_torchrun(env)
+    in_step = "SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env
+    if "SLURM_PROCID" in env and in_step and _slurm_world_size(env) > 1:
+        return _from_slurm(env)
+    return None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
+    missing = [name for name in _TORCHRUN if name not in env]
+    if missing:
+        raise ConfigError(
+            f"RANK={env['RANK']} says that this process is one rank of a job, but {', '.join(missing)} is not set: "
+            "start it with torchrun or --nproc_per_node, or unset RANK"
+        )
+    numbers = [_number(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+    rank, local_rank, world_size, port = numbers
+    return _checked(RankInfo(rank, local_rank, world_size, env["MASTER_ADDR"], port), "RANK", "WORLD_SIZE")
+
+
+def _from_slurm(env: Mapping[str, str]) -> RankInfo:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" not in env and not nodes:
+        raise ConfigError("SLURM_PROCID is set but neither SLURM_NODELIST nor MASTER_ADDR is: start with srun")
+    job = _number(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+    step = _number(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _FIRST_PORT + (job * 7 + step) % _NUM_PORTS
+    info = RankInfo(
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID"),
+        world_size=_slurm_world_size(env),
+        master_addr=env.get("MASTER_ADDR") or first_host(nodes or ""),
+        master_port=port,
+    )
+    return _checked(info, "SLURM_PROCID", "SLURM_NTASKS")
+
+
+def _slurm_world_size(env: Mapping[str, str]) -> int:
+    """Tasks of the step; inside an allocation a step may have fewer than the job."""
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    return _number(env, name) if name in env else 1
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a SLURM node list: "gpu[003-010,012],login" -> "gpu003"."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{name}={env.get(name)!r} is not a number; a launcher sets it") from error
+
+
+def _checked(info: RankInfo, rank: str, size: str) -> RankInfo:
+    if not 0 <= info.rank < info.world_size:
+        raise ConfigError(f"{rank}={info.rank} does not fit {size}={info.world_size}: ranks count from 0")
+    return info

@@ -1,0 +1,69 @@
+"""torchrun with an exit status that means something: starts the ranks, hands them our signals, reports how they ended.
+
+Differences from `python -m torch.distributed.run`: SIGINT, SIGTERM and SIGUSR1 go to the ranks and nothing else
+happens, so that they can save (torchrun would kill them 30 s later); a second SIGINT kills them. The status is that of
+the rank that failed first, and 2 when any rank found the command wrong.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_WRONG_COMMAND = 2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run torchrun's arguments `argv`; returns the exit status of the job."""
+    # The launcher's death, even by SIGKILL, is a SIGTERM for us: no job outlives the terminal that started it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' own words suffice
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _hand_on)
+    try:
+        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *argv]))
+    except ChildFailedError as error:
+        return _status(error)
+    return 0
+
+
+_interrupts = 0
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """Send signal `number` to every rank; end at once while there is none yet."""
+    global _interrupts
+    ranks = psutil.Process().children()
+    if not ranks:
+        sys.exit(128 + number)
+    _interrupts += number == signal.SIGINT
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL if _interrupts > 1 else number)
+
+
+def _status(error: ChildFailedError) -> int:
+    """Exit status of a failed job. Torchrun ends the other ranks by signal after the first: those count last."""
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    own = [code for code in codes.values() if code > 0]
+    if own:
+        return _WRONG_COMMAND if _WRONG_COMMAND in own else own[0]
+    died = {rank: -code for rank, code in codes.items() if -code != signal.SIGTERM} or {0: signal.SIGTERM}
+    for rank, number in died.items():  # the rank had no chance to say so
+        reason = " (out of memory?)" if number == signal.SIGKILL else ""
+        print(f"mswift: rank {rank} was ended by {signal.Signals(number).name}{reason}", file=sys.stderr)
+    return 128 + next(iter(died.values()))
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # torch's rendezvous threads have nothing left to do

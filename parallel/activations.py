@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Swiglu(torch.autograd.Function):
@@ -24,6 +24,12 @@ class _Swiglu(torch.autograd.Function):
         return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: [..., 2 f] -> [..., f] (Shazeer 2020)."""
-    return _Swiglu.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+class Swiglu(nn.Module):
+    """silu(gate) * up: [..., 2 f] -> [..., f] (Shazeer 2020), in the call form of megatron-core's activations."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return _Swiglu.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]

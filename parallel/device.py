@@ -3,11 +3,10 @@
 `prepare` is called once, explicitly, before anything imports megatron.core. Nothing happens at import.
 """
 
-import os
-
 import torch
 
 from mswift.errors import ConfigError
+from mswift.launchers.environment import current
 
 _PEAK_FLOPS = {  # dense, without sparsity, from the vendors' data sheets; by part of the device name
     "BF16": {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12},
@@ -16,7 +15,7 @@ _PEAK_FLOPS = {  # dense, without sparsity, from the vendors' data sheets; by pa
 
 
 def resolve(device: str = "auto") -> torch.device:
-    """The device that `--device` means for this process (its own GPU of the node by LOCAL_RANK). Changes nothing.
+    """The device that `--device` means for this process (of several GPUs the one with its local rank). Changes nothing.
 
     Raises ConfigError for cuda on a machine without a GPU and for an unknown name.
     """
@@ -26,7 +25,8 @@ def resolve(device: str = "auto") -> torch.device:
         return torch.device("cpu")
     if not _has_gpu():
         raise ConfigError("--device cuda: torch sees 0 GPUs here; use --device cpu (or auto)")
-    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    info, count = current(), torch.cuda.device_count()
+    local_rank = info.local_rank if info else 0
     if local_rank >= count:
         raise ConfigError(
             f"--nproc_per_node: process {local_rank} has no GPU of its own, this node has {count}: "

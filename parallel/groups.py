@@ -3,11 +3,13 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mswift.errors import ConfigError, LayoutError
+from mswift.errors import LayoutError
+from mswift.launchers.environment import RankInfo
 from mswift.parallel.device import backend
 from mswift.topology import Coordinate, ParallelDims
 
@@ -27,26 +29,25 @@ class Groups:
         return self.dims.coordinate(self.rank)
 
 
-def init(
-    dims: ParallelDims,
-    device: torch.device,
-    timeout_seconds: float = 1800.0,
-    *,
-    rank: int | None = None,
-    init_method: str | None = None,
-) -> Groups:
-    """Join the job of `dims.world_size` ranks; a job of one rank needs neither variables nor ports.
+def init(dims: ParallelDims, device: torch.device, info: RankInfo, timeout_seconds: float = 1800.0) -> Groups:
+    """Join the job of `dims.world_size` ranks; a job of one rank opens no port.
 
-    Rank and address come from RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, or from the arguments.
     Collectives that wait longer than `timeout_seconds` fail. A process that has joined already stays in its job.
-    Raises LayoutError when the job has another number of ranks, ConfigError when the variables are missing.
+    Raises LayoutError when the job has another number of ranks than the layout.
     """
+    if info.world_size != dims.world_size:
+        raise LayoutError(
+            f"the layout is for {dims.world_size} ranks, the job has {info.world_size}: "
+            f"use --nproc_per_node {dims.world_size}"
+        )
     if not dist.is_initialized():
-        _join(dims, device, datetime.timedelta(seconds=timeout_seconds), rank, init_method)
-    joined = dist.get_world_size()
-    if joined != dims.world_size:
-        raise LayoutError(f"the layout is for {dims.world_size} ranks, the job has {joined}: use --nproc_per_node {dims.world_size}")
-    return Groups(dims, dist.get_rank(), device, timeout_seconds)
+        dist.init_process_group(
+            backend(device),
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,  # NCCL makes its communicators on this GPU
+            **_rendezvous(info),
+        )
+    return Groups(dims, info.rank, device, timeout_seconds)
 
 
 def destroy() -> None:
@@ -55,21 +56,11 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def _join(
-    dims: ParallelDims, device: torch.device, timeout: datetime.timedelta, rank: int | None, init_method: str | None
-) -> None:
-    name = backend(device)
-    bound = device if device.type == "cuda" else None  # NCCL makes its communicators for this GPU at once
-    if dims.world_size == 1 and "RANK" not in os.environ and rank is None:
-        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
-        return
-    if rank is None and "RANK" not in os.environ:
-        raise ConfigError(
-            f"the layout is for {dims.world_size} ranks, but this process was started alone: "
-            f"use --nproc_per_node {dims.world_size}, or start it with torchrun"
-        )
-    number = int(os.environ["RANK"]) if rank is None else rank
-    size = int(os.environ.get("WORLD_SIZE", dims.world_size)) if rank is None else dims.world_size
-    dist.init_process_group(
-        name, init_method=init_method, rank=number, world_size=size, timeout=timeout, device_id=bound
-    )
+def _rendezvous(info: RankInfo) -> dict[str, Any]:
+    """How the ranks find each other: not at all when alone, torchrun's own store, or rank 0's address."""
+    if info.world_size == 1:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return {"init_method": "env://"}
+    address = f"tcp://{info.master_addr}:{info.master_port}"
+    return {"init_method": address, "rank": info.rank, "world_size": info.world_size}

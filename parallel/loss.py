@@ -11,7 +11,9 @@ from torch import Tensor
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, first_row: int, vocab_size: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(
+        ctx, logits: Tensor, labels: Tensor, first_row: int, vocab_size: int, group: dist.ProcessGroup
+    ) -> Tensor:  # type: ignore[no-untyped-def]
         width = logits.shape[-1]
         num_real = min(max(vocab_size - first_row, 0), width)
         real = logits.reshape(-1, width)[:, :num_real].float()

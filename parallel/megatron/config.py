@@ -53,6 +53,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         qk_layernorm=spec.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # megatron-core's hook for a module of ours: mswift.parallel.activations
         add_bias_linear=False,  # biases of o_proj, gate, up and down: mswift.parallel.megatron.spec
         add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0,

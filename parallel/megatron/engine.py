@@ -204,9 +204,7 @@ class MegatronEngine:
     @property
     def trainable_parameters(self) -> int:
         """Elements that the whole job trains."""
-        mine = sum(
-            part.region.num_elements for placed in self._trained if placed.is_primary for part in placed.parts
-        )
+        mine = sum(part.region.num_elements for placed in self._trained if placed.is_primary for part in placed.parts)
         total = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return int(total) // self.dims.dp

@@ -17,6 +17,14 @@ from mswift.parallel.megatron import no_gpu
 TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning),  # megatron-core 0.16 calls the older names
+    (r"Apex is not installed", UserWarning),
+    (r"full scope is deprecated", UserWarning),  # about CUDA graphs, which are off
+    (r"When using (sequence parallelism|async grad allreduce) it is recommended", UserWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),  # its optimizer's shards are views
+)
+
 
 @dataclass
 class _State:
@@ -49,10 +57,8 @@ def apply(*, on_gpu: bool) -> None:
         import megatron.core.tensor_parallel.random
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
-    # megatron-core 0.16 calls torch's older names of these collectives at every step
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS.*", category=UserWarning)
-    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf", category=UserWarning)
+    for message, category in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
     _state.applied_for = wanted
 
 

@@ -78,7 +78,9 @@ def _inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Iterato
     shape = microbatches[0].tokens.shape
     for batch in microbatches:
         if batch.tokens.shape != shape:
-            raise LayoutError(f"microbatches of one step differ in shape: {tuple(batch.tokens.shape)} and {tuple(shape)}")
+            raise LayoutError(
+                f"microbatches of one step differ in shape: {tuple(batch.tokens.shape)} and {tuple(shape)}"
+            )
     return ((b.tokens.to(device), b.labels.to(device), b.loss_weights.to(device)) for b in microbatches)
 
 
@@ -93,7 +95,9 @@ def _schedule(
 ) -> list[Tensor]:
     """megatron-core's schedule for this layout; what the last stage collected."""
 
-    def forward(inputs: Iterator[tuple[Tensor, Tensor | None, Tensor | None]], model: nn.Module) -> tuple[Tensor, object]:
+    def forward(
+        inputs: Iterator[tuple[Tensor, Tensor | None, Tensor | None]], model: nn.Module
+    ) -> tuple[Tensor, object]:
         tokens, labels, weights = next(inputs)
         return model(tokens, None, None, labels=labels), finish_with(weights)
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from mswift.converters.spec import ModelSpec
-from mswift.parallel.activations import swiglu
+from mswift.parallel.activations import Swiglu
 from mswift.parallel.attention import SdpaAttention
 from mswift.parallel.norms import RMSNorm
 from mswift.parallel.rotary import RotaryTable, rotate
@@ -63,17 +63,6 @@ class RotarySelfAttention(SelfAttention):
         return rotate(query, cos, sin).flatten(2, 3), rotate(key, cos, sin).flatten(2, 3), value.squeeze(-2)
 
 
-class SwigluMLP(MLP):
-    """megatron-core's gated MLP with one autograd step for silu(gate) * up."""
-
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Any]:
-        """[s, b, hidden] -> [s, b, hidden] and the bias of linear_fc2, which the layer adds."""
-        gate_up, bias = self.linear_fc1(hidden_states)
-        if bias is not None:
-            gate_up = gate_up + bias
-        return self.linear_fc2(swiglu(gate_up))  # type: ignore[no-any-return]
-
-
 def add_residual(_training: bool, _fused: bool) -> Any:
     """What megatron-core calls bias-dropout-add, without dropout: residual + (x + bias)."""
 
@@ -107,7 +96,7 @@ def layer_spec(spec: ModelSpec, rotary: RotaryTable) -> ModuleSpec:
             ),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=SwigluMLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(column, Swiglu, row)),
             mlp_bda=add_residual,
             cross_attention=IdentityOp,
         ),

@@ -1,6 +1,6 @@
 """What every generation engine takes and gives: requests, pieces of text, completions. Torch-free."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,8 @@ class Request:
 
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    """Function descriptions for the chat template."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Piece:
 class Engine(Protocol):
     """A generation backend."""
 
-    def stream(self, request: Request) -> Iterator[Piece]:
+    def stream(self, request: Request) -> Generator[Piece, None, None]:
         """Answer piece by piece: each is handed over before the next token is computed; closing it stops the work."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -4,7 +4,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class TransformersEngine:
             self._run(answers, lambda: None)
         return [answer.completion() for answer in answers]
 
-    def stream(self, request: Request) -> Iterator[Piece]:
+    def stream(self, request: Request) -> Generator[Piece, None, None]:
         """Answer piece by piece (Engine); the model waits until the next piece is asked for."""
         answer = self._answer(request)
         handover = _Handover()
@@ -65,7 +65,11 @@ class TransformersEngine:
             return list(self.tokenizer(request.prompt)["input_ids"])
         messages = [dict(message) for message in request.messages or ()]
         encoded: Any = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=True
+            messages,
+            tools=list(request.tools) if request.tools else None,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
         )
         return list(encoded["input_ids"])
 

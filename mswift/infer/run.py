@@ -1,0 +1,140 @@
+"""The command `mswift infer`: a chat, prompts, or a data set to a file."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mswift.config.infer import InferConfig
+from mswift.errors import ConfigError
+from mswift.infer.chat import Chat, show
+from mswift.infer.model_dir import check_adapter_dir, check_model_dir
+from mswift.infer.request import Message, Request, Sampling
+from mswift.infer.results import answer_rows, fingerprint
+from mswift.infer.rows import Row, plain_text, read_dataset, stream_seed, to_request, user_turn
+
+if TYPE_CHECKING:
+    from mswift.infer.transformers_engine import TransformersEngine
+
+
+def main(config: InferConfig) -> int:
+    """Run `mswift infer`; returns the exit status. What needs no model is refused before loading."""
+    _check(config)
+    rows = read_dataset(config.val_dataset, config.system) if config.val_dataset else []
+    engine = _load(config)
+    sampling = _sampling(config, engine)
+    template = config.use_chat_template and bool(engine.tokenizer.chat_template)
+    if not template:
+        _explain_plain_text(config)
+    if config.val_dataset:
+        return _dataset(config, engine, sampling, rows, template)
+    if config.prompt:
+        return _prompts(config, engine, sampling, template)
+    return _chat(config, engine, sampling, template)
+
+
+def _check(config: InferConfig) -> None:
+    check_model_dir(Path(config.model))
+    if len(config.adapters) > 1:
+        raise ConfigError(
+            f"--adapters {' '.join(config.adapters)}: one adapter at a time; "
+            f"`mswift merge` folds several into one model, in order"
+        )
+    for adapter in config.adapters:
+        check_adapter_dir(Path(adapter))
+    if config.prompt and config.val_dataset:
+        raise ConfigError("--prompt and --val_dataset: give one of them")
+    if bool(config.val_dataset) != (config.result_path is not None):
+        given, other = ("val_dataset", "result_path") if config.val_dataset else ("result_path", "val_dataset")
+        raise ConfigError(
+            f"--{given} needs --{other}; for instance --val_dataset test.jsonl --result_path results.jsonl"
+        )
+    if config.max_batch_size < 1:
+        raise ConfigError(f"--max_batch_size {config.max_batch_size}: at least 1; try 8")
+
+
+def _load(config: InferConfig) -> "TransformersEngine":
+    from transformers.utils import logging
+
+    from mswift.infer.loading import load_adapter, load_model, load_tokenizer, pick_device
+    from mswift.infer.transformers_engine import TransformersEngine
+
+    logging.disable_progress_bar()  # "Loading weights": refused or loaded, a bar says nothing
+    logging.set_verbosity_error()  # its load report is our error
+    model_dir = Path(config.model)
+    tokenizer = load_tokenizer(model_dir)
+    model = load_model(model_dir, config.torch_dtype, pick_device(config.device))
+    for adapter in config.adapters:
+        model = load_adapter(model, Path(adapter))
+    return TransformersEngine(model, tokenizer)
+
+
+def _sampling(config: InferConfig, engine: "TransformersEngine") -> Sampling:
+    """Flags first, then the model's generation_config.json; a model that does not ask for sampling is greedy."""
+    defaults = engine.model.generation_config
+    samples = bool(getattr(defaults, "do_sample", False))
+    temperature = config.temperature
+    if temperature is None:
+        temperature = float(getattr(defaults, "temperature", None) or 1.0) if samples else 0.0
+    for name in ("top_p", "top_k"):
+        if getattr(config, name) is not None and temperature == 0:
+            raise ConfigError(f"--{name} {getattr(config, name)} has no effect on greedy answers; add --temperature 1")
+    top_p = config.top_p if config.top_p is not None else getattr(defaults, "top_p", None) if samples else None
+    top_k = config.top_k if config.top_k is not None else getattr(defaults, "top_k", None) if samples else None
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        top_p=1.0 if top_p is None else float(top_p),
+        top_k=0 if top_k is None else int(top_k),
+        seed=config.seed,
+        stop=config.stop,
+    )
+
+
+def _explain_plain_text(config: InferConfig) -> None:
+    if config.system is not None:
+        raise ConfigError(
+            f"--system needs a chat template, and none is in use ({config.model}); write it in the prompt instead"
+        )
+    if config.use_chat_template:
+        print(f"{config.model} has no chat template: text is continued as it stands", file=sys.stderr)
+
+
+def _prompts(config: InferConfig, engine: "TransformersEngine", sampling: Sampling, template: bool) -> int:
+    """Answer each prompt alone, streamed."""
+    for index, prompt in enumerate(config.prompt):
+        if len(config.prompt) > 1:
+            print(f"> {prompt}")
+        row = Row(f"--prompt {prompt!r}", user_turn(prompt, config.system), None, None, None)
+        if show(engine, to_request(row, sampling, index, template))[1] is None:
+            raise KeyboardInterrupt
+    return 0
+
+
+def _dataset(
+    config: InferConfig, engine: "TransformersEngine", sampling: Sampling, rows: Sequence[Row], template: bool
+) -> int:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    requests = [to_request(row, sampling, index, template) for index, row in enumerate(rows)]
+    path = Path(config.result_path or "")
+    model = fingerprint(Path(directory) for directory in (config.model, *config.adapters))
+    with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: quiet where stderr is no terminal
+        kept, new = answer_rows(rows, requests, engine.generate, path, model, config.max_batch_size, bar.update)
+    print(f"{path}: {len(rows)} rows" + (f" ({kept} were there, {new} answered now)" if kept else ""))
+    return 0
+
+
+def _chat(config: InferConfig, engine: "TransformersEngine", sampling: Sampling, template: bool) -> int:
+    turns = 0
+
+    def make_request(messages: Sequence[Message]) -> Request:
+        nonlocal turns
+        turns += 1
+        own = Sampling(**{**vars(sampling), "seed": stream_seed(sampling.seed, turns)})
+        if template:
+            return Request(messages=tuple(messages), sampling=own)
+        return Request(prompt=plain_text(messages[-1:], "chat"), sampling=own)
+
+    first: tuple[Message, ...] = ({"role": "system", "content": config.system},) if config.system is not None else ()
+    return Chat(engine, make_request, first).run()

@@ -69,6 +69,12 @@ class Piece:
         dims = tuple(Dim(d.size, (d.axis[1], d.axis[0]), (d.step[1], d.step[0])) for d in self.dims)
         return Piece((self.names[1], self.names[0]), (self.starts[1], self.starts[0]), dims)
 
+    def moved(self, side: int, by: int) -> "Piece":
+        """A flat map (one axis) whose positions on `side` are shifted."""
+        starts = list(self.starts)
+        starts[side] = (starts[side][0] + by,)
+        return Piece(self.names, (starts[0], starts[1]), self.dims)
+
     def boxes(self, side: int) -> list[Region]:
         """The boxes that this piece covers on one side."""
         per_axis = [

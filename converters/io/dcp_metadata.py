@@ -1,0 +1,145 @@
+"""`.metadata` of torch.distributed.checkpoint: the tensors, their chunks, and which bytes of which file hold each."""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mswift.converters.io.safe_pickle import PickleWriter, Record, load_pickle
+from mswift.converters.io.torch_item import TORCH_DTYPES
+from mswift.converters.layout import Region
+from mswift.errors import CheckpointError
+
+METADATA = ".metadata"
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes [offset, offset + length) of a file of the directory."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Index:
+    """tensors: name -> (dtype, shape, {chunk region: item}); objects: name -> item."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...], dict[Region, Item]]] = field(default_factory=dict)
+    objects: dict[str, Item] = field(default_factory=dict)
+
+
+def read_metadata(directory: Path) -> Index:
+    """Parses `.metadata` with an allow-list; CheckpointError if it is missing, malicious or contradictory."""
+    path = directory / METADATA
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: has no readable {METADATA} ({error.strerror}); "
+            "it is not a torch_dist checkpoint, or it is incomplete"
+        ) from None
+    try:
+        return _index(load_pickle(data))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: is not the metadata of a checkpoint ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _index(metadata: Record) -> Index:
+    index = Index()
+    items: dict[tuple[str, tuple[int, ...] | None], Item] = {}
+    for key, info in metadata.field("storage_data").items():
+        state = key.state
+        offset = state.get("offset")
+        items[_text(state["fqn"]), None if offset is None else _ints(offset)] = _item(info)
+    for name, entry in metadata.field("state_dict_metadata").items():
+        if type(entry).__name__ == "BytesStorageMetadata":
+            index.objects[_text(name)] = items[name, None]
+            continue
+        shape, dtype = _ints(entry.field("size")), entry.field("properties").state[0]
+        if dtype not in TORCH_DTYPES:
+            raise ValueError(f"tensor {name} has dtype {dtype!r}")
+        chunks: dict[Region, Item] = {}
+        for chunk in entry.field("chunks"):
+            region = Region(_ints(chunk.field("offsets")), _ints(chunk.field("sizes")))
+            if len(region.offsets) != len(shape) or len(region.sizes) != len(shape):
+                raise ValueError(f"tensor {name} of shape {list(shape)} has a chunk {region}")
+            chunks[region] = items[name, region.offsets]
+        index.tensors[_text(name)] = (dtype, shape, chunks)
+    return index
+
+
+def _item(info: Record) -> Item:
+    file = _text(info.field("relative_path"))
+    if PurePosixPath(file).name != file or file in ("", ".", ".."):
+        raise ValueError(f"{file!r} is not a plain file name")
+    if info.state.get("transform_descriptors"):
+        raise ValueError(f"{file!r} is compressed or encrypted")
+    return Item(file, *_ints((info.field("offset"), info.field("length"))))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a name")
+    return value
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    result = tuple(values)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in result):
+        raise TypeError(f"{result!r:.80} are not sizes")
+    return result
+
+
+def encode_metadata(index: Index) -> bytes:
+    """The pickle that torch reads as Metadata; equal to what torch would write, object by object."""
+    out = PickleWriter()
+
+    def size(values: Sequence[int]) -> Any:
+        return partial(out.call, "torch", "Size", (tuple(values),))
+
+    def new(name: str, state: Any, module: str = _METADATA) -> Any:
+        return partial(out.instance, module, name, state)
+
+    def properties(dtype: str) -> Any:
+        torch_dtype = partial(out.global_, "torch", TORCH_DTYPES[dtype])
+        layout = partial(out.call, "torch.serialization", "_get_layout", ("torch.strided",))
+        memory_format = partial(out.call, _METADATA, "_MEM_FORMAT_ENCODING", (0,))
+        return new("TensorProperties", (torch_dtype, layout, False, memory_format, False))
+
+    def key(name: str, offsets: tuple[int, ...] | None) -> Any:
+        offset = None if offsets is None else size(offsets)
+        return new("MetadataIndex", {"fqn": name, "offset": offset, "index": None})
+
+    def info(item: Item) -> Any:
+        state = {"relative_path": item.file, "offset": item.offset, "length": item.length}
+        return new("_StorageInfo", state, "torch.distributed.checkpoint.filesystem")
+
+    entries: dict[str, Any] = {name: new("BytesStorageMetadata", None) for name in index.objects}
+    storage = [(key(name, None), info(item)) for name, item in index.objects.items()]
+    for name, (dtype, shape, chunks) in index.tensors.items():
+        described = [new("ChunkStorageMetadata", {"offsets": size(r.offsets), "sizes": size(r.sizes)}) for r in chunks]
+        state = {"properties": properties(dtype), "size": size(shape), "chunks": described}
+        entries[name] = new("TensorStorageMetadata", state)
+        storage += [(key(name, region.offsets), info(item)) for region, item in chunks.items()]
+    meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
+    out.instance(
+        _METADATA,
+        "Metadata",
+        {
+            "state_dict_metadata": entries,
+            "planner_data": None,
+            "storage_data": partial(out.pairs, storage),
+            "storage_meta": new("StorageMeta", meta),
+            "version": "1.0.0",
+        },
+    )
+    return out.close()

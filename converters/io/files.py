@@ -1,0 +1,143 @@
+"""Files and directories that appear whole or not at all, and byte copies of bounded size."""
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mswift.errors import CheckpointError, ConfigError
+
+PIECE_BYTES = 1 << 20
+"""Largest single read or write: larger ones are slower where the page cache is recycled."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_read(path: Path) -> int:
+    """A file descriptor; CheckpointError naming the file if it cannot be read."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fills the view from `offset`, in bounded pieces; CheckpointError if the file ends before."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done : done + PIECE_BYTES]], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{path}: ends at byte {offset + done}, {len(view) - done} bytes short; the file is truncated"
+            )
+        done += count
+
+
+def read_bytes(fd: int, size: int, offset: int, path: Path) -> bytes:
+    """`size` bytes from `offset`."""
+    buffer = bytearray(size)
+    read_exactly(fd, memoryview(buffer), offset, path)
+    return bytes(buffer)
+
+
+def write_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Writes the whole view at `offset`, in bounded pieces."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + PIECE_BYTES], offset + done)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file with that content, on disk when this returns."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_directory(destination: Path, flag: str = "--output_dir") -> Iterator[Path]:
+    """A temporary sibling that becomes `destination` when the block ends well, and vanishes when it does not.
+
+    ConfigError (naming `flag`) if the destination exists or another process is writing it; CheckpointError if
+    the disk is full. Temporary directories that a killed process left behind are removed.
+    """
+    destination = Path(os.path.abspath(destination))
+    if os.path.lexists(destination) and not _is_empty_directory(destination):
+        raise ConfigError(f"{flag} {destination} exists already; name a directory that does not exist")
+    prefix = f".{destination.name}.mswift-partial-"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {destination}: cannot create {destination.parent} ({error.strerror})") from None
+    for stale in destination.parent.glob(glob_escape(prefix) + "*"):
+        _remove_stale(stale, destination, flag)
+    partial = destination.parent / (prefix + uuid.uuid4().hex[:12])
+    lock = -1
+    try:
+        partial.mkdir()
+        lock = os.open(partial / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield partial
+        os.unlink(partial / ".lock")
+        for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
+            sync_directory(folder)
+        os.rename(partial, destination)
+        sync_directory(destination.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _in_words(error, destination, flag) from None
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def glob_escape(name: str) -> str:
+    """The name with glob's special characters quoted."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _remove_stale(partial: Path, destination: Path, flag: str) -> None:
+    try:
+        lock = os.open(partial / ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{flag} {destination}: another process is writing it now ({partial.name})") from None
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _in_words(error: OSError, destination: Path, flag: str) -> CheckpointError:
+    if error.errno in NO_SPACE:
+        free = shutil.disk_usage(destination.parent).free
+        return CheckpointError(
+            f"{flag} {destination}: the disk is full ({error.strerror}; {free:,} bytes free); nothing was published. "
+            "Free some space or name a directory on another disk"
+        )
+    where = f" ({error.filename})" if error.filename else ""
+    return CheckpointError(f"{flag} {destination}: {error.strerror or error}{where}; nothing was published")

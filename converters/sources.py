@@ -1,0 +1,144 @@
+"""Where a model's weights come from: a Hugging Face directory, or a torch_dist one (converted, or a checkpoint)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mswift.converters.catalog import read_config
+from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.files import open_read, read_exactly
+from mswift.converters.io.safetensors import StoredTensor, read_directory
+from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.plan import WEIGHT_DTYPES, ModelTable, table_for
+from mswift.errors import CheckpointError
+
+HF_FOLDER = "hf"
+_NOT_WEIGHTS = ("optimizer.", "rng.")
+_ADAPTER = "adapter."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class HfSource:
+    """The tensors of a Hugging Face directory, checked against the table of its config.json.
+
+    `dropped`: tensors that no model reads, with the reason; a tied checkpoint's own `lm_head.weight` is one of
+    them if its bytes equal the embedding's.
+    """
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = self.hf_files = path
+        self.config = read_config(path)
+        self.table: ModelTable = table_for(self.config)
+        stored = read_directory(path)
+        self.fds: dict[Path, int] = {}
+        self.dropped = {name: self.table.dropped[name] for name in stored if name in self.table.dropped}
+        if self.table.spec.tied_embeddings and HEAD in stored and EMBEDDING in stored:
+            self._check_tied(stored[EMBEDDING], stored[HEAD])
+            self.dropped[HEAD] = f"equal to {EMBEDDING} (tie_word_embeddings)"
+        self.all_tensors: Mapping[str, StoredTensor] = stored
+        self.tensors = {name: tensor for name, tensor in stored.items() if name not in self.dropped}
+        check_shapes(str(path), {n: t.shape for n, t in self.tensors.items()}, self.table.hf)
+        self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()})
+
+    def fd(self, path: Path) -> int:
+        """An open descriptor of one of the weight files."""
+        fd = self.fds.get(path)
+        if fd is None:
+            fd = open_read(path)
+            if self.fds.setdefault(path, fd) != fd:  # another thread was faster
+                os.close(fd)
+        return self.fds[path]
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "fds"):
+            self.close()
+
+    def _check_tied(self, embedding: StoredTensor, head: StoredTensor) -> None:
+        where = f"{head.path}: {HEAD} of a model with tie_word_embeddings"
+        if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
+            raise CheckpointError(
+                f"{where} is {head.dtype} {list(head.shape)}, the embedding {embedding.dtype} {list(embedding.shape)}"
+            )
+        a, b = (memoryview(bytearray(1 << 20)) for _ in range(2))
+        for start in range(0, head.nbytes, 1 << 20):
+            size = min(1 << 20, head.nbytes - start)
+            for tensor, buffer in ((embedding, a), (head, b)):
+                read_exactly(self.fd(tensor.path), buffer[:size], tensor.offset + start, tensor.path)
+            if a[:size] != b[:size]:
+                raise CheckpointError(f"{where} differs from {EMBEDDING}; set tie_word_embeddings to false to keep it")
+
+
+class MegatronSource:
+    """The model tensors of a torch_dist directory with its hf/ folder, checked against the table of its config."""
+
+    format = "torch_dist"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hf_files = path / HF_FOLDER
+        self.files = TorchDistSource(path)
+        if not (self.hf_files / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: has no {HF_FOLDER}/config.json, so its model is not known; "
+                "put the Hugging Face config.json and tokenizer there"
+            )
+        self.config = read_config(self.hf_files)
+        self.table: ModelTable = table_for(self.config)
+        shapes = {n: t.shape for n, t in self.files.tensors.items() if not n.startswith(_NOT_WEIGHTS)}
+        if shapes and all(name.startswith(_ADAPTER) for name in shapes):
+            raise CheckpointError(
+                f"{path}: holds a LoRA adapter and no model weights; give the base model here and the adapter to "
+                "--adapters (mswift export writes it, mswift merge folds it in)"
+            )
+        check_shapes(str(path), shapes, {key: t.shape for key, t in self.table.megatron.items()})
+        self.dtype = one_dtype(str(path), {n: self.files.tensors[n].dtype for n in shapes})
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.files.close()
+
+
+Source = HfSource | MegatronSource
+
+
+def open_source(path: Path) -> Source:
+    """The weights in that directory; strict: CheckpointError for a missing, extra or misshapen tensor."""
+    path = Path(path)
+    if (path / METADATA).exists() or any(path.glob("*.distcp")):
+        return MegatronSource(path)
+    return HfSource(path)
+
+
+def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """CheckpointError unless the names are the same and every shape is."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", missing), ("not in the model", extra))
+            if names
+        ]
+        raise CheckpointError(
+            f"{where}: has {len(found)} tensors, its config.json describes {len(expected)}: {'; '.join(parts)}"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}; config.json says {list(shape)}")
+
+
+def one_dtype(where: str, dtypes: Mapping[str, str]) -> str:
+    """The one floating dtype of all tensors; CheckpointError naming the first that differs."""
+    first_name, first = next(iter(dtypes.items()))
+    for name, dtype in dtypes.items():
+        if dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{where}: {name} is {dtype}; weights must be one of {', '.join(WEIGHT_DTYPES)}")
+        if dtype != first:
+            raise CheckpointError(f"{where}: {name} is {dtype}, but {first_name} is {first}; one dtype is expected")
+    return first

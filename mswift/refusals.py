@@ -1,0 +1,175 @@
+"""Every "this does not fit" rule of a training run, as pure functions of configuration, model and number of ranks.
+
+Dry run, launcher and ranks ask here, so they refuse alike. A message names the flag, both numbers and a value that
+works. What only the data or the names of the model's modules can tell is refused where they are read.
+"""
+
+import math
+from collections.abc import Iterator
+
+from mswift.config.train import TrainConfig
+from mswift.converters.spec import ModelSpec
+from mswift.errors import ConfigError, LayoutError
+from mswift.topology import FLAGS, ParallelDims, check_stages, divisors
+
+_LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
+_AT_LEAST_ONE = (
+    *("max_length", "micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters", "lr_wsd_decay_iters"),
+    *("save_steps", "save_total_limit", "eval_steps", "logging_steps", "nproc_per_node", "world_size", "lora_rank"),
+)
+_NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
+
+
+def check_train(config: TrainConfig, spec: ModelSpec, world_size: int) -> ParallelDims:
+    """The layout of the run on `world_size` ranks. Raises the first of `train_refusals`."""
+    for refusal in train_refusals(config, spec, world_size):
+        raise refusal
+    return dims_of(config, world_size)
+
+
+def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> list[ConfigError]:
+    """Every reason not to start, the flags alone first, then layout and batch."""
+    refusals = list(_flag_refusals(config))
+    try:
+        check_model_fits(config, spec)
+        dims = dims_of(config, world_size)
+        check_batch(config, dims)
+    except LayoutError as error:
+        refusals.append(error)
+    return refusals
+
+
+def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
+    """The layout that the flags ask for; LayoutError when the degrees do not fit the ranks."""
+    return ParallelDims(
+        world_size=world_size,
+        tp=config.tensor_model_parallel_size,
+        pp=config.pipeline_model_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+    )
+
+
+def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
+    """LayoutError when tensor or pipeline parallelism would cut what cannot be cut."""
+    tp, flag = config.tensor_model_parallel_size, FLAGS["tp"]
+    common = math.gcd(spec.num_attention_heads, spec.num_kv_heads, spec.ffn_hidden_size)
+    fitting = ", ".join(str(size) for size in divisors(common))
+    units = {
+        "key/value heads": spec.num_kv_heads,
+        "attention heads": spec.num_attention_heads,
+        "MLP columns": spec.ffn_hidden_size,
+    }
+    if tp >= 1:
+        for unit, number in units.items():
+            if number % tp:
+                raise LayoutError(f"{flag} {tp} does not divide the model's {number} {unit}: it can be {fitting}")
+    if config.pipeline_model_parallel_size >= 1:
+        check_stages(spec.num_layers, config.pipeline_model_parallel_size)
+
+
+def check_batch(config: TrainConfig, dims: ParallelDims) -> None:
+    """LayoutError when the global batch is no whole number of microbatches on every data-parallel rank."""
+    size, unit = config.global_batch_size, config.micro_batch_size * dims.dp
+    if unit < 1 or size < 1 or size % unit == 0:
+        return
+    fitting = [multiple for multiple in (size // unit * unit, -(-size // unit) * unit) if multiple]
+    raise LayoutError(
+        f"--global_batch_size {size} is not a multiple of --micro_batch_size {config.micro_batch_size} x "
+        f"data-parallel size {dims.dp} = {unit}: use --global_batch_size {' or '.join(map(str, fitting))}"
+    )
+
+
+def check_schedule(config: TrainConfig, num_steps: int) -> None:
+    """ConfigError when the learning-rate schedule does not fit a run of `num_steps` optimizer steps."""
+    decay = config.lr_decay_iters or num_steps
+    length = f"--lr_decay_iters {decay}" if config.lr_decay_iters else f"the {decay} steps of the run"
+    warmup = config.lr_warmup_iters
+    if config.lr_decay_style == "constant":
+        return
+    if warmup >= decay:
+        raise ConfigError(
+            f"--lr_warmup_iters {warmup} leaves nothing of {length}: use --lr_warmup_iters {decay - 1} or less"
+        )
+    wsd = config.lr_wsd_decay_iters
+    if config.lr_decay_style == "WSD" and wsd is not None and warmup + wsd > decay:
+        raise ConfigError(
+            f"--lr_wsd_decay_iters {wsd} and --lr_warmup_iters {warmup} are longer than {length}: "
+            f"use --lr_wsd_decay_iters {decay - warmup} or less"
+        )
+
+
+def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    yield from _range_refusals(config)
+    yield from _length_refusals(config)
+    yield from _tuner_refusals(config)
+    if config.min_lr > config.lr:
+        yield ConfigError(f"--min_lr {config.min_lr} is above --lr {config.lr}: use --min_lr {config.lr} or less")
+    if config.lr_decay_style != "WSD" and config.lr_wsd_decay_iters is not None:
+        yield ConfigError(
+            f"--lr_wsd_decay_iters {config.lr_wsd_decay_iters} belongs to --lr_decay_style WSD, "
+            f"not {config.lr_decay_style}: leave it out, or use --lr_decay_style WSD"
+        )
+    if not config.dataset:
+        yield ConfigError("--dataset is required: give one file or more, as --dataset FILE#N for its first N rows")
+    if config.eval_steps is not None and not config.val_dataset:
+        yield ConfigError(
+            f"--eval_steps {config.eval_steps} has nothing to evaluate: add --val_dataset FILE, or leave it out"
+        )
+    if config.world_size is not None and not config.dry_run:
+        yield ConfigError(
+            f"--world_size {config.world_size} is for --dry_run; a real job takes its size from "
+            f"--nproc_per_node {config.world_size}, torchrun or SLURM"
+        )
+    sizes = (config.world_size, config.nproc_per_node)
+    if config.dry_run and None not in sizes and sizes[0] != sizes[1]:
+        yield ConfigError(f"--world_size {sizes[0]} and --nproc_per_node {sizes[1]} differ: leave one out")
+
+
+def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """Numbers outside their range; nan is outside every range."""
+    for name in _AT_LEAST_ONE:
+        value = getattr(config, name)
+        if value is not None and not value >= 1:
+            yield ConfigError(f"--{name} {value} must be at least 1: use --{name} 1 or more")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            yield ConfigError(f"--{name} {value} must be a number from 0 on: use --{name} 0 or more")
+    for name in _BELOW_ONE:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            yield ConfigError(f"--{name} {value} must lie from 0 to below 1: use --{name} 0.9")
+    for name in ("adam_eps", "lora_alpha"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            default = type(config).__dataclass_fields__[name].default
+            yield ConfigError(f"--{name} {value} must be above 0: use --{name} {default}")
+
+
+def _length_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """How long the run is, exactly once, and the schedule where the flags alone decide it."""
+    steps, epochs = config.train_iters, config.num_train_epochs
+    if steps is None and epochs is None:
+        yield ConfigError("the length of the run is missing: use --train_iters 1000 or --num_train_epochs 1")
+    elif steps is not None and epochs is not None:
+        yield ConfigError(f"--train_iters {steps} and --num_train_epochs {epochs} both say how long: leave one out")
+    elif epochs is not None and not 0 < epochs < math.inf:
+        yield ConfigError(f"--num_train_epochs {epochs} must be above 0: use --num_train_epochs 1")
+    if steps is not None and steps >= 1:
+        try:
+            check_schedule(config, steps)
+        except ConfigError as error:
+            yield error
+
+
+def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.tuner_type == "lora":
+        if len(config.adapters) > 1:
+            yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
+        return
+    for name in _LORA_FLAGS:
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default:
+            given = " ".join(value) if isinstance(value, tuple) else value
+            yield ConfigError(f"--{name} {given} has no effect with --tuner_type full: use --tuner_type lora")

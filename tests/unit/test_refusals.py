@@ -1,0 +1,166 @@
+"""Every refusal names flag, numbers and a value; here that value is read out of the message and must be accepted."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mswift.config.train import SftConfig
+from mswift.converters.spec import ModelSpec, RopeSpec
+from mswift.errors import ConfigError, LayoutError
+from mswift.refusals import check_schedule, check_train, train_refusals
+
+SPEC = ModelSpec(
+    model_type="llama",
+    num_layers=6,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    ffn_hidden_size=96,
+    vocab_size=1003,
+    max_position_embeddings=512,
+    norm_eps=1e-5,
+    rope=RopeSpec(theta=10_000.0),
+    tied_embeddings=False,
+)
+FINE = SftConfig(model="m", dataset=("a.jsonl",), train_iters=10)
+
+
+def _refused(config: SftConfig, world_size: int = 1, spec: ModelSpec = SPEC) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        check_train(config, spec, world_size)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def _remedies(message: str, flag: str) -> list[str]:
+    """Values that a message proposes for `flag`: "use --flag 3 or 4", "it can be 1, 2"."""
+    found = re.search(rf"use --{flag} (.+?)(?: or less| or more| or --|, |$)", message)
+    found = found or re.search(r"can be ([\d., ]+)$", message)
+    assert found is not None, message
+    return re.split(r", | or ", found[1])
+
+
+def test_a_fitting_run_has_a_layout() -> None:
+    config = dataclasses.replace(FINE, tensor_model_parallel_size=2, pipeline_model_parallel_size=3)
+    dims = check_train(config, SPEC, 12)
+    assert (dims.tp, dims.pp, dims.dp) == (2, 3, 2)
+    assert train_refusals(config, SPEC, 12) == []
+
+
+CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
+    # change of the fitting run, ranks, the flag whose remedy is run, words of the message
+    (dict(tensor_model_parallel_size=8), 8, "tensor_model_parallel_size", ["8", "4 key/value heads"]),
+    (dict(tensor_model_parallel_size=3), 3, "tensor_model_parallel_size", ["3", "4 key/value heads"]),
+    (dict(pipeline_model_parallel_size=4), 4, "pipeline_model_parallel_size", ["4", "6 layers"]),
+    (dict(pipeline_model_parallel_size=12), 12, "pipeline_model_parallel_size", ["12", "more stages", "6 layers"]),
+    (dict(global_batch_size=10), 4, "global_batch_size", ["10", "data-parallel size 4"]),
+    (dict(global_batch_size=3, micro_batch_size=2), 2, "global_batch_size", ["--micro_batch_size 2", "= 4"]),
+    (dict(lr_warmup_iters=10), 1, "lr_warmup_iters", ["10 steps of the run"]),
+    (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "lr_warmup_iters", ["8", "--lr_decay_iters 5"]),
+    (
+        dict(lr_decay_style="WSD", lr_wsd_decay_iters=9, lr_warmup_iters=4),
+        1,
+        "lr_wsd_decay_iters",
+        ["9", "4", "10 steps"],
+    ),
+    (dict(min_lr=1.0), 1, "min_lr", ["1.0", "--lr 1e-05"]),
+    (dict(micro_batch_size=0), 1, "micro_batch_size", ["0", "at least 1"]),
+    (dict(save_steps=0), 1, "save_steps", ["0"]),
+    (dict(clip_grad=-1.0), 1, "clip_grad", ["-1.0"]),
+    (dict(lr=float("nan")), 1, "lr", ["nan"]),
+    (dict(adam_beta2=1.0), 1, "adam_beta2", ["1.0"]),
+    (dict(adam_eps=0.0), 1, "adam_eps", ["0.0"]),
+    (dict(train_iters=None), 1, "train_iters", ["length of the run is missing"]),
+    (dict(train_iters=None, num_train_epochs=0.0), 1, "num_train_epochs", ["0.0"]),
+    (dict(lora_rank=16), 1, "tuner_type", ["--lora_rank 16", "full"]),
+    (dict(modules_to_save=("lm_head",)), 1, "tuner_type", ["--modules_to_save lm_head"]),
+    (dict(lr_wsd_decay_iters=3), 1, "lr_decay_style", ["3", "cosine"]),
+    (dict(sequence_parallel=True), 2, "sequence_parallel", ["--tensor_model_parallel_size is 1"]),
+]
+_KINDS: dict[str, Any] = {"false": False}
+
+
+@pytest.mark.parametrize(("change", "world_size", "flag", "words"), CASES, ids=[str(case[0]) for case in CASES])
+def test_the_remedy_of_a_message_works(change: dict[str, Any], world_size: int, flag: str, words: list[str]) -> None:
+    config = dataclasses.replace(FINE, **change)
+    message = _refused(config, world_size)
+    assert all(word in message for word in words), message
+    given_flags = [f"--{name}" for name in change if f"--{name}" in message]
+    assert given_flags or "missing" in message
+    for text in _remedies(message, flag):
+        kind = type(getattr(FINE, flag)) if getattr(FINE, flag) is not None else int
+        value = _KINDS[text] if text in _KINDS else kind(text)
+        mended = dataclasses.replace(config, **{flag: value})
+        size = value if flag.endswith("parallel_size") else world_size
+        check_train(mended, SPEC, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "mended", "message"),
+    [
+        (dict(num_train_epochs=1.0), dict(num_train_epochs=None), "--train_iters 10 and --num_train_epochs 1.0"),
+        (dict(dataset=()), dict(dataset=("f",)), "--dataset is required"),
+        (dict(eval_steps=5), dict(val_dataset=("f",)), "--eval_steps 5 has nothing to evaluate: add --val_dataset"),
+        (dict(world_size=4), dict(world_size=None, nproc_per_node=4), "--nproc_per_node 4"),
+        (dict(dry_run=True, world_size=4, nproc_per_node=2), dict(nproc_per_node=None), "--world_size 4"),
+        (dict(tuner_type="lora", adapters=("a", "b")), dict(adapters=("a",)), "names 2 adapters"),
+    ],
+    ids=str,
+)
+def test_contradictions(change: dict[str, Any], mended: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(FINE, **change)
+    assert message in _refused(config)
+    check_train(dataclasses.replace(config, **mended), SPEC, 1)
+
+
+def test_every_mistake_is_listed() -> None:
+    config = dataclasses.replace(FINE, train_iters=None, save_steps=0, tensor_model_parallel_size=8)
+    texts = [str(refusal) for refusal in train_refusals(config, SPEC, 8)]
+    assert len(texts) == 3
+    assert [flag in text for flag, text in zip(["save_steps", "length", "tensor"], texts, strict=True)] == [True] * 3
+
+
+def test_a_schedule_is_checked_again_when_epochs_become_steps() -> None:
+    config = dataclasses.replace(FINE, train_iters=None, num_train_epochs=1.0, lr_warmup_iters=20)
+    check_train(config, SPEC, 1)
+    check_schedule(config, 21)
+    with pytest.raises(ConfigError, match="use --lr_warmup_iters 19"):
+        check_schedule(config, 20)
+
+
+@given(st.integers(1, 16), st.integers(1, 12), st.integers(1, 16), st.integers(1, 40), st.integers(1, 4))
+def test_what_is_accepted_cuts_no_unit_and_what_is_refused_names_a_number(
+    tp: int, pp: int, world_size: int, global_batch_size: int, micro_batch_size: int
+) -> None:
+    config = dataclasses.replace(
+        FINE,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+    fits = not (SPEC.num_kv_heads % tp or SPEC.num_layers % pp or world_size % (tp * pp))
+    fits = fits and global_batch_size % (micro_batch_size * max(world_size // (tp * pp), 1)) == 0
+    if fits:
+        assert check_train(config, SPEC, world_size).dp == world_size // (tp * pp)
+    else:
+        with pytest.raises(LayoutError, match=r"(use|can be) .*\d"):
+            check_train(config, SPEC, world_size)
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 6), st.integers(1, 64))
+def test_tensor_parallel_sizes_that_a_message_names_all_work(
+    kv_heads: int, groups: int, ffn_units: int, tp: int
+) -> None:
+    spec = dataclasses.replace(
+        SPEC, num_kv_heads=kv_heads, num_attention_heads=kv_heads * groups, ffn_hidden_size=8 * ffn_units
+    )
+    config = dataclasses.replace(FINE, tensor_model_parallel_size=tp)
+    assume(kv_heads % tp or (8 * ffn_units) % tp)
+    for size in _remedies(_refused(config, tp, spec), "tensor_model_parallel_size"):
+        check_train(dataclasses.replace(config, tensor_model_parallel_size=int(size)), spec, int(size))

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ class _Fold:
                 size = region.num_elements * DTYPE_BYTES[tensor.dtype]
                 raw = bytearray(read_bytes(fd, size, offset, tensor.path))
                 rows = torch.frombuffer(raw, dtype=_TORCH[tensor.dtype]).view(region.sizes)
-                yield memoryview(self._merged(name, region, rows).view(-1).view(torch.uint8).numpy())
+                merged: Any = self._merged(name, region, rows).view(-1).view(torch.uint8).numpy()
+                yield memoryview(merged)
                 offset += size
 
     def _merged(self, name: str, region: Region, rows: Tensor) -> Tensor:
@@ -152,8 +154,10 @@ class _Fold:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         index["weight_map"][SAVABLE[HEAD]] = index["weight_map"][SAVABLE[EMBED]]
         metadata = index.setdefault("metadata", {})
-        if "total_size" in metadata:
-            metadata["total_size"] += self.stored[SAVABLE[EMBED]].nbytes
+        embedding = self.stored[SAVABLE[EMBED]]
+        for name, added in (("total_size", embedding.nbytes), ("total_parameters", prod(embedding.shape))):
+            if name in metadata:
+                metadata[name] += added
         return (json.dumps(index, indent=2) + "\n").encode()
 
 

@@ -1,0 +1,201 @@
+"""`mswift merge` against PEFT: merge_and_unload's weights, the unmerged model's logits, an untouched base."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mswift.cli.main import main
+from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners import files
+from mswift.tuners.merge import merge
+from tests.support.adapters import difference, edit_config, load_peft, random_adapter, random_model
+from tests.support.tiny import tiny_tokenizer
+
+BOTH = ("embed_tokens", "lm_head")
+SIZES = {"num_hidden_layers": 2, "vocab_size": 301}
+TOKENS = torch.arange(120).view(2, 60)
+WEIGHTS, LOGITS = 1e-6, 5e-6  # max|a-b| / max|b| against PEFT in fp32: another order of one sum
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    random_model(path / "untied", **SIZES)
+    random_model(path / "tied", tie_word_embeddings=True, **SIZES)
+    random_model(path / "qwen2", "qwen2", **SIZES)
+    tiny_tokenizer(path / "untied")
+    sharded = random_model(path / "sharded", tie_word_embeddings=True, **SIZES)
+    (path / "sharded" / "model.safetensors").unlink()
+    sharded.save_pretrained(path / "sharded", max_shard_size="100KB")
+    return path
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """sha256 of every file of a directory."""
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
+    }
+
+
+def load(path: Path, **options: Any) -> Any:
+    """The transformers model, which must find exactly its tensors."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 25, 1000])
+@pytest.mark.parametrize(
+    ("model", "targets", "saved"),
+    [
+        ("untied", ("all-linear",), ()),
+        ("untied", ("q_proj", "up_proj"), BOTH),
+        ("tied", ("all-linear",), BOTH),
+        ("tied", ("v_proj",), ()),
+        ("sharded", ("all-linear",), BOTH),
+        ("qwen2", ("all-linear",), ("lm_head",)),
+    ],
+)
+def test_the_merged_model_is_peft_s(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block_bytes: int,
+    model: str,
+    targets: tuple[str, ...],
+    saved: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", block_bytes)
+    adapter = random_adapter(tmp_path / "a", models / model, targets, saved)
+    before = hashes(models / model), hashes(adapter)
+    report = merge(models / model, [adapter], tmp_path / "merged")
+    assert (hashes(models / model), hashes(adapter)) == before
+    assert not report.untied
+    peft = load_peft(models / model, adapter)
+    merged = load(tmp_path / "merged")
+    assert difference(merged(TOKENS).logits, peft(TOKENS).logits) < LOGITS
+    assert difference(load(models / model)(TOKENS).logits, peft(TOKENS).logits) > 0.1
+    theirs = peft.merge_and_unload().state_dict()
+    changed = 0
+    for name, weight in merged.state_dict().items():
+        assert difference(weight, theirs[name]) < WEIGHTS, name
+        changed += not torch.equal(weight, load_file_of(models / model, name))
+    assert changed == 2 * (7 if targets == ("all-linear",) else len(targets)) + len(saved)
+
+
+def load_file_of(model: Path, name: str) -> torch.Tensor:
+    """A weight of the base (a tied head is its embedding)."""
+    tensors = {n: t for path in model.glob("*.safetensors") for n, t in load_file(path).items()}
+    return tensors.get(name, tensors["model.embed_tokens.weight"])
+
+
+def test_files_beside_the_weights_are_carried_over(models: Path, tmp_path: Path) -> None:
+    merge(models / "untied", [random_adapter(tmp_path / "a", models / "untied")], tmp_path / "merged")
+    ours, base = hashes(tmp_path / "merged"), hashes(models / "untied")
+    assert ours.keys() == base.keys()
+    assert [name for name in ours if ours[name] != base[name]] == ["model.safetensors"]
+
+
+def test_a_head_of_its_own_unties_the_model(models: Path, tmp_path: Path) -> None:
+    """PEFT trained embedding and head apart on a tied base: config.json says so in the merged model."""
+    for model in ("tied", "sharded"):
+        adapter = random_adapter(tmp_path / f"a-{model}", models / model, modules_to_save=BOTH)
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors["base_model.model.lm_head.weight"] += 0.1 * torch.randn(301, 64)
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        edit_config(adapter, ensure_weight_tying=False)
+        report = merge(models / model, [adapter], tmp_path / model)
+        assert report.untied
+        assert json.loads((tmp_path / model / "config.json").read_text())["tie_word_embeddings"] is False
+        head = load(tmp_path / model).get_output_embeddings().weight
+        assert torch.equal(head, tensors["base_model.model.lm_head.weight"])
+
+
+def test_two_adapters_are_one_sum(models: Path, tmp_path: Path) -> None:
+    """Folding both in one step equals folding them one after the other, to the rounding of the step between."""
+    one = random_adapter(tmp_path / "1", models / "untied", ("q_proj",), seed=1)
+    two = random_adapter(tmp_path / "2", models / "untied", seed=2)
+    merge(models / "untied", [one, two], tmp_path / "both")
+    merge(models / "untied", [one], tmp_path / "first")
+    merge(tmp_path / "first", [two], tmp_path / "second")
+    ours, theirs = load(tmp_path / "both").state_dict(), load(tmp_path / "second").state_dict()
+    assert all(difference(ours[name], theirs[name]) < WEIGHTS for name in theirs)
+
+
+def test_bfloat16_rounds_once(models: Path, tmp_path: Path) -> None:
+    """The bf16 weight is the fp64 sum, rounded: at most half a unit in the last place away (and 1e-4 of one)."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(models / "untied", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = random_adapter(tmp_path / "a", tmp_path / "base")
+    merge(tmp_path / "base", [adapter], tmp_path / "merged")
+    merged, base = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    lora = load_file(adapter / "adapter_model.safetensors")
+    for name, weight in base.items():
+        assert merged[name].dtype == torch.bfloat16
+        prefix = "base_model.model." + name.removesuffix("weight")
+        exact = weight.double()
+        if prefix + "lora_A.weight" in lora:
+            exact += 2 * lora[prefix + "lora_B.weight"].double() @ lora[prefix + "lora_A.weight"].double()
+        ulp = 2.0 ** (torch.frexp(exact).exponent.double() - 8)
+        assert ((merged[name].double() - exact).abs() <= 0.5001 * ulp).all(), name
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(models: Path, tmp_path: Path) -> None:
+    random_model(tmp_path / "wide", intermediate_size=128, **SIZES)
+    adapter = random_adapter(tmp_path / "a", tmp_path / "wide")
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj\.lora_B\.weight has shape \[128, 4\], the model needs \[96, 4\]"
+    ):
+        merge(models / "untied", [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge(tmp_path / "wide", [adapter], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--output_dir .*out exists already"):
+        merge(tmp_path / "wide", [adapter], tmp_path / "out")
+    edit_config(adapter, use_dora=True)
+    with pytest.raises(ConfigError, match="use_dora"):
+        merge(tmp_path / "wide", [adapter], tmp_path / "dora")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_incomplete_base_is_refused(models: Path, tmp_path: Path) -> None:
+    random_model(tmp_path / "base", **SIZES)
+    adapter = random_adapter(tmp_path / "a", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks tensor model\.norm\.weight \[64\]"):
+        merge(tmp_path / "base", [adapter], tmp_path / "out")
+    save_file(tensors | {"model.norm.weight": norm, "extra": norm.clone()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"extra \[64\] is no tensor of this model"):
+        merge(tmp_path / "base", [adapter], tmp_path / "out")
+
+
+def test_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = random_adapter(tmp_path / "a", models / "tied")
+    argv = ["merge", "--model", str(models / "tied"), "--adapters", str(adapter), "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 0
+    assert "14 with a LoRA folded in" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "--output_dir" in capsys.readouterr().err
+
+
+def test_the_tolerance_sees_a_wrong_fold(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partner: a scale of alpha in place of alpha / rank."""
+    from mswift.tuners.peft_config import PeftSettings
+
+    adapter = random_adapter(tmp_path / "a", models / "untied")
+    theirs = load_peft(models / "untied", adapter)(TOKENS).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftSettings, "scale", property(lambda self: self.alpha))
+        merge(models / "untied", [adapter], tmp_path / "scale")
+    assert difference(load(tmp_path / "scale")(TOKENS).logits, theirs) > 100 * LOGITS

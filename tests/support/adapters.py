@@ -1,0 +1,115 @@
+"""Random adapters as PEFT directories, and PEFT models on tiny transformers models: the oracle of the LoRA tests."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mswift.converters.adapters import LoraConfig, adapter_shapes, trained_name
+from mswift.converters.catalog import read_config
+from mswift.converters.layout import Region
+from mswift.converters.plan import ModelTable, table_for
+from mswift.tuners.export import write_adapter
+from mswift.tuners.peft_config import adapter_files, read_peft_config
+from tests.support.tiny import tiny_model
+
+Arrays = Mapping[str, npt.NDArray[np.float32]]
+
+
+def random_model(path: Path, model_type: str = "qwen3", **sizes: Any) -> Any:
+    """A tiny model whose norms and biases are random as well (transformers starts them at one and zero)."""
+    import torch
+
+    model = tiny_model(path, model_type, **sizes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    model.save_pretrained(path)
+    return model
+
+
+def table_of(model: Path) -> ModelTable:
+    """The table of a model directory."""
+    return table_for(read_config(model))
+
+
+def random_arrays(
+    table: ModelTable, config: LoraConfig, modules_to_save: Sequence[str] = (), seed: int = 0
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Non-zero values for every trained tensor (a tied embedding once), by PEFT name."""
+    generator = np.random.default_rng(seed)
+    shapes = {trained_name(table, n): s for n, s in adapter_shapes(table, config, modules_to_save).items()}
+    return {name: (0.1 * generator.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_arrays(
+    path: Path, table: ModelTable, config: LoraConfig, arrays: Arrays, modules_to_save: Sequence[str] = ()
+) -> Path:
+    """A PEFT directory made of these arrays by the code under test."""
+
+    def read(name: str, region: Region, out: memoryview) -> None:
+        index = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+        out[:] = np.ascontiguousarray(arrays[name][index]).tobytes()
+
+    (content,) = adapter_files(table, config, modules_to_save, None).values()
+    settings = path.parent / f"{path.name}-settings"
+    settings.mkdir(parents=True)
+    (settings / "adapter_config.json").write_bytes(content)
+    tensors = {name: ("F32", array.shape) for name, array in arrays.items()}
+    write_adapter(path, table, read_peft_config(settings), content, tensors, read, where="arrays")
+    return path
+
+
+def random_adapter(
+    path: Path,
+    model: Path,
+    targets: Sequence[str] = ("all-linear",),
+    modules_to_save: Sequence[str] = (),
+    seed: int = 0,
+) -> Path:
+    """A PEFT directory of rank 4 and alpha 8 with random non-zero A and B, for the model in `model`."""
+    table = table_of(model)
+    config = LoraConfig.for_table(table, rank=4, alpha=8, target_modules=targets, seed=0)
+    return write_arrays(path, table, config, random_arrays(table, config, modules_to_save, seed), modules_to_save)
+
+
+def load_peft(model: Path, adapter: Path, *, trainable: bool = False, dtype: str = "float32") -> Any:
+    """peft.PeftModel on the transformers model; fails on any missing or unexpected key and on PEFT's warnings."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+        result = peft.load_adapter(str(adapter), "default", is_trainable=trainable)
+    assert result.missing_keys == []
+    assert result.unexpected_keys == []
+    complaints = [str(w.message) for w in caught if "key" in str(w.message) or "tie" in str(w.message)]
+    assert complaints == []
+    return peft.train(trainable)
+
+
+def trained_parameters(peft: Any) -> Iterator[tuple[str, Any]]:
+    """(PEFT file name without prefix, parameter) of what PEFT trains."""
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            short = name.removeprefix("base_model.model.")
+            yield short.replace(".default", "").replace(".modules_to_save", ""), parameter
+
+
+def edit_config(adapter: Path, **changes: Any) -> None:
+    """Change fields of adapter_config.json."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """max|a-b| / max|b|; 0 for equal tensors."""
+    return 0.0 if bool((ours == theirs).all()) else float((ours - theirs).abs().max() / theirs.abs().max())

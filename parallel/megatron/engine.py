@@ -170,8 +170,8 @@ class MegatronEngine:
         """(sum of weighted losses, sum of weights) over the global batch; touches no state of the training."""
         losses = schedule.run(self._chunks, microbatches, self.device, forward_only=True)
         weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
-        weights = weights if self._reports else 0.0
-        total = torch.tensor([losses, weights], dtype=torch.float64, device=self.device)
+        mine = [losses, weights] if self._reports else [0.0, 0.0]
+        total = torch.tensor(mine, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total[0]), float(total[1])
 

@@ -9,6 +9,7 @@ import atexit
 import importlib
 import inspect
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,28 @@ class RankPool:
         """Call the function on all ranks and wait for the answers."""
         name = target if isinstance(target, str) else _name(target)
         for _, pipe in self._workers:
-            pipe.send((name, payload))
+            pipe.send_bytes(pickle.dumps((name, payload)))
         deadline = time.monotonic() + timeout
-        answers = [self._answer(rank, deadline) for rank in range(len(self._workers))]
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < len(self._workers):
+            waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers) if rank not in answers}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                answers[rank] = self._answer(rank)
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + 3)  # the others may wait for it for ever
+            if not ready:
+                answers |= dict.fromkeys(waiting.values(), (False, "no answer in time"))
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         if failures:
             raise RankError("\n".join(failures))
-        return [value for _, value in answers]
+        return [answers[rank][1] for rank in range(len(self._workers))]
 
-    def _answer(self, rank: int, deadline: float) -> tuple[bool, Any]:
+    def _answer(self, rank: int) -> tuple[bool, Any]:
         process, pipe = self._workers[rank]
-        if not pipe.poll(max(0.0, deadline - time.monotonic())):
-            return False, "no answer in time"
         try:
-            return pipe.recv()  # type: ignore[no-any-return]
+            return pickle.loads(pipe.recv_bytes())  # type: ignore[no-any-return]  # noqa: S301 - our own child
         except EOFError:
             return False, f"the process ended with status {process.wait()}"
 
@@ -124,14 +133,14 @@ def _work(pipe: Connection) -> None:
     """Answer calls until the other end closes."""
     while True:
         try:
-            name, payload = pipe.recv()
+            name, payload = pickle.loads(pipe.recv_bytes())  # noqa: S301 - our own parent
         except EOFError:
             return
         try:
             answer = (True, _load(name)(payload))
         except BaseException:
             answer = (False, traceback.format_exc())
-        pipe.send(answer)
+        pipe.send_bytes(pickle.dumps(answer))
 
 
 @atexit.register

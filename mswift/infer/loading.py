@@ -82,7 +82,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    check_adapter_dir(adapter_dir)
+    config = check_adapter_dir(adapter_dir)
     stored = _stored_shapes(adapter_dir)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
@@ -92,12 +92,15 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
             f"give the base model that it was trained on"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--adapters {adapter_dir}: peft cannot load it: {error}") from error
+        targets = config.get("target_modules")
+        raise ConfigError(f"--adapters {adapter_dir} (target_modules {targets!r}): peft: {error}") from error
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
     }
     missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    if extra:  # PEFT saves an embedding that carries an adapter together with it
+        extra -= {name for name in adapted.state_dict() if name.endswith(".base_layer.weight")}
     if missing or extra:
         raise CheckpointError(
             f"--adapters {adapter_dir}: its {len(stored)} tensors are not the {len(expected)} that "

@@ -114,7 +114,7 @@ def _prompts(config: InferConfig, engine: "TransformersEngine", sampling: Sampli
 def _dataset(
     config: InferConfig, engine: "TransformersEngine", sampling: Sampling, rows: Sequence[Row], template: bool
 ) -> int:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     requests = [to_request(row, sampling, index, template) for index, row in enumerate(rows)]
     path = Path(config.result_path or "")

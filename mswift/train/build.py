@@ -12,7 +12,6 @@ from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
-from mswift.parallel import groups
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train import checkpoint
@@ -22,14 +21,6 @@ from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-
-
-def join_job(info: RankInfo, dims: ParallelDims, device: torch.device) -> None:
-    """Meet the other ranks; a job of one needs no port."""
-    if info.world_size == 1:
-        groups.init(dims, device)
-    else:
-        groups.init(dims, device, rank=info.rank, init_method=f"tcp://{info.master_addr}:{info.master_port}")
 
 
 def build_data(

@@ -17,7 +17,7 @@ from mswift.parallel.megatron.engine import MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan, training_batch
-from mswift.train.build import batch_plan, build_data, build_engine, join_job, learning_rate, num_steps, print_banner
+from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
 from mswift.train.collective import agreed, barrier
 from mswift.train.flops import step_flops
 from mswift.train.loop import FinishedStep, evaluate, train
@@ -52,7 +52,7 @@ class Run:
 def run_job(start: Start, device: torch.device) -> int:
     """Train as one rank of the job that this process belongs to. Raises mswift.errors for what the user can mend."""
     config, info, dims, reader, resume = start.config, start.info, start.dims, start.reader, start.resume
-    join_job(info, dims, device)
+    groups.init(dims, device, info)
     try:
         data, val_data, tokenizer = build_data(start.kind, config, reader, info)
         engine = build_engine(config, reader, dims, device, resumed=resume is not None)

@@ -100,8 +100,12 @@ def trained_parameters(peft: Any) -> Iterator[tuple[str, Any]]:
     """(PEFT file name without prefix, parameter) of what PEFT trains."""
     for name, parameter in peft.named_parameters():
         if parameter.requires_grad:
-            short = name.removeprefix("base_model.model.")
-            yield short.replace(".default", "").replace(".modules_to_save", ""), parameter
+            yield short_name(name), parameter
+
+
+def short_name(name: str) -> str:
+    """Name in an adapter file, without its prefix, of a PeftModel's parameter."""
+    return name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
 
 
 def edit_config(adapter: Path, **changes: Any) -> None:

@@ -1,0 +1,159 @@
+"""One LoRA training twice: PEFT on transformers in one process, mswift on some ranks; the differences by tensor."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from tests.support.adapters import load_peft, random_adapter, short_name, trained_parameters
+from tests.support.parity import random_model, random_steps, reference
+from tests.support.ranks import join, run_ranks
+from tests.support.spaces import assemble, gather
+
+SETTINGS = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "clip_grad": 1.0}
+
+
+def peft_run(home: Path, model: str, targets: Sequence[str], saved: Sequence[str]) -> dict[str, Any]:
+    """Write model and random adapter under `home`; three steps of PEFT: logits, loss, norms, gradients, weights."""
+    base = random_model(model)
+    base.save_pretrained(home / "model")  # type: ignore[operator]
+    adapter = random_adapter(home / "adapter", home / "model", targets, saved)
+    peft = load_peft(home / "model", adapter, trainable=True)
+    names = {name for name, _ in trained_parameters(peft)}
+    result = reference(peft, random_steps(), SETTINGS)
+    for part in ("gradients", "weights", "momentum_buffer"):
+        result[part] = {short_name(n): v for n, v in result[part].items() if short_name(n) in names}
+        assert result[part].keys() == names
+    return result | {"trainable": peft.get_nb_trainable_parameters()[0], "home": home}
+
+
+def mswift_run(home: Path, world_size: int, layout: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The same job on `world_size` ranks. Options: broken (a name in BREAKS), dtype, fresh (do not train or load)."""
+    payload = {"home": home, "world_size": world_size, "layout": dict(layout), "options": options}
+    ranks = run_ranks(world_size, "tests/support/lora_parity.py:on_rank", payload)
+    result = {name: ranks[0].get(name) for name in ("logits", "loss", "grad_norm", "trainable", "dtypes")}
+    for part, prefix in (("gradients", "gradient."), ("weights", ""), ("optimizer", "")):
+        arrays = assemble([rank[part] for rank in ranks])
+        result[part] = {name.removeprefix(prefix).removeprefix("adapter."): a for name, a in arrays.items()}
+    prefix = "optimizer.momentum_buffer.adapter."
+    momentum = {n.removeprefix(prefix): a for n, a in result.pop("optimizer").items() if n.startswith(prefix)}
+    return result | {"momentum_buffer": momentum, "ranks": ranks}
+
+
+def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of `mswift_run`."""
+    dims, device = join(payload["world_size"], **payload["layout"])
+    from mswift.converters.reader import WeightReader
+    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
+    from mswift.tuners.adapter import PeftAdapter
+
+    home, options = payload["home"], payload["options"]
+    reader, adapter = WeightReader(home / "model"), PeftAdapter(home / "adapter")
+    lora, saved = adapter.lora_config(reader.table, seed=7)
+    settings = EngineConfig(lora=lora, trainable_modules=saved, dtype=options.get("dtype", "F32"), **SETTINGS)
+    result: dict[str, Any] = {"gradients": {}, "optimizer": {}}
+    with broken_rule(options.get("broken")):
+        engine = MegatronEngine(reader.table, dims, settings, device)
+        engine.load_weights(reader)
+        if not options.get("fresh"):
+            engine.load_adapter(adapter)
+            _break_model(engine, options.get("broken"))
+            before = _frozen_hashes(engine)
+            steps = [[Microbatch(*batch) for batch in step] for step in random_steps()]
+            result |= _train(engine, steps, dims.dp)
+            result["base_untouched"] = _frozen_hashes(engine) == before
+        result["weights"] = gather(engine.model_shards())
+        result["trainable"] = engine.trainable_parameters
+        result |= _held(engine)
+        engine.close()
+    return result
+
+
+def _train(engine: Any, steps: Sequence[Sequence[Any]], dp: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"logits": engine.logits(steps[0][0].tokens).float().numpy()}
+    results = []
+    for step in steps:
+        results.append(engine.train_step(step[engine.coordinate.dp :: dp], SETTINGS["lr"]))
+        if "gradients" not in result:
+            result["gradients"] = gather(engine.gradients())
+            result["replicated"] = _replicated_gradients(engine)
+    result["optimizer"] = gather(engine.optimizer_shards())
+    return result | {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+
+
+def _frozen_hashes(engine: Any) -> dict[int, str]:
+    frozen = [p.parameter for p in engine._base if not p.parameter.requires_grad]
+    return {i: hashlib.sha256(p.detach().view(torch.uint8).numpy().tobytes()).hexdigest() for i, p in enumerate(frozen)}
+
+
+def _replicated_gradients(engine: Any) -> dict[str, Any]:
+    """Gradients of what every tensor-parallel rank holds whole, by name."""
+    return {
+        placed.key: placed.parameter.main_grad.clone().numpy()
+        for placed in engine._trained
+        if not getattr(placed.parameter, "tensor_model_parallel", False)
+    }
+
+
+def _held(engine: Any) -> dict[str, Any]:
+    """What this rank keeps beside the weights: elements of gradient buffers, of masters; frozen ones with either."""
+    trained = {id(p.parameter) for p in engine._trained}
+    frozen = [p.parameter for p in engine._base if id(p.parameter) not in trained]
+    groups = engine._optimizer._inner.optimizer.param_groups
+    return {
+        "coordinate": engine.coordinate,
+        "dtypes": {str(p.parameter.dtype) for p in engine._trained},
+        "master_dtypes": {str(p.dtype) for group in groups for p in group["params"]},
+        "buffered_frozen": sum(hasattr(p, "main_grad") or p.requires_grad for p in frozen),
+        "num_frozen": len(frozen),
+        "trained_elements": sum(p.parameter.numel() for p in engine._trained),
+        "master_elements": sum(p.numel() for group in groups for p in group["params"]),
+        "gradient_elements": sum(p.parameter.main_grad.numel() for p in engine._trained),
+    }
+
+
+def _pass(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    return x
+
+
+@contextmanager
+def broken_rule(name: str | None) -> Iterator[None]:
+    """Leave out one collective or rule of mswift.parallel.adapters on this rank."""
+    from mswift.parallel import adapters
+
+    places: dict[str, tuple[str, Callable[..., Any]]] = {
+        "copy to ranks": ("copy_to_tensor_model_parallel_region", _pass),
+        "sum over ranks": ("reduce_from_tensor_model_parallel_region", _pass),
+        "kv groups": ("kv_groups", lambda *_: 1),
+    }
+    if name not in places:
+        yield
+        return
+    with patch.object(adapters, *places[name]):
+        yield
+
+
+@torch.no_grad()
+def _break_model(engine: Any, name: str | None) -> None:
+    if name == "cut marks":  # on the masters, of which the gradient norm is taken
+        for group in engine._optimizer._inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.tensor_model_parallel = False
+    for module in engine._chunks[0].modules():
+        pairs = module.pairs() if hasattr(module, "pairs") else {}
+        if name == "A of k for q" and "q_proj" in pairs:
+            pairs["q_proj"].lora_A.copy_(pairs["k_proj"].lora_A)
+        for pair in pairs.values():
+            if name == "sequence marks":
+                pair.lora_A.sequence_parallel = pair.lora_B.sequence_parallel = False
+
+
+def bitwise_equal(arrays: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all mappings hold the same arrays."""
+    first = arrays[0]
+    return all(a.keys() == first.keys() and all(np.array_equal(a[n], first[n]) for n in first) for a in arrays)

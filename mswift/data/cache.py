@@ -171,7 +171,7 @@ def _ensure(directory: Path, build: Callable[[StoreWriter], Mapping[str, Any]], 
     try:
         open_store(directory)
         return
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except DataError as error:
         _log.warning("the token cache %s is damaged (%s): it is built again", directory, error)
@@ -189,7 +189,8 @@ def _temporary_sibling(directory: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as error:
-        free = shutil.disk_usage(temporary.parent).free if temporary.parent.is_dir() else 0
+        existing = next(parent for parent in temporary.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(existing).free
         raise ConfigError(
             f"the token cache cannot be written to {directory.parent} ({error.strerror or error}; {free:,} bytes "
             "free): name a folder with room for it, --cache_dir /path"

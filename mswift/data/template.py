@@ -147,12 +147,18 @@ class ChatTemplate:
             conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **options
         )
         marked = {start: self._core(text[start:end]) for start, end in marks[0]}
+        num_answers = sum(message["role"] == "assistant" for message in messages)
+        if texts[0] != text or len(marks[0]) != num_answers:
+            raise DataError(
+                f"{where}: the chat template has {len(marks[0])} pairs of {{% generation %}} marks for {num_answers} "
+                "assistant turns; mend the marks, one pair around what the assistant writes"
+            )
         for turn in turns:
-            span = turn.span
-            if texts[0] != text or marked.get(span.start) != self._core(text[span.start : span.end]):
+            learned = text[turn.span.start : turn.span.end]
+            if marked.get(turn.span.start) != self._core(learned):
                 raise DataError(
                     f"{where}, message {turn.index + 1}: the {{% generation %}} marks of the chat template disagree "
-                    f"with its generation prompt about what is learned, {text[span.start : span.end]!r}; mend the marks"
+                    f"with its generation prompt about what is learned, {learned!r}; mend the marks"
                 )
 
     def _core(self, learned: str) -> str:

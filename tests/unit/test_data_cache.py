@@ -1,0 +1,146 @@
+"""Token cache: whole or absent, damage found and mended, and nobody left waiting when the writer fails."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mswift.data.batch import Sample
+from mswift.data.cache import open_or_build, open_store
+from mswift.errors import ConfigError, DataError
+
+SAMPLES = [Sample(np.arange(n, dtype=np.int32), np.arange(n) % 2 == 1) for n in (4, 3, 9)]
+
+
+class Builder:
+    """Counts how often the entry is built."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, writer):
+        self.calls += 1
+        for sample in SAMPLES:
+            writer.add_sample(sample)
+        return {"files": []}
+
+
+def _open(directory, build, is_writer=True, barrier=lambda: None):
+    return open_or_build(directory, build, with_mask=True, is_writer=is_writer, barrier=barrier)
+
+
+def test_what_is_written_is_read(tmp_path):
+    store = _open(tmp_path / "a", Builder())
+    for index, sample in enumerate(SAMPLES):
+        cut = slice(store.offsets[index], store.offsets[index + 1])
+        assert store.tokens[cut].tolist() == sample.tokens.tolist()
+        assert store.mask[cut].tolist() == sample.loss_mask.tolist()
+    assert isinstance(store.tokens, np.memmap)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_built_once_and_the_fingerprint_is_of_the_content(tmp_path):
+    build = Builder()
+    first, second, other = _open(tmp_path / "a", build), _open(tmp_path / "a", build), _open(tmp_path / "b", build)
+    assert build.calls == 2
+    assert first.fingerprint == second.fingerprint == other.fingerprint
+
+    def shorter(writer):
+        writer.add_sample(SAMPLES[0])
+        return {"files": []}
+
+    assert _open(tmp_path / "c", shorter).fingerprint != first.fingerprint
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (_truncate, "tokens.bin", r"tokens\.bin has 60 bytes, the index says 64"),
+        (_truncate, "mask.bin", r"mask\.bin has 12 bytes, the index says 16"),
+        (Path.unlink, "mask.bin", r"mask\.bin has None bytes, the index says 16"),
+        (_flip, "offsets.bin", r"offsets\.bin does not match its checksum"),
+        (_flip, "index.json", r"index\.json does not match its checksum"),
+        (_truncate, "index.json", r"index\.json does not match its checksum"),
+        (lambda path: path.write_text("[]"), "index.json", r"index\.json does not match its checksum"),
+    ],
+)
+def test_damage_is_found_said_and_mended(tmp_path, caplog, damage, name, message):
+    build = Builder()
+    before = _open(tmp_path / "a", build).fingerprint
+    damage(tmp_path / "a" / name)
+    with pytest.raises(DataError, match=message):
+        open_store(tmp_path / "a")
+    assert _open(tmp_path / "a", build).fingerprint == before
+    assert build.calls == 2
+    assert "is damaged" in caplog.text
+    assert "built again" in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_unfinished_entry_is_never_published(tmp_path):
+    def failing(writer):
+        writer.add_sample(SAMPLES[0])
+        raise DataError("row 2 is bad")
+
+    met = []
+    with pytest.raises(DataError, match="row 2 is bad"):
+        _open(tmp_path / "a", failing, barrier=lambda: met.append("writer"))
+    assert met == ["writer"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="the process that writes it failed, see its message"):
+        _open(tmp_path / "a", failing, is_writer=False)
+
+
+def test_readers_wait_for_the_writer(tmp_path):
+    build, refuse = Builder(), pytest.fail
+    store = _open(tmp_path / "a", refuse, is_writer=False, barrier=lambda: _open(tmp_path / "a", build) and None)
+    assert len(store.offsets) == 4
+
+
+def test_a_second_writer_keeps_what_the_first_published(tmp_path):
+    inner = Builder()
+
+    def slow(writer):
+        _open(tmp_path / "a", inner)  # another job publishes the same entry meanwhile
+        (tmp_path / "a" / "witness").touch()
+        return Builder()(writer)
+
+    _open(tmp_path / "a", slow)
+    assert (tmp_path / "a" / "witness").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_written_names_the_flag(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to .*bytes free.*--cache_dir /path"):
+        _open(blocked / "tokens" / "a", Builder())
+    _open(tmp_path / "path" / "tokens" / "a", Builder())
+
+
+def test_a_full_disk_publishes_nothing(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left on device; .* bytes free.: name a folder"):
+        _open(tmp_path / "a", Builder())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_is_plain_json(tmp_path):
+    _open(tmp_path / "a", Builder())
+    index = json.loads((tmp_path / "a" / "index.json").read_text())["index"]
+    assert index["files"]["tokens.bin"]["size"] == 64

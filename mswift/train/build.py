@@ -14,9 +14,9 @@ from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.topology import ParallelDims
-from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import barrier
+from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
 
@@ -136,29 +136,27 @@ def learning_rate(config: TrainConfig, steps: int) -> LearningRate:
 
 
 def print_banner(
-    kind: Kind,
-    config: TrainConfig,
-    dims: ParallelDims,
+    start: Start,
     device: torch.device,
-    engine: MegatronEngine,
+    dtype: str,
+    parameters: tuple[int, int],
     data: TokenDataset,
     val_data: TokenDataset | None,
     last_step: int,
-    state: checkpoint.RunState | None,
 ) -> None:
-    """Say what will happen before it does."""
+    """Say what will happen before it does. `parameters`: (of the model, trained)."""
+    config, dims = start.config, start.dims
     per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
-    trained = engine.trainable_parameters
     microbatches = f"{per_rank} microbatches x {config.micro_batch_size} x DP {dims.dp}"
     lines = {
-        "command": f"{kind}, {config.tuner_type}, {engine.config.dtype} on {device}",
-        "model": f"{Path(config.model)} ({engine.num_parameters:,} parameters, {trained:,} trained)",
+        "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
+        "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
         "layout": f"{dims.world_size} ranks = TP {dims.tp} x PP {dims.pp} x DP {dims.dp}"
         + (", sequence parallel" if dims.sequence_parallel else ""),
         "batch": f"{config.global_batch_size} samples = {microbatches}",
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",
-        "steps": f"{last_step}" + (f", continuing after step {state.step}" if state else ""),
+        "steps": f"{last_step}" + (f", continuing after step {start.resume.step}" if start.resume else ""),
         "output": str(Path(config.output_dir)),
     }
     print("\n".join(f"{name:11s}{text}" for name, text in lines.items()), flush=True)

@@ -18,7 +18,7 @@ from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan, training_batch
 from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
-from mswift.train.collective import agreed, barrier
+from mswift.train.collective import agreed
 from mswift.train.flops import step_flops
 from mswift.train.loop import FinishedStep, evaluate, train
 from mswift.train.metrics import MetricsFile, Progress, StepRecord, TensorBoard, Watcher, plot_loss, watching
@@ -61,11 +61,12 @@ def run_job(start: Start, device: torch.device) -> int:
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data,
                   num_steps(config, len(data)), Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None
-        if info.rank == 0:
-            _open_run_directory(run, state)
-            warn_of_untrained_tokens(config, reader, tokenizer)
-            print_banner(start.kind, config, dims, device, engine, data, val_data, run.last_step, state)
-        barrier()
+        parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
+        with agreed(f"opening {config.output_dir}"):
+            if info.rank == 0:
+                _open_run_directory(run, state)
+                warn_of_untrained_tokens(config, reader, tokenizer)
+                print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
         _train(run, state)
     finally:
         groups.destroy()

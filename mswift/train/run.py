@@ -3,12 +3,14 @@
 Everything that can be refused without torch is refused before torch is imported.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mswift.config.loader import to_arguments
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
+from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
 from mswift.refusals import check_train
 from mswift.topology import ParallelDims
@@ -44,7 +46,11 @@ def _run(kind: Kind, config: TrainConfig) -> int:
         from mswift.train.dry_run import dry_run
 
         return dry_run(config)
-    start = prepare(kind, config)
+    info = current()
+    if info is None and config.nproc_per_node is not None:
+        prepare(kind, config, replace(RankInfo.single(), world_size=config.nproc_per_node))  # refuse before starting
+        return local.run(local.mswift_job(config.nproc_per_node, kind, to_arguments(config)))
+    start = prepare(kind, config, info or RankInfo.single())
     from mswift.parallel import device
 
     chosen = device.prepare(config.device)  # before the first import of megatron.core
@@ -53,9 +59,8 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     return run_job(start, chosen)
 
 
-def prepare(kind: Kind, config: TrainConfig) -> Start:
+def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
-    info = current() or RankInfo.single()
     resume = find_resume_point(Path(config.output_dir), config.resume)
     own_weights = resume is not None and config.tuner_type == "full"
     reader = WeightReader(resume.checkpoint if resume and own_weights else Path(config.model))

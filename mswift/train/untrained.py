@@ -1,6 +1,7 @@
 """Before LoRA: does the chat template use tokens whose embedding rows were never trained?"""
 
 import sys
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from mswift.data.tokenizer import Tokenizer, untrained_token_warning
 
 _KEY = "embedding.word_embeddings.weight"
 _BLOCK_ROWS = 4096
+_STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def warn_of_untrained_tokens(config: TrainConfig, reader: WeightReader, tokenizer: Tokenizer) -> None:
@@ -26,11 +28,17 @@ def warn_of_untrained_tokens(config: TrainConfig, reader: WeightReader, tokenize
 def embedding_row_norms(reader: WeightReader) -> NDArray[np.float32]:
     """L2 norm of every row of the input embedding, float32 [vocab]; read in blocks of rows."""
     vocab, hidden = reader.table.megatron[_KEY].shape
-    read = reader.read_as("F32")
     norms = np.empty(vocab, dtype=np.float32)
     for start in range(0, vocab, _BLOCK_ROWS):
         rows = min(_BLOCK_ROWS, vocab - start)
-        block = np.empty((rows, hidden), dtype=np.float32)
-        read(_KEY, Region((start, 0), (rows, hidden)), memoryview(block.view(np.uint8).reshape(-1)))
-        norms[start : start + rows] = np.linalg.norm(block, axis=1)
+        block = np.empty((rows, hidden), dtype=_STORED[reader.dtype])
+        reader.read(_KEY, Region((start, 0), (rows, hidden)), memoryview(block.view(np.uint8).reshape(-1)))
+        norms[start : start + rows] = np.linalg.norm(_as_float32(block), axis=1)
     return norms
+
+
+def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """bfloat16, held as uint16, is the upper half of a float32."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)

@@ -7,6 +7,7 @@ interleaving (qkv), stacking of layers and transposition are all of this form; t
 Nothing here enumerates elements: costs grow with the number of pieces.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -68,6 +69,13 @@ class Piece:
         """The same map read from side 1 to side 0."""
         dims = tuple(Dim(d.size, (d.axis[1], d.axis[0]), (d.step[1], d.step[0])) for d in self.dims)
         return Piece((self.names[1], self.names[0]), (self.starts[1], self.starts[0]), dims)
+
+    def hull(self, side: int) -> Region:
+        """The smallest box that holds everything the piece covers on one side."""
+        sizes = [1] * len(self.starts[side])
+        for dim in self.dims:
+            sizes[dim.axis[side]] += (dim.size - 1) * dim.step[side]
+        return Region(self.starts[side], tuple(sizes))
 
     def moved(self, side: int, by: int) -> "Piece":
         """A flat map (one axis) whose positions on `side` are shifted."""
@@ -179,6 +187,24 @@ def _slab_fault(boxes: list[Region], shape: tuple[int, ...], axis: int) -> tuple
             if fault is not None:
                 return f"[{here}, {fault[0][1:]}", fault[1]
     return None
+
+
+class Chunks:
+    """Boxes of one tensor, found by overlap without looking at all of them."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._sorted = sorted(regions, key=lambda r: r.offsets)
+        self._first = [r.offsets[0] if r.offsets else 0 for r in self._sorted]
+        self._longest = max((r.sizes[0] for r in self._sorted if r.sizes), default=1)
+
+    def overlapping(self, region: Region) -> Iterator[tuple[Region, Region]]:
+        """(chunk, its part inside the region)."""
+        low, size = (region.offsets[0], region.sizes[0]) if region.offsets else (0, 1)
+        start = bisect_left(self._first, low - self._longest + 1)
+        for chunk in self._sorted[start : bisect_left(self._first, low + size)]:
+            common = chunk.intersect(region)
+            if common is not None:
+                yield chunk, common
 
 
 def identity(names: tuple[str, str], region: Region, starts: tuple[tuple[int, ...], tuple[int, ...]]) -> Piece:

@@ -67,6 +67,25 @@ class ModelTable:
         layers = self._layers(rule) if layer is None else (layer,)
         return [piece for each in layers for piece in rule.pieces(self.sizes, each)]
 
+    @cached_property
+    def hf_pieces(self) -> Mapping[str, Piece]:
+        """HF name -> its map (side 0) into its Megatron tensor (side 1)."""
+        return {piece.names[0]: piece for key in self.megatron for piece in self.pieces(key)}
+
+    @cached_property
+    def hf_order(self) -> list[str]:
+        """HF names as files hold them: what is before the layers, layer after layer, what is after."""
+        before: list[str] = []
+        inside: list[tuple[int, str]] = []
+        after: list[str] = []
+        for key, tensor in self.megatron.items():
+            for piece in self.pieces(key):
+                if tensor.rule.stacked:
+                    inside.append((piece.starts[1][0], piece.names[0]))
+                else:
+                    (after if inside else before).append(piece.names[0])
+        return [*before, *(name for _, name in sorted(inside, key=lambda pair: pair[0])), *after]
+
     def hf_modules(self, key: str) -> tuple[str, ...]:
         """Leaf names of the HF modules fused in it, in order: ("q_proj", "k_proj", "v_proj"), ..."""
         return tuple(part.hf.split(".")[-2] for part in self.megatron[key].rule.parts)

@@ -1,7 +1,8 @@
 """Where a model's weights come from: a Hugging Face directory, or a torch_dist one (converted, or a checkpoint)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mswift.converters.catalog import read_config
@@ -9,13 +10,40 @@ from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.files import open_read, read_exactly
 from mswift.converters.io.safetensors import StoredTensor, read_directory
 from mswift.converters.io.torch_dist import TorchDistSource
-from mswift.converters.plan import WEIGHT_DTYPES, ModelTable, table_for
+from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
+from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.errors import CheckpointError
 
 HF_FOLDER = "hf"
 _NOT_WEIGHTS = ("optimizer.", "rng.")
 _ADAPTER = "adapter."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of one HF tensor (side 0 of the flat map) in a file (side 1)."""
+
+    fd: int
+    path: Path
+    copy: Piece
+
+
+def run_of_bytes(name: str, size: int, offset: int) -> Piece:
+    """A tensor that lies in one run of a file."""
+    return Piece((name, name), ((0,), (offset,)), (Dim(size, (0, 0), (1, 1)),))
+
+
+def chunk_places(
+    table: ModelTable, name: str, chunk: Region, dtype: str, data: tuple[int, Path, int]
+) -> Iterator[Place]:
+    """The bytes of HF tensor `name` that lie in one chunk of its Megatron tensor; data: (fd, path, offset)."""
+    fd, path, offset = data
+    for part in restrict(table.hf_pieces[name], chunk, 1):
+        local = tuple(s - o for s, o in zip(part.starts[1], chunk.offsets, strict=True))
+        inside = Piece(part.names, (part.starts[0], local), part.dims)
+        copy = flatten(inside, (table.hf[name], chunk.sizes), DTYPE_BYTES[dtype])
+        yield Place(fd, path, copy.moved(1, offset))
 
 
 class HfSource:
@@ -41,6 +69,19 @@ class HfSource:
         self.tensors = {name: tensor for name, tensor in stored.items() if name not in self.dropped}
         check_shapes(str(path), {n: t.shape for n, t in self.tensors.items()}, self.table.hf)
         self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()})
+        self.order = sorted(self.tensors, key=lambda n: (self.tensors[n].path, self.tensors[n].offset))
+
+    def places(self, name: str) -> list[Place]:
+        """Where the bytes of an HF tensor lie."""
+        tensor = self.tensors[name]
+        return [Place(self.fd(tensor.path), tensor.path, run_of_bytes(name, tensor.nbytes, tensor.offset))]
+
+    def extents(self) -> dict[str, list[tuple[int, int]]]:
+        """File name -> (offset, size) of every tensor in it."""
+        result: dict[str, list[tuple[int, int]]] = {}
+        for tensor in self.all_tensors.values():
+            result.setdefault(tensor.path.name, []).append((tensor.offset, tensor.nbytes))
+        return result
 
     def fd(self, path: Path) -> int:
         """An open descriptor of one of the weight files."""
@@ -99,6 +140,27 @@ class MegatronSource:
             )
         check_shapes(str(path), shapes, {key: t.shape for key, t in self.table.megatron.items()})
         self.dtype = one_dtype(str(path), {n: self.files.tensors[n].dtype for n in shapes})
+        self.order = self.table.hf_order
+        self.dropped: dict[str, str] = {}
+
+    def places(self, name: str) -> list[Place]:
+        """Where the bytes of an HF tensor lie."""
+        piece = self.table.hf_pieces[name]
+        chunks = self.files.chunks(piece.names[1])
+        return [
+            place
+            for chunk, _ in chunks.overlapping(piece.hull(1))
+            for place in chunk_places(self.table, name, chunk, self.dtype, self.files.chunk_data(piece.names[1], chunk))
+        ]
+
+    def extents(self) -> dict[str, list[tuple[int, int]]]:
+        """File name -> (offset, size) of every chunk of a model tensor in it."""
+        result: dict[str, list[tuple[int, int]]] = {}
+        for key, tensor in self.table.megatron.items():
+            for chunk, _ in self.files.chunks(key).overlapping(Region.full(tensor.shape)):
+                _, path, offset = self.files.chunk_data(key, chunk)
+                result.setdefault(path.name, []).append((offset, chunk.num_elements * DTYPE_BYTES[self.dtype]))
+        return result
 
     def close(self) -> None:
         """Closes the files."""

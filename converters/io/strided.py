@@ -15,8 +15,11 @@ from mswift.converters.layout import Dim, Piece, Region, restrict
 def cut(copy: Piece, low: int, high: int) -> list[Piece]:
     """The parts of a byte map whose side 0 lies in bytes [low, high)."""
     start = copy.starts[0][0]
-    if low <= start and start + _span(copy.dims, 0) <= high:
+    end = start + _span(copy.dims, 0)
+    if low <= start and end <= high:
         return [copy]
+    if end <= low or high <= start:
+        return []
     return restrict(copy, Region((low,), (high - low,)), 0)
 
 

@@ -13,7 +13,7 @@ from mswift.converters.io.dcp_metadata import METADATA, Index, Item, encode_meta
 from mswift.converters.io.files import PIECE_BYTES, open_read, sync_directory, write_file
 from mswift.converters.io.strided import gather
 from mswift.converters.io.torch_item import LARGEST_ITEM_BYTES, locate_data, object_item, tensor_envelope
-from mswift.converters.layout import Region, flatten, identity, tiling_fault
+from mswift.converters.layout import Chunks, Region, flatten, identity, tiling_fault
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
@@ -50,7 +50,7 @@ class TorchDistSource:
         self.bytes_read = 0
         self._fds: dict[str, int] = {}
         self._data: dict[tuple[str, Region], int] = {}
-        self._checked: set[str] = set()
+        self._chunks: dict[str, Chunks] = {}
         self._scratch = local()
 
     def close(self) -> None:
@@ -61,15 +61,16 @@ class TorchDistSource:
     def __del__(self) -> None:
         self.close()
 
-    def chunks(self, name: str) -> list[Region]:
+    def chunks(self, name: str) -> Chunks:
         """The stored chunks of a tensor; CheckpointError unless they tile it."""
-        _, shape, chunks = self._entry(name)
-        if name not in self._checked:
+        found = self._chunks.get(name)
+        if found is None:
+            _, shape, chunks = self._entry(name)
             fault = tiling_fault(list(chunks), shape)
             if fault is not None:
                 raise CheckpointError(f"{self.path / METADATA}: chunks of {name} of shape {list(shape)}: {fault}")
-            self._checked.add(name)
-        return list(chunks)
+            found = self._chunks[name] = Chunks(list(chunks))
+        return found
 
     def chunk_data(self, name: str, chunk: Region) -> tuple[int, Path, int]:
         """(file descriptor, path, byte offset) of a chunk's raw C-order bytes."""
@@ -97,10 +98,7 @@ class TorchDistSource:
             raise ValueError(f"{name}{region}: {len(out)} bytes given, {region.num_elements * item_bytes} needed")
         if region.intersect(Region.full(shape)) != region:
             raise CheckpointError(f"{self.path}: {name} has shape {list(shape)}; {region} lies outside")
-        for chunk in self.chunks(name):
-            common = chunk.intersect(region)
-            if common is None:
-                continue
+        for chunk, common in self.chunks(name).overlapping(region):
             starts = (_minus(common.offsets, region.offsets), _minus(common.offsets, chunk.offsets))
             copy = flatten(identity((name, name), common, starts), (region.sizes, chunk.sizes), item_bytes)
             fd, path, start = self.chunk_data(name, chunk)
@@ -253,10 +251,11 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
         fault = tiling_fault(list(chunks), shape)
         if fault is not None:
             raise CheckpointError(f"{directory}: chunks of {key} of shape {list(shape)}: {fault}")
-    return _write_index_files(Path(directory), index)
+    return write_index_files(Path(directory), index)
 
 
-def _write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
+def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
+    """.metadata, common.pt, metadata.json, and the empty objects of layers; fsynced."""
     empty = object_item([None])
     written = {}
     for key, (_, shape, _) in sorted(index.tensors.items()):

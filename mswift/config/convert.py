@@ -20,16 +20,25 @@ class ConvertConfig:
     """Format of the destination."""
     output_dir: str
     """Destination directory; must not exist, or be empty."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file (--to hf): bytes, or a number with KB, MB, GB, KiB, MiB or GiB."""
+    num_workers: int | None = None
+    """Threads that copy. Default: the processors of this process, at most 8."""
+    dry_run: bool = False
+    """Print the plan as a table, write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Prove that two checkpoints hold the same model, bit for bit, whatever their formats.
 
-    The first differences are named when they do not (exit status 1).
+    With one checkpoint: prove that it is what was recorded when mswift wrote it (mswift_manifest.json or COMMIT).
+    The first differences are named when they do not agree (exit status 1).
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """Checkpoint: Hugging Face directory, converted directory or checkpoint-N."""
-    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Checkpoint: Hugging Face directory, converted directory, run directory or checkpoint-N."""
+    b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
     """The other one."""
+    num_workers: int | None = None
+    """Threads that compare. Default: the processors of this process, at most 8."""

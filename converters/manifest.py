@@ -1,0 +1,162 @@
+"""`mswift_manifest.json`: what a conversion moved, tensor by tensor with hashes; written last, it is the commit mark.
+
+Tensors are listed by Hugging Face name in every format, so that the digest of a model does not depend on how its
+bytes are laid out: a round trip is proved by equal digests.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mswift import __version__
+from mswift.converters.io.files import PIECE_BYTES, open_read, read_bytes, write_file
+from mswift.converters.io.side_files import MANIFEST
+from mswift.converters.plan import DTYPE_BYTES
+from mswift.errors import CheckpointError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One HF tensor: sha256 of its bytes, and by which rule it lies in which Megatron tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    rule: str
+    megatron: str
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class DroppedRecord:
+    """An HF tensor that no model reads; `same_as`: a tensor with equal bytes, from which it comes back."""
+
+    reason: str
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the destination. `sha256` covers all of it, or (`frame`) the bytes that belong to no tensor."""
+
+    bytes: int
+    sha256: str
+    frame: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The proof of one conversion; printed by `mswift convert`."""
+
+    source_format: str
+    format: str
+    model_type: str
+    tensors: Mapping[str, TensorRecord]
+    dropped: Mapping[str, DroppedRecord] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def num_elements(self) -> int:
+        return sum(t.num_elements for t in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.num_elements * DTYPE_BYTES[t.dtype] for t in self.tensors.values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 over name, dtype, shape and hash of every tensor: the same in every format."""
+        lines = [f"{n}\0{t.dtype}\0{list(t.shape)}\0{t.sha256}\n" for n, t in sorted(self.tensors.items())]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source_format} -> {self.format}, model_type {self.model_type}: every element moved exactly once",
+            f"  tensors   {len(self.tensors):,}",
+            f"  elements  {self.num_elements:,}",
+            f"  bytes     {self.num_bytes:,}",
+            f"  sha256    {self.digest}",
+            f"  seconds   {self.seconds:.2f}",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, record in self.dropped.items():
+            reasons.setdefault(record.reason, []).append(name)
+        for reason, names in reasons.items():
+            lines.append(f"  dropped   {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}")
+        return "\n".join(lines)
+
+    def write(self, directory: Path) -> None:
+        """As the last file of the directory."""
+        value = {
+            "version": _VERSION,
+            "mswift": __version__,
+            "source_format": self.source_format,
+            "format": self.format,
+            "model_type": self.model_type,
+            "sha256": self.digest,
+            "num_tensors": len(self.tensors),
+            "num_elements": self.num_elements,
+            "num_bytes": self.num_bytes,
+            "seconds": round(self.seconds, 3),
+            "tensors": {name: asdict(t) for name, t in self.tensors.items()},
+            "dropped": {name: asdict(d) for name, d in self.dropped.items()},
+            "files": {name: asdict(f) for name, f in self.files.items()},
+        }
+        write_file(directory / MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory that `convert` made, None if it has none; CheckpointError if it is damaged."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if value["version"] != _VERSION:
+            raise CheckpointError(f"{path}: version {value['version']}; this mswift reads {_VERSION}")
+        tensors = {n: TensorRecord(**{**t, "shape": tuple(t["shape"])}) for n, t in value["tensors"].items()}
+        dropped = {n: DroppedRecord(**d) for n, d in value["dropped"].items()}
+        files = {n: FileRecord(**f) for n, f in value["files"].items()}
+        manifest = Manifest(
+            value["source_format"], value["format"], value["model_type"], tensors, dropped, files, value["seconds"]
+        )
+        digest = value["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
+    if manifest.digest != digest:
+        raise CheckpointError(f"{path}: is damaged: its tensors give sha256 {manifest.digest}, it says {digest}")
+    return manifest
+
+
+def hash_frame(path: Path, extents: Sequence[tuple[int, int]]) -> FileRecord:
+    """Hash of the bytes of a file outside the (offset, size) extents."""
+    digest, position = hashlib.sha256(), 0
+    fd = open_read(path)
+    try:
+        size = os.fstat(fd).st_size
+        for offset, length in [*sorted(extents), (size, 0)]:
+            while position < offset:
+                count = min(PIECE_BYTES, offset - position)
+                digest.update(read_bytes(fd, count, position, path))
+                position += count
+            position = max(position, offset + length)
+    finally:
+        os.close(fd)
+    return FileRecord(size, digest.hexdigest(), frame=True)
+
+
+def hash_whole(path: Path) -> FileRecord:
+    """Hash of a whole file."""
+    record = hash_frame(path, [])
+    return FileRecord(record.bytes, record.sha256)

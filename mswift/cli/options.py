@@ -70,10 +70,12 @@ def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
 
 
 def _positional_values(fields: Sequence[Option], given: Sequence[str]) -> dict[str, list[str]]:
-    spelled = " ".join(option.name.upper() for option in fields)
-    if len(given) != len(fields):
-        raise ConfigError(f"{len(fields)} arguments are needed ({spelled}), {len(given)} given")
-    return {option.name: [value] for option, value in zip(fields, given, strict=True)}
+    spelled = " ".join(o.name.upper() if o.required else f"[{o.name.upper()}]" for o in fields)
+    needed = sum(option.required for option in fields)
+    if not needed <= len(given) <= len(fields):
+        count = str(needed) if needed == len(fields) else f"{needed} to {len(fields)}"
+        raise ConfigError(f"{count} arguments are needed ({spelled}), {len(given)} given")
+    return {option.name: [value] for option, value in zip(fields, given, strict=False)}
 
 
 def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

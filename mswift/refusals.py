@@ -56,7 +56,7 @@ def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
     common = math.gcd(spec.num_attention_heads, spec.num_kv_heads, spec.ffn_hidden_size)
     fitting = ", ".join(str(size) for size in divisors(common))
     units = {
-        "key/value heads": spec.num_kv_heads,
+        "key/value heads (KV groups)": spec.num_kv_heads,
         "attention heads": spec.num_attention_heads,
         "MLP columns": spec.ffn_hidden_size,
     }

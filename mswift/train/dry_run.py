@@ -1,0 +1,163 @@
+"""`--dry_run`: what a launch would do, and every reason why it would refuse. No torch, no process group, no weights."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mswift import rundir
+from mswift.config.train import SftConfig, TrainConfig
+from mswift.converters.catalog import read_config
+from mswift.converters.plan import ModelTable, table_for
+from mswift.data.formats import parse_spec
+from mswift.errors import ConfigError, MswiftError
+from mswift.launchers.environment import current
+from mswift.refusals import dims_of, train_refusals
+from mswift.topology import ParallelDims
+from mswift.train.memory import ACTIVATIONS, StageMemory, stage_memory, trained_parameters
+from mswift.train.resume import find_resume_point
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GROUPS_SHOWN = 4
+_GIB, _MIB = 2**30, 2**20
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Print the resolved run on --world_size ranks; returns 0, or 2 when a launch would be refused."""
+    info = current()
+    world_size = config.world_size or config.nproc_per_node or (info.world_size if info else 1)
+    model = _config_dir(Path(config.model))
+    raw = read_config(model)
+    table = table_for(raw)
+    refusals = _refusals(config, table, world_size)
+    print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
+    rows = [*_model_rows(config, raw, table), *_run_rows(config)]
+    if not refusals:
+        dims = dims_of(config, world_size)
+        rows += [*_layout_rows(dims), *_batch_rows(config, dims), *_memory_rows(config, raw, table, dims)]
+    print("\n".join(f"{name:<15}{text}" for name, text in rows))
+    for refusal in refusals:
+        print(f"\nrefused: {refusal}")
+    return ConfigError.exit_status if refusals else 0
+
+
+def _config_dir(model: Path) -> Path:
+    """Where config.json lies: converted directories and checkpoints keep it with the tokenizer."""
+    return model / rundir.HF_FILES if (model / rundir.HF_FILES).is_dir() else model
+
+
+def _refusals(config: TrainConfig, table: ModelTable, world_size: int) -> list[MswiftError]:
+    """What a launch would refuse: flags and layout, module names, data files, the output directory."""
+    refusals: list[MswiftError] = [*train_refusals(config, table.spec, world_size)]
+    checks: list[Callable[[], object]] = [
+        lambda: trained_parameters(config, table),
+        *(partial(parse_spec, spec, "--dataset") for spec in config.dataset),
+        *(partial(parse_spec, spec, "--val_dataset") for spec in config.val_dataset),
+        lambda: find_resume_point(Path(config.output_dir), config.resume),
+    ]
+    for check in checks:
+        try:
+            check()
+        except MswiftError as error:
+            if str(error) not in map(str, refusals):
+                refusals.append(error)
+    return refusals
+
+
+def _dtype(config: TrainConfig, raw: dict[str, Any]) -> str:
+    return config.torch_dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> Iterator[tuple[str, str]]:
+    spec = table.spec
+    yield (
+        "model",
+        f"{config.model}: {spec.model_type}, {spec.num_layers} layers, hidden {spec.hidden_size}, "
+        f"{spec.num_attention_heads} heads, {spec.num_kv_heads} KV heads, ffn {spec.ffn_hidden_size}, "
+        f"vocabulary {spec.vocab_size:,}{' (tied)' if spec.tied_embeddings else ''}",
+    )
+    total = sum(math.prod(tensor.shape) for tensor in table.megatron.values())
+    yield "parameters", f"{total:,}, {_dtype(config, raw)}"
+    if config.tuner_type == "lora":
+        yield (
+            "tuner",
+            f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {' '.join(config.target_modules)}",
+        )
+    else:
+        yield "tuner", "full"
+
+
+def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    yield "data", ", ".join(config.dataset) or "none"
+    yield "validation", ", ".join(config.val_dataset) or "none"
+    steps = f"{config.train_iters:,} steps" if config.train_iters else f"{config.num_train_epochs or 'no'} epochs"
+    decay = f" to {config.min_lr:g} in {config.lr_decay_iters or 'all'} steps"
+    yield (
+        "schedule",
+        f"{steps}; {config.optimizer}, lr {config.lr:g}, {config.lr_warmup_iters} warm-up steps, "
+        f"{config.lr_decay_style}{decay if config.lr_decay_style != 'constant' else ''}",
+    )
+    steps_done = rundir.committed_steps(Path(config.output_dir))
+    start = f"continues checkpoint-{steps_done[-1]}" if steps_done else "starts"
+    every = f"every {config.save_steps} steps and at the end" if config.save_steps else "at the end"
+    yield "output", f"{config.output_dir} ({start}; --resume {config.resume}), saved {every}"
+
+
+def _layout_rows(dims: ParallelDims) -> Iterator[tuple[str, str]]:
+    sequence = ", sequence parallel" if dims.sequence_parallel else ""
+    yield "layout", f"{dims.world_size} ranks = TP {dims.tp} x PP {dims.pp} x DP {dims.dp}{sequence}"
+    for axis, what in (("tp", "share each layer"), ("pp", "are the stages of a pipeline"), ("dp", "share the batch")):
+        if dims.sizes[axis] > 1:
+            yield f"  {axis.upper()} groups", f"{_groups(dims, axis)} {what}"
+
+
+def _groups(dims: ParallelDims, axis: str) -> str:
+    """The first groups of an axis, as [0 1] [2 3] ..."""
+    seen: dict[tuple[int, ...], None] = {}
+    for rank in range(dims.world_size):
+        seen[dims.members(axis, rank)] = None
+        if len(seen) > _GROUPS_SHOWN:
+            break
+    shown = [f"[{_ranks(group)}]" for group in list(seen)[:_GROUPS_SHOWN]]
+    return " ".join(shown) + (" ..." if len(seen) > _GROUPS_SHOWN else "")
+
+
+def _ranks(group: Sequence[int]) -> str:
+    return " ".join(map(str, group)) if len(group) <= 8 else f"{group[0]} {group[1]} ... {group[-1]}"
+
+
+def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, str]]:
+    num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
+    yield (
+        "batch",
+        f"{config.global_batch_size} samples a step = {num_microbatches} microbatches x {config.micro_batch_size} "
+        f"x DP {dims.dp}; at most {config.global_batch_size * config.max_length:,} tokens a step",
+    )
+    if dims.pp > 1:
+        idle = (dims.pp - 1) / (num_microbatches + dims.pp - 1)
+        yield "  pipeline", f"1F1B, {idle:.0%} of the time idle with {num_microbatches} microbatches"
+
+
+def _memory_rows(
+    config: TrainConfig, raw: dict[str, Any], table: ModelTable, dims: ParallelDims
+) -> Iterator[tuple[str, str]]:
+    dtype_bytes = _DTYPE_BYTES.get(_dtype(config, raw), 4)
+    stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]
+    yield "memory", f"of one rank, estimated:\n{_table(stages)}"
+    yield "  weights", "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP"
+    yield "  activations", ACTIVATIONS
+
+
+def _table(stages: Sequence[StageMemory]) -> str:
+    head = ("stage", "parameters", "trained", "weights", "gradients", "optimizer", "activations", "total")
+    lines = ["".join(f"{name:>13}" for name in head)]
+    for number, stage in enumerate(stages):
+        parts = (stage.weights_bytes, stage.gradients_bytes, stage.optimizer_bytes, stage.activations_bytes)
+        cells = (number, f"{stage.parameters:,}", f"{stage.trained:,}", *map(_size, parts), _size(stage.total_bytes))
+        lines.append("".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB else f"{num_bytes / _MIB:.2f} MiB"

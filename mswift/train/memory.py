@@ -1,0 +1,104 @@
+"""Parameters and memory of one rank, from the table of the model and the layout alone. No torch, no model."""
+
+import math
+from dataclasses import dataclass
+
+from mswift.config.train import TrainConfig
+from mswift.converters.adapters import LoraConfig, adapter_shapes, expand_modules_to_save
+from mswift.converters.plan import MegatronTensor, ModelTable
+from mswift.topology import ParallelDims
+
+EMBEDDING = "embedding.word_embeddings.weight"
+_GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
+_STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each trained parameter
+_MASTER_BYTES = 4  # fp32 copy of a trained bf16 parameter
+
+ACTIVATIONS = (
+    "microbatches in flight x tokens x layers x (4h + 2(a + kv)d/TP + 4f/TP) x bytes, h/TP with SP; no recompute"
+)
+"""Shape letters: h hidden, a heads, kv KV heads, d head_dim, f ffn. Attention keeps no [seq, seq] scores (SDPA)."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One rank of a pipeline stage: elements of its parameters, and bytes by part."""
+
+    parameters: int
+    trained: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
+    """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
+    if config.tuner_type == "full":
+        return sum(math.prod(tensor.shape) for tensor in table.megatron.values())
+    lora = LoraConfig.for_table(
+        table, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=config.target_modules, seed=config.seed
+    )
+    shapes = adapter_shapes(table, lora, expand_modules_to_save(table, config.modules_to_save))
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int) -> int:
+    """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy."""
+    num_layers = len(dims.stage_layers(table.spec.num_layers, pp_rank))
+    first, last = pp_rank == 0, pp_rank == dims.pp - 1
+    elements = 0
+    for key, tensor in table.megatron.items():
+        if tensor.rule.stacked:
+            elements += _local_elements(tensor, dims.tp, table) // table.spec.num_layers * num_layers
+        elif key == EMBEDDING:
+            elements += _local_elements(tensor, dims.tp, table) * (first or (last and table.spec.tied_embeddings))
+        elif last:
+            elements += _local_elements(tensor, dims.tp, table)
+    return elements
+
+
+def _local_elements(tensor: MegatronTensor, tp: int, table: ModelTable) -> int:
+    """Elements of the tensor on one tensor-parallel rank; an uneven cut is padded to the largest part."""
+    elements = math.prod(tensor.shape)
+    if tensor.rule.cut is None:
+        return elements
+    units = table.sizes[tensor.rule.cut.unit]
+    return elements // units * -(-units // tp)
+
+
+def stage_memory(
+    config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int
+) -> StageMemory:
+    """Estimate for one rank of a stage. LoRA: the adapters of the stage uncut, which is the most they can be."""
+    base = stage_parameters(table, dims, pp_rank)
+    layers_share = len(dims.stage_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
+    lora = config.tuner_type == "lora"
+    trained = math.ceil(trained_parameters(config, table) * layers_share) if lora else base
+    parameters = base + trained * lora
+    state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
+    return StageMemory(
+        parameters=parameters,
+        trained=trained,
+        weights_bytes=parameters * dtype_bytes,
+        gradients_bytes=trained * _GRAD_BYTES,
+        optimizer_bytes=math.ceil(trained * state / dims.dp),
+        activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),
+    )
+
+
+def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
+    spec = table.spec
+    tokens = config.micro_batch_size * config.max_length
+    num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
+    in_flight = min(dims.pp - pp_rank, num_microbatches)
+    hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
+    attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp
+    per_layer = hidden + attention + 4 * spec.ffn_hidden_size / dims.tp
+    layers = len(dims.stage_layers(spec.num_layers, pp_rank))
+    logits = 2 * 4 * -(-spec.vocab_size // dims.tp) if pp_rank == dims.pp - 1 else 0  # fp32, and their gradient
+    return math.ceil(tokens * (in_flight * layers * per_layer * dtype_bytes + logits))

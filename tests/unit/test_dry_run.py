@@ -1,0 +1,114 @@
+"""The dry run: what it counts against the files, what it prints, what it refuses, what it does not import."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mswift.cli.main import main
+from mswift.config.train import PtConfig, SftConfig
+from mswift.converters.catalog import read_config
+from mswift.converters.plan import ModelTable, table_for
+from mswift.topology import ParallelDims
+from mswift.train.memory import stage_memory, stage_parameters, trained_parameters
+from tests.support.shared import shared_file
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1003,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+
+
+def _table(**change: Any) -> ModelTable:
+    return table_for({**LLAMA, **change})
+
+
+def _count(table: ModelTable) -> int:
+    return sum(math.prod(shape) for shape in table.hf.values())
+
+
+def test_one_rank_holds_what_the_file_holds() -> None:
+    model = shared_file("data/weights/stories260K-hf")
+    with (model / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    in_file = sum(math.prod(info["shape"]) for name, info in header.items() if name != "__metadata__")
+    assert stage_parameters(table_for(read_config(model)), ParallelDims(), 0) == in_file
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_stages_hold_the_model_once_and_a_tied_embedding_twice(tied: bool) -> None:
+    table = _table(tie_word_embeddings=tied)
+    stages = [stage_parameters(table, ParallelDims(4, pp=4), stage) for stage in range(4)]
+    assert sum(stages) == _count(table) + tied * 1003 * 64
+    assert stages[1] == stages[2] < stages[0]
+
+
+def test_tensor_parallel_ranks_hold_the_model_the_norms_of_the_others_and_the_padding() -> None:
+    table = _table()
+    norms = sum(math.prod(shape) for name, shape in table.hf.items() if name.endswith("norm.weight"))
+    padding = 2 * 64 * (4 * math.ceil(1003 / 4) - 1003)
+    assert 4 * stage_parameters(table, ParallelDims(4, tp=4), 0) == _count(table) + 3 * norms + padding
+
+
+def test_memory_parts() -> None:
+    table, dims = _table(), ParallelDims(4)
+    config = PtConfig(model="m", max_length=128, global_batch_size=8)
+    full = stage_memory(config, table, dims, 2, 0)
+    count = _count(table)
+    assert (full.weights_bytes, full.gradients_bytes, full.optimizer_bytes) == (2 * count, 4 * count, 3 * count)
+    lora = stage_memory(SftConfig(model="m", tuner_type="lora", lora_rank=4), table, dims, 4, 0)
+    leaves = {name: shape for name, shape in table.hf.items() if "_proj." in name}
+    assert lora.trained == 4 * sum(sum(shape) for shape in leaves.values())
+    assert lora.parameters == count + lora.trained
+    assert trained_parameters(SftConfig(model="m", tuner_type="lora", lora_rank=4), table) == lora.trained
+
+
+@pytest.fixture
+def argv(tmp_path: Path) -> list[str]:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "data.txt").write_text("text")
+    paths = ["--model", f"{tmp_path}/model", "--dataset", f"{tmp_path}/data.txt", "--output_dir", f"{tmp_path}/out"]
+    return ["pt", *paths, "--dry_run", "--train_iters", "10"]
+
+
+def test_a_run_on_256_ranks_is_told_from_config_json_alone(argv: list[str], tmp_path: Path) -> None:
+    layout = ["--world_size", "256", "--tensor_model_parallel_size", "4", "--pipeline_model_parallel_size", "2"]
+    layout += ["--global_batch_size", "64"]
+    code = (
+        f"import sys; from mswift.cli.main import main; status = main({[*argv, *layout]})\n"
+        "print(status, [m for m in ('torch', 'transformers', 'megatron') if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.stderr.strip() == "0 []"
+    for words in ("256 ranks = TP 4 x PP 2 x DP 32", "[0 1 2 3]", "2 microbatches x 1 x DP 32", "activations"):
+        assert words in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--tensor_model_parallel_size", "8", "--lora_rank", "3", "--val_dataset", "absent.txt", "--resume", "true"]
+    assert main([*argv, *wrong, "--world_size", "8"]) == 2
+    refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused: ")]
+    for flag in ("--lora_rank 3", "--tensor_model_parallel_size 8", "--val_dataset absent.txt", "--resume true"):
+        assert sum(flag in line for line in refused) == 1
+    assert len(refused) == 4
+
+
+def test_a_wrong_module_name_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*argv, "--tuner_type", "lora", "--target_modules", "q_prj"]) == 2
+    assert "q_proj" in capsys.readouterr().out

@@ -97,7 +97,7 @@ MISTAKES = {
     ("sft", "--model", "m", "--lr", "1", "--learning-rate", "2"): "--lr and --learning-rate are the same option",
     ("sft", "recipe.yaml", "--model", "m"): "'recipe.yaml' is neither a recipe file nor a --flag",
     ("sft", "model", "m"): "'model' is neither a recipe file nor a --flag; did you mean --model?",
-    ("verify", "a"): "2 arguments are needed (A B), 1 given",
+    ("verify",): "1 to 2 arguments are needed (A [B]), 0 given",
     ("verify", "--a", "b"): "unknown flag --a",
     ("convert", "--model", "m", "--to", "onnx", "--output_dir", "d"): "--to onnx: it takes megatron or hf",
 }

@@ -169,6 +169,17 @@ def test_a_tokenizer_that_marks_the_start_of_a_text():
     assert sample.tokens[: len(prompt)].tolist() == prompt
 
 
+def test_a_token_over_the_edge_of_prompt_and_answer_is_refused():
+    """'t' of the prompt and 'he' of the answer are one token, and this tokenizer puts a space before a lone 'he'."""
+    tokenizer = load_tokenizer(shared_file("data/weights/stories260K-hf"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }} t{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant t{% endif %}"
+    )
+    with pytest.raises(DataError, match="row 3: the tokenizer joins the end of the prompt with the beginning of the"):
+        _samples(tokenizer, [U, {**A, "content": "he end"}])
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [

@@ -1,4 +1,4 @@
-"""What is published: the wheel holds the modules of the tree under `mswift`, and each folder answers to that name only."""
+"""What is published: the wheel holds the modules of the tree under `mswift`; each folder answers to that name only."""
 
 import os
 import shutil

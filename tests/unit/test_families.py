@@ -1,0 +1,165 @@
+"""config.json in both spellings, and every field mapped, without effect, or refused by name."""
+
+from typing import Any
+
+import pytest
+
+from mswift.converters.catalog import family_names
+from mswift.converters.layout import Region, tiling_fault
+from mswift.converters.plan import table_for
+from mswift.converters.spec import RopeSpec
+from mswift.errors import ConfigError, LayoutError
+from tests.support.checkpoints import hf_shapes, megatron_tensors, random_tensors, tiny_config
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"attention_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "num_attention_heads": 4}),
+    ("llama", {"num_key_value_heads": 1}),
+]
+
+
+def test_a_family_is_a_module() -> None:
+    assert family_names() == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_names_and_shapes(family: str, changes: dict[str, Any]) -> None:
+    config = tiny_config(family, **changes)
+    table = table_for(config)
+    assert dict(table.hf) == hf_shapes(config)
+    expected = megatron_tensors(config, random_tensors(config))
+    assert {k: t.shape for k, t in table.megatron.items()} == {k: a.shape for k, a in expected.items()}
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_shards_of_all_ranks_tile_every_tensor(family: str, changes: dict[str, Any], tp: int) -> None:
+    groups = changes.get("num_key_value_heads", 12)
+    config = tiny_config(
+        family, **{"num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 24} | changes
+    )
+    table = table_for(config)
+    if groups % tp:
+        with pytest.raises(LayoutError, match=f"--tensor_model_parallel_size {tp}"):
+            table.check_tp(tp)
+        return
+    table.check_tp(tp)
+    for key, tensor in table.megatron.items():
+        layers = range(config["num_hidden_layers"]) if tensor.rule.stacked else (None,)
+        ranks = range(tp if tensor.rule.cut else 1)
+        boxes: list[Region] = [r for layer in layers for rank in ranks for r in table.shard(key, rank, tp, layer)]
+        assert tiling_fault(boxes, tensor.shape) is None
+
+
+def test_vocabulary_shards_hold_no_padding() -> None:
+    table = table_for(tiny_config(vocab_size=5))
+    rows = [table.shard("output_layer.weight", rank, 4) for rank in range(4)]
+    assert [r[0].sizes[0] if r else 0 for r in rows] == [2, 2, 1, 0]
+
+
+def test_tensor_parallel_size_that_cuts_a_group_names_sizes_that_work() -> None:
+    table = table_for(tiny_config(num_attention_heads=8, num_key_value_heads=4, intermediate_size=20))
+    with pytest.raises(LayoutError) as caught:
+        table.check_tp(8)
+    message = str(caught.value)
+    assert "--tensor_model_parallel_size 8" in message
+    assert "4 KV groups" in message
+    assert message.endswith("sizes that work: 1, 2, 4")
+    for works in (1, 2, 4):
+        table.check_tp(works)
+
+
+def test_modules_of_fused_tensors() -> None:
+    table = table_for(tiny_config())
+    assert table.hf_modules("decoder.layers.self_attention.linear_qkv.weight") == ("q_proj", "k_proj", "v_proj")
+    assert table.hf_modules("decoder.layers.mlp.linear_fc1.weight") == ("gate_proj", "up_proj")
+    assert table.hf_modules("decoder.layers.mlp.linear_fc2.weight") == ("down_proj",)
+
+
+ROPE: list[tuple[dict[str, Any], RopeSpec]] = [
+    ({"rope_theta": 5e5}, RopeSpec(5e5)),
+    ({"rope_theta": None}, RopeSpec(1e4)),
+    ({"rope_scaling": None}, RopeSpec(1e4)),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, RopeSpec(1e4, "linear", 4.0)),
+    ({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}}, RopeSpec(1e4, "linear", 4.0)),
+    ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 8192)),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, RopeSpec(1e6)),
+    (
+        {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 8192),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "rope"), ROPE)
+def test_rope_in_both_spellings(changes: dict[str, Any], rope: RopeSpec) -> None:
+    assert table_for(tiny_config(**changes)).spec.rope == rope
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 32}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type' is 'yarn'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks ['high_freq_factor'"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "unknown ['beta_fast']"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "positive numbers"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "another value"),
+    ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
+    ("llama", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; only 'silu'"),
+    ("llama", {"attention_dropout": 0.1}, "'attention_dropout' is 0.1"),
+    (
+        "llama",
+        {"hidden_siz": 3},
+        "'hidden_siz' is not known to have no effect on the model (did you mean 'hidden_size'?)",
+    ),
+    ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    ("llama", {"sliding_window": 4096}, "'sliding_window'"),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "'architectures'"),
+    ("llama", {"hidden_size": None}, "'hidden_size' must be a positive integer, not None"),
+    ("llama", {"num_hidden_layers": 0}, "'num_hidden_layers' must be a positive integer, not 0"),
+    ("llama", {"tie_word_embeddings": "yes"}, "'tie_word_embeddings' must be true or false"),
+    ("llama", {"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
+    ("mistral", {"sliding_window": 32}, "'sliding_window' is 32, active within 64 positions"),
+    ("qwen2", WINDOW, "'sliding_window' is 32"),
+    ("qwen3", WINDOW, "'sliding_window' is 32"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "'sliding_attention'"),
+    ("qwen2", {"mlp_bias": True}, "'mlp_bias'"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
+def test_what_the_spec_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
+    table_for(tiny_config(family))
+    with pytest.raises(ConfigError) as caught:
+        table_for(tiny_config(family, **changes))
+    assert message in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 64}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2}),
+        ("qwen3", {"layer_types": ["full_attention"] * 3, "sliding_window": None, "use_sliding_window": False}),
+        ("llama", {"pretraining_tp": 1, "attention_dropout": 0.0, "_name_or_path": "x", "transformers_version": "4.1"}),
+    ],
+)
+def test_fields_without_effect_are_accepted(family: str, changes: dict[str, Any]) -> None:
+    assert table_for(tiny_config(family, **changes)).spec == table_for(tiny_config(family)).spec
+
+
+def test_unknown_model_type_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'qwen22' is not supported .*did you mean 'qwen2'"):
+        table_for(tiny_config() | {"model_type": "qwen22"})
+    with pytest.raises(ConfigError, match="None is not supported"):
+        table_for({})

@@ -36,10 +36,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m mswift.demo
+	@$(BIN)/python configs/demo/run.py
 
 demo-seeds: $(READY)
-	@for seed in 1 2 3; do $(BIN)/python -m mswift.demo --seed $$seed || exit 1; done
+	@for seed in 1 2 3; do $(BIN)/python configs/demo/run.py --seed $$seed --output_dir demo-output/seed-$$seed || exit 1; done
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/cpu

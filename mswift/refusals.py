@@ -6,6 +6,7 @@ works. What only the data or the names of the model's modules can tell is refuse
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
@@ -14,7 +15,7 @@ from mswift.topology import FLAGS, ParallelDims, check_stages, divisors
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
 _AT_LEAST_ONE = (
-    *("max_length", "micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters", "lr_wsd_decay_iters"),
+    *("max_length", "micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
     *("save_steps", "save_total_limit", "eval_steps", "logging_steps", "nproc_per_node", "world_size", "lora_rank"),
 )
 _NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
@@ -80,6 +81,20 @@ def check_batch(config: TrainConfig, dims: ParallelDims) -> None:
     )
 
 
+def train_dtype(config: TrainConfig, stored: str) -> Literal["F32", "BF16"]:
+    """Dtype of the run; `stored` is that of the checkpoint ("F32", "BF16", "F16"). ConfigError for one that is not
+    trained in."""
+    match {"float32": "F32", "bfloat16": "BF16", None: stored}[config.torch_dtype]:
+        case "F32":
+            return "F32"
+        case "BF16":
+            return "BF16"
+    raise ConfigError(
+        f"--model {config.model} holds {stored} weights, and training computes in float32 or bfloat16: "
+        "use --torch_dtype bfloat16 or float32"
+    )
+
+
 def check_schedule(config: TrainConfig, num_steps: int) -> None:
     """ConfigError when the learning-rate schedule does not fit a run of `num_steps` optimizer steps."""
     decay = config.lr_decay_iters or num_steps
@@ -134,7 +149,7 @@ def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             yield ConfigError(f"--{name} {value} must be at least 1: use --{name} 1 or more")
     for name in _NOT_NEGATIVE:
         value = getattr(config, name)
-        if not 0 <= value < math.inf:
+        if value is not None and not 0 <= value < math.inf:
             yield ConfigError(f"--{name} {value} must be a number from 0 on: use --{name} 0 or more")
     for name in _BELOW_ONE:
         value = getattr(config, name)
@@ -156,7 +171,9 @@ def _length_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(f"--train_iters {steps} and --num_train_epochs {epochs} both say how long: leave one out")
     elif epochs is not None and not 0 < epochs < math.inf:
         yield ConfigError(f"--num_train_epochs {epochs} must be above 0: use --num_train_epochs 1")
-    if steps is not None and steps >= 1:
+    if steps is not None and steps < 0:
+        yield ConfigError(f"--train_iters {steps} must be a number from 0 on: use --train_iters 0 or more")
+    if steps:
         try:
             check_schedule(config, steps)
         except ConfigError as error:

@@ -56,7 +56,7 @@ class TrainConfig:
     global_batch_size: int = 16
     """Samples in one optimizer step; a multiple of micro_batch_size x data-parallel size."""
     train_iters: int | None = None
-    """Optimizer steps. Exactly one of train_iters and num_train_epochs."""
+    """Optimizer steps; 0 lays the weights out and saves them. Exactly one of train_iters and num_train_epochs."""
     num_train_epochs: float | None = None
     """Passes over the data set."""
     seed: int = 42
@@ -110,7 +110,7 @@ class TrainConfig:
     save_total_limit: int | None = None
     """Keep the newest N checkpoints."""
     resume: Literal["auto", "true", "false"] = "auto"
-    """auto: continue the newest committed checkpoint of output_dir, or start; true: refuse to start; false: refuse to continue."""
+    """auto: continue the newest checkpoint in output_dir, or start. true: only continue. false: only start."""
 
     # -- watching
     eval_steps: int | None = None

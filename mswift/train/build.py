@@ -13,14 +13,13 @@ from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
+from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import barrier
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def build_data(
@@ -61,7 +60,7 @@ def build_engine(
     start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
     lora, trainable_modules = _lora(config, reader, start)
     engine_config = EngineConfig(
-        dtype=_DTYPES[config.torch_dtype] if config.torch_dtype else reader.dtype,
+        dtype=train_dtype(config, reader.dtype),
         micro_batch_size=config.micro_batch_size,
         optimizer=config.optimizer,
         lr=config.lr,
@@ -118,7 +117,9 @@ def num_steps(config: TrainConfig, num_samples: int) -> int:
     if config.train_iters is not None:
         return config.train_iters
     assert config.num_train_epochs is not None  # refused before
-    return math.ceil(num_samples * config.num_train_epochs / config.global_batch_size)
+    steps = math.ceil(num_samples * config.num_train_epochs / config.global_batch_size)
+    check_schedule(config, steps)
+    return steps
 
 
 def learning_rate(config: TrainConfig, steps: int) -> LearningRate:

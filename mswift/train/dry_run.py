@@ -13,12 +13,13 @@ from mswift.converters.plan import ModelTable, table_for
 from mswift.data.formats import parse_spec
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
-from mswift.refusals import dims_of, train_refusals
+from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.memory import ACTIVATIONS, StageMemory, stage_memory, trained_parameters
 from mswift.train.resume import find_resume_point
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPE_BYTES = {"F32": 4, "BF16": 2}
 _GROUPS_SHOWN = 4
 _GIB, _MIB = 2**30, 2**20
 
@@ -30,7 +31,7 @@ def dry_run(config: TrainConfig) -> int:
     model = _config_dir(Path(config.model))
     raw = read_config(model)
     table = table_for(raw)
-    refusals = _refusals(config, table, world_size)
+    refusals = _refusals(config, raw, table, world_size)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
     rows = [*_model_rows(config, raw, table), *_run_rows(config)]
     if not refusals:
@@ -47,10 +48,11 @@ def _config_dir(model: Path) -> Path:
     return model / rundir.HF_FILES if (model / rundir.HF_FILES).is_dir() else model
 
 
-def _refusals(config: TrainConfig, table: ModelTable, world_size: int) -> list[MswiftError]:
+def _refusals(config: TrainConfig, raw: dict[str, Any], table: ModelTable, world_size: int) -> list[MswiftError]:
     """What a launch would refuse: flags and layout, module names, data files, the output directory."""
     refusals: list[MswiftError] = [*train_refusals(config, table.spec, world_size)]
     checks: list[Callable[[], object]] = [
+        lambda: _dtype(config, raw),
         lambda: trained_parameters(config, table),
         *(partial(parse_spec, spec, "--dataset") for spec in config.dataset),
         *(partial(parse_spec, spec, "--val_dataset") for spec in config.val_dataset),
@@ -66,7 +68,9 @@ def _refusals(config: TrainConfig, table: ModelTable, world_size: int) -> list[M
 
 
 def _dtype(config: TrainConfig, raw: dict[str, Any]) -> str:
-    return config.torch_dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    """What the run computes in; config.json names what the checkpoint holds."""
+    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    return train_dtype(config, _DTYPES.get(stored, stored))
 
 
 def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> Iterator[tuple[str, str]]:
@@ -78,7 +82,7 @@ def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> 
         f"vocabulary {spec.vocab_size:,}{' (tied)' if spec.tied_embeddings else ''}",
     )
     total = sum(math.prod(tensor.shape) for tensor in table.megatron.values())
-    yield "parameters", f"{total:,}, {_dtype(config, raw)}"
+    yield "parameters", f"{total:,}"
     if config.tuner_type == "lora":
         yield (
             "tuner",
@@ -91,7 +95,8 @@ def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> 
 def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "data", ", ".join(config.dataset) or "none"
     yield "validation", ", ".join(config.val_dataset) or "none"
-    steps = f"{config.train_iters:,} steps" if config.train_iters else f"{config.num_train_epochs or 'no'} epochs"
+    iters, epochs = config.train_iters, config.num_train_epochs
+    steps = f"{epochs or 'no'} epochs" if iters is None else f"{iters:,} steps"
     decay = f" to {config.min_lr:g} in {config.lr_decay_iters or 'all'} steps"
     yield (
         "schedule",
@@ -142,9 +147,9 @@ def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, 
 def _memory_rows(
     config: TrainConfig, raw: dict[str, Any], table: ModelTable, dims: ParallelDims
 ) -> Iterator[tuple[str, str]]:
-    dtype_bytes = _DTYPE_BYTES.get(_dtype(config, raw), 4)
+    dtype_bytes = _DTYPE_BYTES[_dtype(config, raw)]
     stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]
-    yield "memory", f"of one rank, estimated:\n{_table(stages)}"
+    yield "memory", f"{_dtype(config, raw)}, of one rank, estimated:\n{_table(stages)}"
     yield "  weights", "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP"
     yield "  activations", ACTIVATIONS
 

@@ -9,14 +9,12 @@ from mswift.tuners.export import export_adapter, is_adapter_checkpoint
 
 
 def main(config: ExportConfig) -> int:
-    """A full run becomes a Hugging Face directory, a LoRA run a PEFT adapter directory."""
-    path = Path(config.model)
-    checkpoint = rundir.resolve_checkpoint(path)
+    """A full run becomes a Hugging Face directory, a LoRA run a PEFT adapter; the checkpoint is proved first."""
+    checkpoint = rundir.resolve_checkpoint(Path(config.model))
     rundir.check_files(checkpoint)
     destination = Path(config.output_dir)
     if is_adapter_checkpoint(checkpoint):
-        report = export_adapter(checkpoint, destination)
+        print(export_adapter(checkpoint, destination))
     else:
-        report = convert(checkpoint, destination, "hf")
-    print(report)
+        print(f"{destination}: {convert(checkpoint, destination, 'hf', progress=True)}")
     return 0

@@ -55,11 +55,12 @@ def run_job(start: Start, device: torch.device) -> int:
     groups.init(dims, device, info)
     try:
         data, val_data, tokenizer = build_data(start.kind, config, reader, info)
+        last_step = num_steps(config, len(data))
         engine = build_engine(config, reader, dims, device, resumed=resume is not None)
         plan = batch_plan(config, dims, info.rank, tokenizer)
         files = side_files(reader, engine.config, config.model)
-        run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data,
-                  num_steps(config, len(data)), Path(config.output_dir), files)  # fmt: skip
+        run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
+                  Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None
         parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
         with agreed(f"opening {config.output_dir}"):
@@ -114,8 +115,12 @@ def _train(run: Run, state: checkpoint.RunState | None) -> None:
             record = _record(run, done, seconds, eval_loss, saved)
             for watcher in watchers:
                 watcher.step(record)
-    if run.rank == 0 and (picture := plot_loss(run.output_dir)):
-        print(f"loss curve: {picture}\ncheckpoint: {rundir.resolve_checkpoint(run.output_dir)}")
+    if state is None and run.last_step == 0:
+        _save(run, 0, 0)  # --train_iters 0: the weights as they came, laid out and saved
+    if run.rank == 0:
+        print(f"checkpoint: {rundir.resolve_checkpoint(run.output_dir)}")
+        if picture := plot_loss(run.output_dir):
+            print(f"loss curve: {picture}")
 
 
 def _record(
@@ -158,13 +163,18 @@ def _evaluate_if_due(run: Run, done: FinishedStep) -> float | None:
 
 
 def _save_if_due(run: Run, done: FinishedStep) -> Path | None:
-    """A checkpoint every save_steps and after the last step; old ones go only after the new one is committed."""
+    """A checkpoint every save_steps and after the last step."""
     every = run.config.save_steps
     if not (done.step == run.last_step or (every and done.step % every == 0)):
         return None
+    return _save(run, done.step, done.consumed_samples)
+
+
+def _save(run: Run, step: int, consumed_samples: int) -> Path:
+    """Publish a checkpoint; old ones go only after the new one is committed."""
     state = checkpoint.RunState(
-        step=done.step,
-        consumed_samples=done.consumed_samples,
+        step=step,
+        consumed_samples=consumed_samples,
         optimizer_step=run.engine.optimizer_step,
         world_size=run.dims.world_size,
         layout=checkpoint.engine_layout(run.engine),

@@ -30,8 +30,11 @@ class SdpaAttention(nn.Module):
         if attention_mask is not None or packed_seq_params is not None:
             raise NotImplementedError("SdpaAttention is causal; it takes neither a mask nor packed sequences")
         s, b, h, d = query.shape
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out = F.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            q,
+            k,
+            v,
             is_causal=True,
             scale=self.scale,
             enable_gqa=key.shape[2] != h,

@@ -129,8 +129,8 @@ def _share_random_state() -> None:
         torch.default_generator.set_state(state)
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda *_, **__: torch.default_generator.get_state()  # type: ignore[assignment]
-        module.set_rng_state = set_state  # type: ignore[assignment]
+        module.get_rng_state = lambda *_, **__: torch.default_generator.get_state()  # type: ignore[attr-defined, assignment]
+        module.set_rng_state = set_state  # type: ignore[attr-defined, assignment]
     for name in ("manual_seed", "manual_seed_all"):
         setattr(torch.cuda, name, lambda value, *_, **__: torch.default_generator.manual_seed(int(value)) and None)
 

@@ -41,7 +41,8 @@ def read_range(
 ) -> None:
     """Fill `flat` [stop - start] with elements start..stop-1 of a parameter; padded rows become zero.
 
-    `dtype` is what `read` delivers, if it is not that of `flat`. Raises CheckpointError unless every element was set exactly once.
+    `dtype` is what `read` delivers, if it is not that of `flat`. Raises CheckpointError unless every element was set
+    exactly once.
     """
     count = 0
     flat.zero_()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mswift.config.train import SftConfig
 from mswift.converters.spec import ModelSpec, RopeSpec
 from mswift.errors import ConfigError, LayoutError
-from mswift.refusals import check_schedule, check_train, train_refusals
+from mswift.refusals import check_schedule, check_train, train_dtype, train_refusals
 
 SPEC = ModelSpec(
     model_type="llama",
@@ -70,6 +70,7 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     ),
     (dict(min_lr=1.0), 1, "min_lr", ["1.0", "--lr 1e-05"]),
     (dict(micro_batch_size=0), 1, "micro_batch_size", ["0", "at least 1"]),
+    (dict(train_iters=-1), 1, "train_iters", ["-1"]),
     (dict(save_steps=0), 1, "save_steps", ["0"]),
     (dict(clip_grad=-1.0), 1, "clip_grad", ["-1.0"]),
     (dict(lr=float("nan")), 1, "lr", ["nan"]),
@@ -116,6 +117,14 @@ def test_contradictions(change: dict[str, Any], mended: dict[str, Any], message:
     config = dataclasses.replace(FINE, **change)
     assert message in _refused(config)
     check_train(dataclasses.replace(config, **mended), SPEC, 1)
+
+
+def test_float16_is_not_trained_in() -> None:
+    with pytest.raises(ConfigError, match="holds F16 .* use --torch_dtype bfloat16 or float32"):
+        train_dtype(FINE, "F16")
+    assert train_dtype(dataclasses.replace(FINE, torch_dtype="bfloat16"), "F16") == "BF16"
+    assert train_dtype(dataclasses.replace(FINE, torch_dtype="float32"), "BF16") == "F32"
+    assert train_dtype(FINE, "BF16") == "BF16"
 
 
 def test_every_mistake_is_listed() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mswift.config.merge import MergeConfig
 from mswift.converters.adapters import EMBED, HEAD, SAVABLE, linears
 from mswift.converters.catalog import read_config
-from mswift.converters.io.files import new_directory, open_read, read_bytes, write_file
+from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
 from mswift.converters.io.safetensors import INDEX, StoredTensor, read_directory
 from mswift.converters.io.side_files import carried_files
 from mswift.converters.layout import Region
@@ -119,12 +119,12 @@ class _Fold:
         with open(fd, "rb"):
             offset = tensor.offset
             for region in row_blocks(tensor.shape, DTYPE_BYTES[tensor.dtype]):
-                size = region.num_elements * DTYPE_BYTES[tensor.dtype]
-                raw = bytearray(read_bytes(fd, size, offset, tensor.path))
+                raw = bytearray(region.num_elements * DTYPE_BYTES[tensor.dtype])
+                read_exactly(fd, memoryview(raw), offset, tensor.path)
                 rows = torch.frombuffer(raw, dtype=_TORCH[tensor.dtype]).view(region.sizes)
                 merged: Any = self._merged(name, region, rows).view(-1).view(torch.uint8).numpy()
                 yield memoryview(merged)
-                offset += size
+                offset += len(raw)
 
     def _merged(self, name: str, region: Region, rows: Tensor) -> Tensor:
         if name in self.replaced:

@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from mswift.tuners.export import export_adapter
+from mswift.tuners.merge import merge
+from tests.support.adapters import difference, hashes, load_peft
 from tests.support.lora_parity import bitwise_equal, mswift_run, peft_run
-from tests.support.parity import differences
+from tests.support.parity import differences, random_steps
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -82,6 +88,28 @@ def test_the_start_does_not_depend_on_the_layout(truth: Any, layout: str) -> Non
             bound = 1 / sqrt(values.shape[1])
             assert 0.9 * bound < np.abs(values).max() <= bound
     assert len({values.tobytes() for name, values in one.items() if "lora_A" in name}) == len(one) // 2
+
+
+@pytest.mark.parametrize(("case", "dtype"), [(c, "F32") for c in MODELS] + [("every linear", "BF16")])
+def test_exported_and_merged_adapters_are_the_trained_model(truth: Any, tmp_path: Path, case: str, dtype: str) -> None:
+    """Trained and saved five times at TP2 x PP2: PEFT and the merged model give Megatron's logits; base untouched."""
+    home = truth(case)["home"]
+    before = hashes(home)
+    found = mswift_run(home, *LAYOUTS["tp2-pp2"], run=tmp_path / "run", dtype=dtype)
+    export_adapter(tmp_path / "run" / "checkpoint-5", tmp_path / "adapter")
+    merge(home / "model", [tmp_path / "adapter"], tmp_path / "merged")
+    assert hashes(home) == before
+    assert all(rank["base_untouched"] for rank in found["ranks"])
+    tokens, ours = random_steps()[0][0][0], torch.from_numpy(found["trained_logits"])
+    tolerance = TOLERANCE if dtype == "F32" else 0.03  # the engine computes in bfloat16, PEFT here in fp32
+    with torch.no_grad():
+        peft = load_peft(home / "model", tmp_path / "adapter")(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")(tokens).logits
+    assert difference(peft, ours) <= tolerance
+    assert difference(merged, ours) <= tolerance
+    assert difference(peft, torch.from_numpy(found["logits"])) > 0.1, "training changed nothing"
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32 if dtype == "F32" else torch.bfloat16}
 
 
 def test_bfloat16_trains_bfloat16_adapters_with_fp32_masters(truth: Any) -> None:

@@ -1,7 +1,8 @@
 """`mswift merge` against PEFT: merge_and_unload's weights, the unmerged model's logits, an untouched base."""
 
-import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from mswift.cli.main import main
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners import files
 from mswift.tuners.merge import merge
-from tests.support.adapters import difference, edit_config, load_peft, random_adapter, random_model
-from tests.support.tiny import tiny_tokenizer
+from tests.support.adapters import difference, edit_config, hashes, load_peft, random_adapter, random_model
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 BOTH = ("embed_tokens", "lm_head")
 SIZES = {"num_hidden_layers": 2, "vocab_size": 301}
@@ -33,13 +34,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "sharded" / "model.safetensors").unlink()
     sharded.save_pretrained(path / "sharded", max_shard_size="100KB")
     return path
-
-
-def hashes(path: Path) -> dict[str, str]:
-    """sha256 of every file of a directory."""
-    return {
-        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
-    }
 
 
 def load(path: Path, **options: Any) -> Any:
@@ -178,6 +172,29 @@ def test_an_incomplete_base_is_refused(models: Path, tmp_path: Path) -> None:
     save_file(tensors | {"model.norm.weight": norm, "extra": norm.clone()}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"extra \[64\] is no tensor of this model"):
         merge(tmp_path / "base", [adapter], tmp_path / "out")
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import mswift.tuners.merge as m, mswift.tuners.files as files
+files.BLOCK_BYTES = 1 << 20
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+m.merge(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A base of 134 MB, tensors of 33 MB, blocks of 1 MB: the peak grows by less than one tensor."""
+    sizes = {"num_hidden_layers": 1, "vocab_size": 32_768, "hidden_size": 256, "intermediate_size": 32_768}
+    tiny_model(tmp_path / "base", tie_word_embeddings=True, **sizes)
+    adapter = random_adapter(tmp_path / "a", tmp_path / "base")
+    argv = [sys.executable, "-c", MEASURED, str(tmp_path / "base"), str(adapter), str(tmp_path / "out")]
+    answer = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert (tmp_path / "base" / "model.safetensors").stat().st_size > 134e6
+    assert float(answer.stdout) < 24
 
 
 def test_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Random adapters as PEFT directories, and PEFT models on tiny transformers models: the oracle of the LoRA tests."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,3 +118,10 @@ def edit_config(adapter: Path, **changes: Any) -> None:
 def difference(ours: Any, theirs: Any) -> float:
     """max|a-b| / max|b|; 0 for equal tensors."""
     return 0.0 if bool((ours == theirs).all()) else float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """sha256 of every file of a directory."""
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
+    }

@@ -33,10 +33,15 @@ def peft_run(home: Path, model: str, targets: Sequence[str], saved: Sequence[str
 
 
 def mswift_run(home: Path, world_size: int, layout: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """The same job on `world_size` ranks. Options: broken (a name in BREAKS), dtype, fresh (do not train or load)."""
+    """The same job on `world_size` ranks.
+
+    Options: broken (a rule left out), dtype, fresh (neither load nor train), run (save there, five times).
+    """
     payload = {"home": home, "world_size": world_size, "layout": dict(layout), "options": options}
     ranks = run_ranks(world_size, "tests/support/lora_parity.py:on_rank", payload)
-    result = {name: ranks[0].get(name) for name in ("logits", "loss", "grad_norm", "trainable", "dtypes")}
+    result = {
+        name: ranks[0].get(name) for name in ("logits", "loss", "grad_norm", "trained_logits", "trainable", "dtypes")
+    }
     for part, prefix in (("gradients", "gradient."), ("weights", ""), ("optimizer", "")):
         arrays = assemble([rank[part] for rank in ranks])
         result[part] = {name.removeprefix(prefix).removeprefix("adapter."): a for name, a in arrays.items()}
@@ -66,6 +71,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
             before = _frozen_hashes(engine)
             steps = [[Microbatch(*batch) for batch in step] for step in random_steps()]
             result |= _train(engine, steps, dims.dp)
+            result |= _save(engine, reader, options.get("run"))
             result["base_untouched"] = _frozen_hashes(engine) == before
         result["weights"] = gather(engine.model_shards())
         result["trainable"] = engine.trainable_parameters
@@ -84,6 +90,24 @@ def _train(engine: Any, steps: Sequence[Sequence[Any]], dp: int) -> dict[str, An
             result["replicated"] = _replicated_gradients(engine)
     result["optimizer"] = gather(engine.optimizer_shards())
     return result | {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+
+
+def _save(engine: Any, reader: Any, run: Path | None) -> dict[str, Any]:
+    """Five checkpoints, and the logits of what they hold."""
+    if run is None:
+        return {}
+    from torch.distributed import get_rank
+
+    from mswift.train import checkpoint
+    from mswift.train.side_files import side_files
+
+    files = side_files(reader, engine.config, "base")
+    for step in range(1, 6):
+        state = checkpoint.RunState(
+            step, 0, engine.optimizer_step, engine.dims.world_size, checkpoint.engine_layout(engine), "none", 0, {}
+        )
+        checkpoint.save(engine, run, state, get_rank(), files)
+    return {"trained_logits": engine.logits(random_steps()[0][0][0]).float().numpy()}
 
 
 def _frozen_hashes(engine: Any) -> dict[int, str]:

@@ -29,7 +29,10 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Fills the view from `offset`, in bounded pieces; CheckpointError if the file ends before."""
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done : done + PIECE_BYTES]], offset + done)
+        try:
+            count = os.preadv(fd, [view[done : done + PIECE_BYTES]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from None
         if count == 0:
             raise CheckpointError(
                 f"{path}: ends at byte {offset + done}, {len(view) - done} bytes short; the file is truncated"

@@ -119,11 +119,17 @@ def read_directory(model_dir: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{model_dir}: has neither {SINGLE} nor {INDEX}")
     weight_map = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        path = model_dir / file
+    files = sorted(set(weight_map.values()))
+    for file in files:
         _check_inside(model_dir, file, index)
-        if not path.exists():
-            raise CheckpointError(f"{index}: names {file}, which does not exist in {model_dir}")
+    absent = [file for file in files if not (model_dir / file).exists()]
+    if absent:
+        verb = "do not exist" if len(absent) > 1 else "does not exist"
+        raise CheckpointError(
+            f"{index}: names {', '.join(absent[:5])}, which {verb} ({len(absent)} of {len(files)} files)"
+        )
+    for file in files:
+        path = model_dir / file
         for name, tensor in read_header(path).items():
             if weight_map.get(name) != file:
                 said = weight_map.get(name, "no file")

@@ -10,16 +10,16 @@ class _Swiglu(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
-        ctx.save_for_backward(gate_up)
-        return activated.mul_(up)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        (gate_up,) = ctx.saved_tensors
+        gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=grad_up)
+        torch.mul(gradient, activated, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=grad_gate)
         return out
 

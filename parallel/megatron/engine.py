@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mswift.converters.plan import ModelTable
@@ -18,6 +17,7 @@ from mswift.parallel import device as devices
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
+from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, place_adapter, place_parameters
@@ -48,7 +48,7 @@ class MegatronEngine:
         self._core_config.finalize_model_grads_func = self._finalize_gradients
         chunks = build_model(table.spec, dims, self._core_config, device)
         self._place(chunks)
-        self._chunks = [DistributedDataParallel(self._core_config, ddp_config(), chunk) for chunk in chunks]
+        self._chunks = [DataParallel(self._core_config, ddp_config(), chunk) for chunk in chunks]
         self._optimizer = ShardedOptimizer(self._chunks, config)
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
 

@@ -28,6 +28,8 @@ class ShardedOptimizer:
         self._inner: DistributedOptimizer = inner
         if not inner.is_stub_optimizer:
             inner.optimizer = _update_rule(inner.optimizer.param_groups, config)
+        if config.dtype == "F32":  # masters are views of the model's weights: there is nothing to copy back
+            inner._copy_main_params_to_model_params = lambda: None
 
     def step(self, lr: float) -> float:
         """One update from the gradients in the buffers; returns their global L2 norm before clipping."""

@@ -1,0 +1,23 @@
+"""megatron-core's data-parallel wrapper: gradients in one fp32 buffer, weights in another, cut over the ranks."""
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+
+
+class DataParallel(DistributedDataParallel):
+    """Without its two collectives where there is one data-parallel rank.
+
+    A reduce-scatter and an all-gather over one rank change nothing, but gloo copies both buffers for them: 3 % of a
+    step of a 10M model on a CPU.
+    """
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Sum gradients over data-parallel ranks."""
+        if self.dp_cp_group.size() > 1:
+            super().finish_grad_sync(force_all_reduce=force_all_reduce)
+
+    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather updated weights from data-parallel ranks."""
+        if self.dp_cp_group.size() > 1:
+            super().start_param_sync(*args, **kwargs)

@@ -53,7 +53,9 @@ def write_model(directory: Path, texts: list[str], seed: int) -> int:
     """Write a Qwen3 checkpoint with random weights and a tokenizer trained on `texts`; return its parameter count."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = _train_tokenizer(texts)
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     config = Qwen3Config(

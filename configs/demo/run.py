@@ -148,15 +148,16 @@ def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _claim(directory: Path) -> None:
-    """Make the directory the demo's own: an earlier demo in it is deleted, anything else stays and refuses."""
+def _claim(directory: Path) -> str | None:
+    """Make the directory the demo's own and delete an earlier demo in it; the reason when it holds anything else."""
     there = [name for name in PARTS if (directory / name).exists()]
     if there and not (directory / MARK).exists():
-        sys.exit(f"--output_dir {directory} holds {there[0]}, which no demo wrote; give another --output_dir")
+        return f"--output_dir {directory} holds {there[0]}, which no demo wrote; give another --output_dir"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARK).touch()
     for name in there:
         shutil.rmtree(directory / name)
+    return None
 
 
 def _processes() -> int:
@@ -174,7 +175,9 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     start = time.monotonic()
-    _claim(options.output_dir)
+    if refusal := _claim(options.output_dir):
+        print(refusal, file=sys.stderr)
+        return 2
     try:
         good = Demo(options.output_dir, options.seed, _processes()).run()
     except CommandFailed as error:

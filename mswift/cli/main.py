@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mswift import __version__
@@ -18,8 +19,12 @@ _INTERRUPTED = 130  # 128 + SIGINT
 
 def console() -> None:
     """Entry point of the `mswift` script."""
-    status = main(sys.argv[1:])
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    try:
+        status = main(sys.argv[1:])
+    except Exception:  # our own bug: the traceback is the report
+        traceback.print_exc()
+        status = 1
+    if status and _rank() is not None:
         # Interpreter shutdown would wait for peers that wait for this rank; leaving at once lets them fail.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -66,9 +71,17 @@ def _report(command: str, error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"mswift{' ' * bool(command)}{command}{rank}: {error}", file=sys.stderr)
+    where = "" if _rank() is None else f" [rank {_rank()}]"
+    print(f"mswift{' ' * bool(command)}{command}{where}: {error}", file=sys.stderr)
     return error.exit_status if isinstance(error, MswiftError) else 1
+
+
+def _rank() -> str | None:
+    """This process's rank in a job of several, as torchrun or SLURM say it."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and os.environ.get(size, "1") != "1":
+            return os.environ[rank]
+    return None
 
 
 def _unknown(name: str) -> str:

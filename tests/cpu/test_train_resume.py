@@ -3,57 +3,22 @@
 Also: evaluation moves nothing, the samples do not depend on the data-parallel size, and bad starts are refused.
 """
 
-import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mswift.converters.io.torch_dist import TorchDistSource
 
 from mswift import rundir
+from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.commands import command, make_home, run
 
 TIMED = {"step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device",
          "memory_bytes", "checkpoint", "mfu", "eval_loss"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a tokenizer, chat rows of uneven length, a few documents."""
-    path = tmp_path_factory.mktemp("train")
-    tiny_model(path / "model")
-    tiny_tokenizer(path / "model")
-    rows = [{"query": f"say {i}", "response": "x" * (1 + i * 7 % 23) + str(i)} for i in range(20)]
-    (path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
-    text = [{"text": f"Document number {i} " + "abc " * (i % 5)} for i in range(60)]
-    (path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
-    return path
-
-
-def command(home: Path, kind: str, output: Path, *flags: str) -> list[str]:
-    """A training command; 20 samples at global batch 8, so that six steps cross two epoch ends."""
-    data = home / ("chat.jsonl" if kind == "sft" else "text.jsonl")
-    return [
-        sys.executable, "-m", "mswift.cli.main", kind, "--model", str(home / "model"), "--dataset", str(data),
-        "--output_dir", str(output), "--max_length", "64", "--global_batch_size", "8", "--lr", "1e-2",
-        "--lr_warmup_iters", "2", "--lr_decay_iters", "6", "--cache_dir", str(home / "cache"), *flags,
-    ]  # fmt: skip
-
-
-def run(argv: list[str], status: int = 0, **kwargs: Any) -> str:
-    """Run a command to its end; the output of both streams."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False, **kwargs)
-    output = done.stdout + done.stderr
-    assert done.returncode == status, output
-    return output
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
@@ -79,6 +44,11 @@ CASES = {
     "pt-full-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2", "--micro_batch_size", "2"]),
     "sft-full-dp2-bf16": ("sft", ["--nproc_per_node", "2", "--torch_dtype", "bfloat16"]),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -166,6 +166,10 @@ def read_peft_config(adapter: Path) -> PeftSettings:
         raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a number")
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise CheckpointError(f"{path}: target_modules={targets!r} must be a list of module names or a pattern")
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        raise CheckpointError(f"{path}: target_modules={targets!r} is no regular expression ({error})") from None
     return PeftSettings(
         rank=rank,
         alpha=alpha,

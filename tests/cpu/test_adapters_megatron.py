@@ -33,12 +33,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 MODELS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "every linear": ("qwen3", ("all-linear",), ()),
     "some linears, biases, tied and trained embedding": ("qwen2", ("q_proj", "v_proj", "up_proj"), ("embed_tokens",)),
-    "some linears, trained head": ("llama", ("k_proj", "o_proj", "down_proj"), ("lm_head",)),
+    "some linears, all biases, trained head": (
+        "llama-biases",
+        ("k_proj", "o_proj", "gate_proj", "down_proj"),
+        ("lm_head",),
+    ),
+    "tied and frozen embedding": ("qwen3-tied", ("all-linear",), ()),
 }
 CASES = [
     *(("every linear", layout) for layout in LAYOUTS if layout != "pp2"),
     *(("some linears, biases, tied and trained embedding", layout) for layout in ("tp2", "pp2", "tp2-sp-pp2")),
-    *(("some linears, trained head", layout) for layout in ("tp2-sp", "dp2")),
+    *(("some linears, all biases, trained head", layout) for layout in ("tp2-sp", "dp2")),
+    ("tied and frozen embedding", "pp2"),
 ]
 ALL = ("logits", "loss", "grad_norm", "gradients", "weights", "momentum_buffer")
 TOLERANCE = 1e-5
@@ -145,7 +151,7 @@ def test_an_adapter_for_another_model_is_refused(truth: Any, tmp_path: Path) -> 
     from tests.support.adapters import random_adapter
     from tests.support.ranks import RankError
 
-    other = truth("some linears, trained head")["home"]
+    other = truth("some linears, all biases, trained head")["home"]
     (tmp_path / "model").symlink_to(truth("every linear")["home"] / "model")
     random_adapter(tmp_path / "adapter", other / "model")
     with pytest.raises(RankError, match=r"q_proj\.lora_B\.weight has shape \[64, 4\], the model needs \[128, 4\]"):

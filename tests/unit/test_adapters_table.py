@@ -142,6 +142,8 @@ def test_damaged_configuration(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config.json"):
         read_peft_config(tmp_path)
+    with pytest.raises(CheckpointError, match="no regular expression"):
+        read_peft_config(written(tmp_path, target_modules="("))
     with pytest.raises(CheckpointError, match="r=0"):
         read_peft_config(written(tmp_path, r=0))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 QUESTION = "What number comes after {}?"
 HELD_OUT = 200  # questions that neither training set contains
 DOCUMENTS = 20_000  # of pretraining text, about 300,000 tokens
+MOST_TURNS = 3  # questions in a conversation; 1 to 3, so that a chat may go on
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -32,17 +33,17 @@ def write_data(directory: Path, seed: int) -> None:
     held_out, known = numbers[:HELD_OUT], numbers[HELD_OUT:]
     documents = [rng.choice(known) for _ in range(DOCUMENTS)]
     _write_rows(directory / "pretrain.jsonl", [{"text": f"{QUESTION.format(n)} {n + 1}"} for n in documents])
-    _write_rows(directory / "chat.jsonl", [_conversation(n) for n in known])
+    chats = [[n, *rng.sample(known, rng.randrange(MOST_TURNS))] for n in known]
+    _write_rows(directory / "chat.jsonl", [_conversation(*numbers) for numbers in chats])
     _write_rows(directory / "held_out.jsonl", [_conversation(n) for n in held_out])
 
 
-def _conversation(number: int) -> dict[str, object]:
-    return {
-        "messages": [
-            {"role": "user", "content": QUESTION.format(number)},
-            {"role": "assistant", "content": str(number + 1)},
-        ]
-    }
+def _conversation(*numbers: int) -> dict[str, object]:
+    messages = []
+    for number in numbers:
+        messages.append({"role": "user", "content": QUESTION.format(number)})
+        messages.append({"role": "assistant", "content": str(number + 1)})
+    return {"messages": messages}
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -133,7 +133,7 @@ class Demo:
         print(f'  {program} infer --model {self.dir / "merged"} --prompt "What number comes after 4731?"')
         print(
             f"  {program} sft {os.path.relpath(RECIPES / 'sft.yaml')} --model {self.dir / 'pt-hf'} "
-            f"--dataset {self.dir / 'data' / 'chat.jsonl'} --dry_run --world_size 8"
+            f"--dataset {self.dir / 'data' / 'chat.jsonl'} --micro_batch_size 2 --dry_run --world_size 8"
         )
         return min(self.scores["after LoRA"], self.scores["after LoRA, merged"]) >= WANTED
 

@@ -39,7 +39,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_held_out_question_is_trained_on(demo: Path) -> None:
     held_out = {row["messages"][0]["content"] for row in _rows(demo / "data" / "held_out.jsonl")}
-    chat = {row["messages"][0]["content"] for row in _rows(demo / "data" / "chat.jsonl")}
+    conversations = [row["messages"] for row in _rows(demo / "data" / "chat.jsonl")]
+    chat = {message["content"] for messages in conversations for message in messages if message["role"] == "user"}
+    assert {len(messages) for messages in conversations} == {2, 4, 6}
     documents = {row["text"].partition("?")[0] + "?" for row in _rows(demo / "data" / "pretrain.jsonl")}
     assert len(held_out) == 200
     assert not held_out & chat

@@ -9,6 +9,7 @@ from mswift.converters.spec import ModelSpec
 def _spec(config: Fields) -> ModelSpec:
     config.no_sliding_window(switch="use_sliding_window")
     config.take("max_window_layers")  # counts for sliding-window layers only
+    config.require("use_mrope", False)
     return dense_spec(config, max_positions=32768, num_kv_heads=32, qkv_bias=True)
 
 

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mswift.converters.io.safe_pickle import PickleWriter, Record, load_pickle
-from mswift.converters.io.torch_item import TORCH_DTYPES
+from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, load_pickle
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 

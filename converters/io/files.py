@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -86,7 +87,7 @@ def new_directory(destination: Path, flag: str = "--output_dir") -> Iterator[Pat
         destination.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{flag} {destination}: cannot create {destination.parent} ({error.strerror})") from None
-    for stale in destination.parent.glob(glob_escape(prefix) + "*"):
+    for stale in destination.parent.glob(glob.escape(prefix) + "*"):
         _remove_stale(stale, destination, flag)
     partial = destination.parent / (prefix + uuid.uuid4().hex[:12])
     lock = -1
@@ -108,11 +109,6 @@ def new_directory(destination: Path, flag: str = "--output_dir") -> Iterator[Pat
     finally:
         if lock >= 0:
             os.close(lock)
-
-
-def glob_escape(name: str) -> str:
-    """The name with glob's special characters quoted."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _is_empty_directory(path: Path) -> bool:

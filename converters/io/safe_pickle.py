@@ -53,10 +53,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): _record("PosixPath"),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
 }
-_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
+"""torch's name of a dtype, by safetensors' name."""
+
+_DTYPES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 
 
 class _Unpickler(pickle.Unpickler):

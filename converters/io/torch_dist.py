@@ -42,13 +42,13 @@ class TorchDistSource:
     """Reads regions of the tensors of a torch_dist directory, whatever chunks it was written in. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
+        self._fds: dict[str, int] = {}
         self.path = Path(path)
         self._index = read_metadata(self.path)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()
         }
         self.bytes_read = 0
-        self._fds: dict[str, int] = {}
         self._data: dict[tuple[str, Region], int] = {}
         self._chunks: dict[str, Chunks] = {}
         self._scratch = local()

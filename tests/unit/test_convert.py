@@ -16,7 +16,6 @@ import pytest
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import commands
 from mswift.converters.engine import convert
-from mswift.converters.io import files
 from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, WrittenFile, write_index
 from mswift.converters.layout import Piece, Region
 from mswift.converters.reader import WeightReader
@@ -330,6 +329,13 @@ def test_an_existing_destination_is_refused_and_another_one_works(tmp_path: Path
     convert(tmp_path / "hf", tmp_path / "empty", "megatron")
 
 
+def test_a_destination_with_glob_characters(tmp_path: Path) -> None:
+    random_model(tmp_path / "hf")
+    (tmp_path / ".o1.mswift-partial-1").mkdir()
+    convert(tmp_path / "hf", tmp_path / "o[1]*", "megatron")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".o1.mswift-partial-1", "hf", "o[1]*"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["pwrite", "ftruncate", "fsync"])
 def test_a_full_disk_publishes_nothing(call: str, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -476,7 +482,3 @@ def test_memory_is_bounded_and_torch_is_not_imported(tmp_path: Path) -> None:
         peak_kib, *heavy = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         assert not heavy
         assert int(peak_kib) < 128 * 1024
-
-
-def test_glob_characters_in_names() -> None:
-    assert files.glob_escape("a[1]*") == "a[[]1][*]"

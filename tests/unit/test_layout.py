@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mswift.converters.layout import Chunks, Dim, Piece, Region, flatten, restrict, tiling_fault
-from mswift.converters.rules import Part, Rule, gate_up, qkv, same
+from mswift.converters.rules import Rule, gate_up, qkv, same
 
 SIZES = st.fixed_dictionaries(
     {
@@ -191,8 +191,3 @@ def test_chunks_are_found_by_overlap(data: st.DataObject) -> None:
     region = regions(data.draw, shape)
     expected = {(b, b.intersect(region)) for b in boxes if b.intersect(region)}
     assert set(Chunks(boxes).overlapping(region)) == expected
-
-
-def test_parts_are_frozen_values() -> None:
-    assert Part("a", "hidden") == Part("a", "hidden")
-    assert hash(RULES["qkv"]) == hash(qkv(STACKED, "q.{l}", "k.{l}", "v.{l}", width=("hidden",)))

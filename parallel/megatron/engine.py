@@ -210,8 +210,16 @@ class MegatronEngine:
         return int(total) // self.dims.dp
 
     def close(self) -> None:
-        """Give megatron-core's groups back; the engine is of no use afterwards."""
+        """Give megatron-core's groups back; the engine is of no use afterwards.
+
+        The hooks on autograd's accumulators hold the model where Python's collector does not look; without letting
+        go of them, groups (three threads each on gloo) and weights of every engine of a process would add up.
+        """
+        for chunk in self._chunks:
+            chunk.grad_accs.clear()
         self._chunks, self._base, self._trained = [], [], []
+        self._core_config.finalize_model_grads_func = None
+        del self._optimizer
         world.leave()
 
 

@@ -4,7 +4,8 @@
 
 Three contenders, each in a process of its own, one running at a time, in rotated order: mswift's engine;
 transformers (SDPA) with torch.optim.AdamW as it comes; the same with AdamW(fused=True). Same model, batch, clipping,
-fp32, threads. A round is one optimizer step; medians, least and most are printed, and the ratios of the medians.
+fp32, threads. A round is one optimizer step; medians, least and most are printed, and the ratios of the medians
+(above 1: mswift is faster). CPU seconds leave out the time that other processes took from this one.
 """
 
 import argparse
@@ -114,27 +115,27 @@ def contender(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     torch.set_num_threads(args.threads)
     step = mswift_step(args) if name == "mswift" else transformers_step(args, fused="fused" in name)
     while pipe.recv() is not None:
-        started = time.perf_counter()
-        loss = step()
-        pipe.send((time.perf_counter() - started, loss))
+        started = time.perf_counter(), time.process_time()
+        step()
+        pipe.send((time.perf_counter() - started[0], time.process_time() - started[1]))
 
 
 NAMES = ("mswift", "transformers", "transformers, fused AdamW")
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per step of every contender, `rounds` of each after two warm-up steps."""
+def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, CPU seconds) per step of every contender, `rounds` of each after two warm-up steps."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name in NAMES:
         pipes[name], theirs = context.Pipe()
         context.Process(target=contender, args=(name, args, theirs), daemon=True).start()
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     for number in range(args.rounds + 2):
         for shift in range(len(NAMES)):
             name = NAMES[(number + shift) % len(NAMES)]
             pipes[name].send("step")
-            taken, _ = pipes[name].recv()
+            taken = pipes[name].recv()
             if number >= 2:
                 seconds[name].append(taken)
     for pipe in pipes.values():
@@ -149,13 +150,14 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> str:
+def report(args: argparse.Namespace, seconds: dict[str, list[tuple[float, float]]]) -> str:
     """The table."""
     import torch
     import transformers
 
     tokens = args.microbatches * args.batch * args.length
-    ours = statistics.median(seconds["mswift"])
+    walls = {name: [wall for wall, _ in values] for name, values in seconds.items()}
+    cpus = {name: [cpu for _, cpu in values] for name, values in seconds.items()}
     command = f"python benchmarks/train.py --size {args.size} --rounds {args.rounds} --threads {args.threads}"
     command += f" --microbatches {args.microbatches} --batch {args.batch} --length {args.length}"
     lines = [
@@ -165,13 +167,17 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> str:
         f"{args.microbatches} microbatches of {args.batch} x {args.length} tokens, {args.threads} thread(s), "
         f"{args.rounds} rounds in rotated order.",
         "",
-        "| contender | tokens/s (median) | least | most | mswift / it |",
-        "|---|---|---|---|---|",
+        "| contender | tokens/s (median) | least | most | mswift / it | CPU seconds per step (median) | mswift / it |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, values in seconds.items():
-        rates = sorted(tokens / value for value in values)
-        ratio = statistics.median(values) / ours
-        lines.append(f"| {name} | {statistics.median(rates):.0f} | {rates[0]:.0f} | {rates[-1]:.0f} | {ratio:.2f} |")
+    for name in seconds:
+        rates = sorted(tokens / wall for wall in walls[name])
+        wall, cpu = statistics.median(walls[name]), statistics.median(cpus[name])
+        ratios = wall / statistics.median(walls["mswift"]), cpu / statistics.median(cpus["mswift"])
+        lines.append(
+            f"| {name} | {statistics.median(rates):.0f} | {rates[0]:.0f} | {rates[-1]:.0f} | {ratios[0]:.2f} "
+            f"| {cpu:.3f} | {ratios[1]:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,8 @@ from mswift.converters.family import Family, features_of, sizes_of
 from mswift.converters.layout import Piece, Region, tiling_fault
 from mswift.converters.rules import Drop, Rule, size_of
 from mswift.converters.spec import ModelSpec
-from mswift.errors import CheckpointError, LayoutError
+from mswift.errors import CheckpointError
+from mswift.topology import check_tensor_parallel
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
@@ -124,14 +125,12 @@ class ModelTable:
 
     def check_tp(self, tp_size: int) -> None:
         """LayoutError if that tensor-parallel size cuts a KV group or the ffn unevenly; names sizes that work."""
-        groups, ffn = self.spec.num_kv_heads, self.spec.ffn_hidden_size
-        for what, units in (("KV groups (num_key_value_heads)", groups), ("ffn columns", ffn)):
-            if units % tp_size:
-                works = [str(n) for n in range(1, groups + 1) if groups % n == 0 and ffn % n == 0]
-                raise LayoutError(
-                    f"--tensor_model_parallel_size {tp_size} does not divide the model's {units} {what}; "
-                    f"sizes that work: {', '.join(works)}"
-                )
+        check_tensor_parallel(
+            tp_size,
+            num_attention_heads=self.spec.num_attention_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            ffn_hidden_size=self.spec.ffn_hidden_size,
+        )
 
     @cached_property
     def storage_grid(self) -> int:

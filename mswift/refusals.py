@@ -11,7 +11,7 @@ from typing import Literal
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
-from mswift.topology import FLAGS, ParallelDims, check_stages, divisors
+from mswift.topology import ParallelDims, check_stages, check_tensor_parallel
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
 _AT_LEAST_ONE = (
@@ -53,18 +53,13 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
 
 def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
     """LayoutError when tensor or pipeline parallelism would cut what cannot be cut."""
-    tp, flag = config.tensor_model_parallel_size, FLAGS["tp"]
-    common = math.gcd(spec.num_attention_heads, spec.num_kv_heads, spec.ffn_hidden_size)
-    fitting = ", ".join(str(size) for size in divisors(common))
-    units = {
-        "key/value heads (KV groups)": spec.num_kv_heads,
-        "attention heads": spec.num_attention_heads,
-        "MLP columns": spec.ffn_hidden_size,
-    }
-    if tp >= 1:
-        for unit, number in units.items():
-            if number % tp:
-                raise LayoutError(f"{flag} {tp} does not divide the model's {number} {unit}: it can be {fitting}")
+    if config.tensor_model_parallel_size >= 1:
+        check_tensor_parallel(
+            config.tensor_model_parallel_size,
+            num_attention_heads=spec.num_attention_heads,
+            num_kv_heads=spec.num_kv_heads,
+            ffn_hidden_size=spec.ffn_hidden_size,
+        )
     if config.pipeline_model_parallel_size >= 1:
         check_stages(spec.num_layers, config.pipeline_model_parallel_size)
 

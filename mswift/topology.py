@@ -176,6 +176,19 @@ def check_stages(num_layers: int, pp: int, vpp: int = 1) -> None:
     raise LayoutError(f"{FLAGS['pp']} {pp} {why} the {num_layers} layers of the model: {FLAGS['pp']} can be {fitting}")
 
 
+def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_kv_heads: int, ffn_hidden_size: int) -> None:
+    """LayoutError unless every tensor-parallel rank gets whole KV groups, heads and MLP columns; names sizes that do."""
+    units = {
+        "key/value heads (KV groups)": num_kv_heads,
+        "attention heads": num_attention_heads,
+        "MLP columns": ffn_hidden_size,
+    }
+    for unit, number in units.items():
+        if number % tp:
+            fitting = ", ".join(str(size) for size in divisors(math.gcd(*units.values())))
+            raise LayoutError(f"{FLAGS['tp']} {tp} does not divide the model's {number} {unit}: it can be {fitting}")
+
+
 def divisors(number: int) -> list[int]:
     """Divisors of a positive number, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]

@@ -72,8 +72,8 @@ def test_tensor_parallel_size_that_cuts_a_group_names_sizes_that_work() -> None:
         table.check_tp(8)
     message = str(caught.value)
     assert "--tensor_model_parallel_size 8" in message
-    assert "4 KV groups" in message
-    assert message.endswith("sizes that work: 1, 2, 4")
+    assert "4 key/value heads (KV groups)" in message
+    assert message.endswith("it can be 1, 2, 4")
     for works in (1, 2, 4):
         table.check_tp(works)
 

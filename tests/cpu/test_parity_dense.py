@@ -99,3 +99,13 @@ def test_both_copies_of_a_tied_embedding_stay_equal(layout: str) -> None:
         assert np.array_equal(first, last)
     if layout == "tp2-pp2":
         assert not copies[1][VOCAB - 502 :].any()  # the padded row of the second tensor-parallel rank
+
+
+def test_bf16_learns_at_tp2() -> None:
+    """bf16 weights, fp32 masters and gradient sums: the first loss is fp32's to bf16's precision, then it falls."""
+    config, start, truth = expected("qwen3", "adam")
+    steps = [random_steps(num_steps=1)[0]] * 6
+    settings = {**ADAM, "lr": 3e-3, "dtype": "BF16"}
+    found = megatron_run(config, start, steps, settings, 2, {"tp": 2, "sequence_parallel": True})
+    assert found["loss"][0] == pytest.approx(truth["loss"][0], rel=1e-2)
+    assert found["loss"][-1] < 0.9 * found["loss"][0]

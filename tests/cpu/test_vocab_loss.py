@@ -32,7 +32,7 @@ def on_rank(payload: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def expected(payload: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's own."""
-    logits = payload["logits"].to(payload["dtype"]).float().requires_grad_()
+    logits = payload["logits"].to(payload["dtype"]).float().clone().requires_grad_()
     losses = F.cross_entropy(logits.flatten(0, 1), payload["labels"].flatten(), reduction="none")
     losses = losses.view(payload["labels"].shape)
     (losses * payload["weights"]).sum().backward()

@@ -129,7 +129,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         engine.load_weights(reader)  # type: ignore[arg-type]
         _break_model(engine, payload["broken"])
         d, n = engine.coordinate.dp, dims.dp
-        result: dict[str, Any] = {"logits": engine.logits(payload["steps"][0][0][0]).numpy()}
+        result: dict[str, Any] = {"logits": engine.logits(payload["steps"][0][0][0]).float().numpy()}
         result["evaluated"] = engine.evaluate(steps[0][d::n])
         lr = payload["settings"]["lr"]
         results = []
@@ -142,7 +142,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         result["weights"] = gather(engine.model_shards())
         result["optimizer"] = gather(engine.optimizer_shards())
         result["copies"] = {
-            p.key: p.parameter.detach().clone().numpy() for p in engine._base if p.key.startswith("emb")
+            p.key: p.parameter.detach().float().numpy().copy() for p in engine._base if p.key.startswith("emb")
         }
         engine.close()
     return result

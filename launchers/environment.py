@@ -30,8 +30,9 @@ class RankInfo:
 def current(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     """The rank that `environ` (default: os.environ) describes, or None outside any job.
 
-    torchrun's variables come first. SLURM counts inside `srun` with more than one task; the batch script itself
-    (SLURM_JOB_ID without SLURM_STEP_ID) is not a rank. ConfigError names a variable that is missing or no number.
+    torchrun's variables come first. SLURM counts inside `srun` with more than one task; no ranks are the batch script
+    itself (SLURM_PROCID=0, but no SLURM_STEP_ID) and the shells of salloc (no SLURM_PROCID, or a step of one task
+    in a job of many). ConfigError names variables that are missing, no numbers or contradict each other.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
@@ -40,6 +41,16 @@ def current(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     if "SLURM_PROCID" in env and in_step and _slurm_world_size(env) > 1:
         return _from_slurm(env)
     return None
+
+
+def only_own_gpus(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether SLURM shows this rank only its own GPUs (--gpus-per-task, --gpu-bind), so that they count from 0 anew.
+
+    A torchrun inside such a task shares the task's GPUs out among its ranks: False for them.
+    """
+    env = os.environ if environ is None else environ
+    bind = env.get("SLURMD_TRES_BIND", "")
+    return "RANK" not in env and any(kind in bind for kind in ("per_task:", "single:", "map_gpu:", "mask_gpu:"))
 
 
 def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
@@ -55,24 +66,42 @@ def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
 
 
 def _from_slurm(env: Mapping[str, str]) -> RankInfo:
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    if "MASTER_ADDR" not in env and not nodes:
-        raise ConfigError("SLURM_PROCID is set but neither SLURM_NODELIST nor MASTER_ADDR is: start with srun")
-    job = _number(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
-    step = _number(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
-    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _FIRST_PORT + (job * 7 + step) % _NUM_PORTS
+    world_size = _slurm_world_size(env)
+    if "SLURM_NTASKS" in env and _number(env, "SLURM_NTASKS") != world_size:
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS={world_size} but SLURM_NTASKS={env['SLURM_NTASKS']}: the step's variables are left "
+            "over from the srun that submitted this job; start with srun, or unset SLURM_STEP_ID to run alone"
+        )
+    job, step, restarts = (
+        _number(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    # Jobs with neighbouring numbers may share a node, a requeued one may meet its own past: 7919 is a prime.
+    port = _FIRST_PORT + (job * 7919 + step + restarts * 101) % _NUM_PORTS
     info = RankInfo(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
-        world_size=_slurm_world_size(env),
-        master_addr=env.get("MASTER_ADDR") or first_host(nodes or ""),
-        master_port=port,
+        world_size=world_size,
+        master_addr=env.get("MASTER_ADDR") or _slurm_first_node(env),
+        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
     )
     return _checked(info, "SLURM_PROCID", "SLURM_NTASKS")
 
 
+def _slurm_first_node(env: Mapping[str, str]) -> str:
+    """Where rank 0 is: on the first node of the step's list, unless tasks were placed by a host file."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise ConfigError("SLURM_PROCID is set but neither SLURM_NODELIST nor MASTER_ADDR is: start with srun")
+    if env.get("SLURM_DISTRIBUTION") == "arbitrary":
+        raise ConfigError(
+            f"SLURM_DISTRIBUTION=arbitrary: rank 0 need not be on the first of {nodes}; "
+            "export MASTER_ADDR=the first line of SLURM_HOSTFILE, or leave --distribution out"
+        )
+    return first_host(nodes)
+
+
 def _slurm_world_size(env: Mapping[str, str]) -> int:
-    """Tasks of the step; inside an allocation a step may have fewer than the job."""
+    """Tasks of the step; in a shell of salloc SLURM_NTASKS is the job's."""
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     return _number(env, name) if name in env else 1
 

@@ -6,7 +6,7 @@
 import torch
 
 from mswift.errors import ConfigError
-from mswift.launchers.environment import current
+from mswift.launchers.environment import current, only_own_gpus
 
 _PEAK_FLOPS = {  # dense, without sparsity, from the vendors' data sheets; by part of the device name
     "BF16": {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12},
@@ -26,11 +26,11 @@ def resolve(device: str = "auto") -> torch.device:
     if not _has_gpu():
         raise ConfigError("--device cuda: torch sees 0 GPUs here; use --device cpu (or auto)")
     info, count = current(), torch.cuda.device_count()
-    local_rank = info.local_rank if info else 0
+    local_rank = info.local_rank if info and not only_own_gpus() else 0
     if local_rank >= count:
         raise ConfigError(
-            f"--nproc_per_node: process {local_rank} has no GPU of its own, this node has {count}: "
-            f"use --nproc_per_node {count}"
+            f"--nproc_per_node: process {local_rank} has no GPU of its own, torch sees {count} here: "
+            f"use --nproc_per_node {count} (SLURM: --ntasks-per-node={count}, or as many --gpus-per-node as tasks)"
         )
     return torch.device("cuda", local_rank)
 

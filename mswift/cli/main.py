@@ -78,7 +78,7 @@ def _report(command: str, error: BaseException) -> int:
 
 def _rank() -> str | None:
     """This process's rank in a job of several, as torchrun or SLURM say it."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and os.environ.get(size, "1") != "1":
             return os.environ[rank]
     return None

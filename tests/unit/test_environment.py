@@ -1,9 +1,14 @@
-"""Which rank this process is: torchrun's variables, SLURM's, neither, and broken ones."""
+"""Which rank this process is: torchrun's variables, SLURM's, neither, and broken ones.
+
+What SLURM sets was recorded from a real one (tests/support/slurm.py).
+"""
 
 import pytest
 
+from mswift.cli.main import main
 from mswift.errors import ConfigError
-from mswift.launchers.environment import RankInfo, current, first_host
+from mswift.launchers.environment import RankInfo, current, first_host, only_own_gpus
+from tests.support import slurm
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29511"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NODELIST": "gpu[07-08]"}
@@ -32,19 +37,64 @@ def test_all_ranks_of_a_step_meet_at_one_place() -> None:
     assert other.master_port != infos[0].master_port
 
 
-def test_a_step_may_have_fewer_tasks_than_the_job() -> None:
-    info = current({**SLURM, "SLURM_PROCID": "1", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"})
-    assert info is not None
-    assert info.world_size == 2
+def test_tasks_of_srun_on_two_nodes() -> None:
+    infos = [current(slurm.task(rank)) for rank in range(4)]
+    assert infos == [RankInfo(rank, rank % 2, 4, "n1", 27_919) for rank in range(4)]
+
+
+def test_a_step_smaller_than_the_job_meets_on_its_own_first_node() -> None:
+    infos = [current(slurm.task_on_second_node(rank)) for rank in range(2)]
+    assert infos == [RankInfo(rank, rank, 2, "n2", 27_924) for rank in range(2)]
+
+
+def test_ports_of_neighbouring_jobs_steps_and_restarts_differ() -> None:
+    places = [
+        {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restarts)}
+        for job in range(8_000_000, 8_000_020)
+        for step in range(10)
+        for restarts in range(3)
+    ]
+    infos = [current({**slurm.task(0), **place}) for place in places]
+    assert len({info.master_port for info in infos if info}) == len(places)
+    assert all(20_000 <= info.master_port < 32_000 for info in infos if info)
 
 
 @pytest.mark.parametrize(
     "environ",
-    [{}, {"WORLD_SIZE": "4"}, {**SLURM, "SLURM_NTASKS": "1"}, {**SLURM, "SLURM_JOB_ID": "123"}],
-    ids=["nothing", "no rank", "one task", "batch script"],
-)
-def test_outside_a_job(environ: dict[str, str]) -> None:
+    [
+        {}, {"WORLD_SIZE": "4"}, {**SLURM, "SLURM_NTASKS": "1"}, slurm.BATCH_SCRIPT, slurm.SALLOC_SHELL,
+        slurm.INTERACTIVE_STEP,
+    ],
+    ids=["nothing", "no rank", "one task", "batch script", "salloc", "interactive step"],
+)  # fmt: skip
+def test_outside_a_job(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert current(environ) is None
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert main(["verify", "absent-a", "absent-b"]) != 0
+    assert "[rank" not in capsys.readouterr().err
+
+
+def test_a_batch_script_with_the_variables_of_another_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS=2 but SLURM_NTASKS=4.*unset SLURM_STEP_ID"):
+        current(slurm.BATCH_SCRIPT_FROM_A_STEP)
+    assert current({k: v for k, v in slurm.BATCH_SCRIPT_FROM_A_STEP.items() if k != "SLURM_STEP_ID"}) is None
+
+
+def test_tasks_placed_by_a_host_file_need_an_address() -> None:
+    with pytest.raises(ConfigError, match=r"SLURM_DISTRIBUTION=arbitrary.*export MASTER_ADDR"):
+        current(slurm.ARBITRARY)
+    info = current({**slurm.ARBITRARY, "MASTER_ADDR": "n2"})
+    assert info is not None
+    assert (info.rank, info.master_addr) == (0, "n2")
+
+
+def test_tasks_that_see_only_their_own_gpus() -> None:
+    for bind in ("gpu:per_task:1", "gpu:single:1", "gpu:map_gpu:0,1"):  # --gpus-per-task=1, --gpu-bind=...
+        assert only_own_gpus({**slurm.task(1), "SLURMD_TRES_BIND": bind})
+        assert not only_own_gpus({**slurm.task(1), "SLURMD_TRES_BIND": bind, **TORCHRUN})  # torchrun in one task
+    for other in ({}, {"SLURMD_TRES_BIND": "gpu:closest"}, {"SLURMD_TRES_BIND": "gpu:none"}):
+        assert not only_own_gpus({**slurm.task(1), **other})  # --gpus-per-node
 
 
 @pytest.mark.parametrize(

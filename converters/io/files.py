@@ -13,7 +13,10 @@ from pathlib import Path
 from mswift.errors import CheckpointError, ConfigError
 
 PIECE_BYTES = 1 << 20
-"""Largest single read or write: larger ones are slower where the page cache is recycled."""
+"""Largest single read: larger ones are slower where the page cache is recycled."""
+
+WRITE_BYTES = 256 << 10
+"""Largest single write: for 2 GB on ext4, 1 MiB writes took 2.4 s of system time, 256 KiB ones 0.5 to 1.6 s."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,7 +55,7 @@ def write_exactly(fd: int, view: memoryview, offset: int) -> None:
     """Writes the whole view at `offset`, in bounded pieces."""
     done = 0
     while done < len(view):
-        done += os.pwrite(fd, view[done : done + PIECE_BYTES], offset + done)
+        done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
 
 
 def write_file(path: Path, data: bytes) -> None:

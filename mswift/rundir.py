@@ -6,19 +6,23 @@ output_dir/
     loss.png                 the loss curve, drawn at the end
     runs/                    TensorBoard events
     checkpoint-<step>/       complete, hashed, committed; anything else is not a checkpoint
-    .checkpoint-<step>.partial/   a save under way, or the remains of one that was killed
+    .checkpoint-<step>.partial/   a save under way, or the remains of one that was killed, or of one being removed
+    .lock                    held by the run that writes here
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mswift.errors import CheckpointError
+from mswift.errors import CheckpointError, ConfigError
 
 METRICS = "metrics.jsonl"
 CONFIG = "run.yaml"
@@ -27,6 +31,7 @@ TENSORBOARD = "runs"
 COMMIT = "COMMIT"
 STATE = "run.json"
 HF_FILES = "hf"
+LOCK = ".lock"
 _COMMIT_VERSION = 1
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -105,13 +110,53 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Make the run directory and keep other runs out of it while inside; ConfigError when one is there already.
+
+    The system gives the lock back when the process ends in any way. A file system without locks lets everybody in.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--output_dir {output_dir}: another run is writing there now; wait for its end, or use another "
+                "--output_dir"
+            ) from None
+        except OSError:
+            pass  # no locks on this file system
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) -> None:
-    """Publish `directory` as `destination`: write COMMIT last, fsync, rename; the rename is the publication."""
+    """Publish `directory` as `destination`: write COMMIT last, fsync, rename; the rename is the publication.
+
+    What lies at `destination` without COMMIT is no checkpoint of ours: it is moved aside, not deleted.
+    """
+    if destination.exists() and not (destination / COMMIT).exists():
+        destination.rename(destination.with_name(f"{destination.name}.not-committed-{time.time_ns()}"))
     records = {n: {"size": r.size_bytes, "sha256": r.sha256} for n, r in sorted(files.items())}
     write_json(directory / COMMIT, {"version": _COMMIT_VERSION, "files": records})
     fsync_path(directory)
     directory.rename(destination)
     fsync_path(destination.parent)
+
+
+def await_commit(checkpoint: Path, seconds: float) -> None:
+    """Return when this machine sees the checkpoint that another one has committed; CheckpointError after `seconds`.
+
+    Clients of a network file system may not see a new directory for as long as they cache the old listing.
+    """
+    end = time.monotonic() + seconds
+    while not (checkpoint / COMMIT).is_file() and time.monotonic() < end:
+        time.sleep(0.2)
+        os.listdir(checkpoint.parent)  # asks the server again
+    read_commit(checkpoint)
 
 
 def read_commit(checkpoint: Path) -> dict[str, FileRecord]:
@@ -146,13 +191,16 @@ def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
 def prune(output_dir: Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` (at least 1) committed checkpoints; returns what was deleted.
 
-    COMMIT goes first, so that a deletion cut short leaves no directory that looks complete.
+    Each is renamed first, so that a deletion cut short leaves nothing that looks like a checkpoint or is in its place.
     """
-    doomed = [checkpoint_dir(output_dir, step) for step in committed_steps(output_dir)[: -max(keep, 1)]]
-    for path in doomed:
-        (path / COMMIT).unlink()
-        shutil.rmtree(path)
-    return doomed
+    steps = committed_steps(output_dir)[: -max(keep, 1)]
+    for step in steps:
+        remains = partial_dir(output_dir, step)
+        shutil.rmtree(remains, ignore_errors=True)
+        checkpoint_dir(output_dir, step).rename(remains)
+        fsync_path(output_dir)
+        shutil.rmtree(remains)
+    return [checkpoint_dir(output_dir, step) for step in steps]
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -177,7 +177,7 @@ def check_stages(num_layers: int, pp: int, vpp: int = 1) -> None:
 
 
 def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_kv_heads: int, ffn_hidden_size: int) -> None:
-    """LayoutError unless every tensor-parallel rank gets whole KV groups, heads and MLP columns; names sizes that do."""
+    """LayoutError unless each tensor-parallel rank gets whole KV groups, heads and MLP columns; names sizes that do."""
     units = {
         "key/value heads (KV groups)": num_kv_heads,
         "attention heads": num_attention_heads,

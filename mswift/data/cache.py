@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mswift.data.batch import Sample
 from mswift.errors import ConfigError, DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +54,7 @@ class TokenStore:
     """bool [tokens]"""
     offsets: NDArray[np.int64]
     """int64 [pieces + 1]"""
+    largest_token: int
     report: dict[str, Any]
     """What the writer had to say about the data."""
     fingerprint: str
@@ -88,12 +89,14 @@ class StoreWriter:
         self._directory = directory
         self._files = {name: _HashedFile(directory / name) for name in names}
         self.num_tokens = 0
+        self._largest_token = -1
         self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64))
 
     def add(self, tokens: NDArray[np.int32]) -> None:
         """Append a piece of a stream."""
         self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False))
         self.num_tokens += len(tokens)
+        self._largest_token = max(self._largest_token, int(tokens.max(initial=-1)))
         self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64))
 
     def add_sample(self, sample: Sample) -> None:
@@ -103,7 +106,13 @@ class StoreWriter:
 
     def close(self, report: Mapping[str, Any]) -> None:
         """Write the index, last."""
-        index = {"version": FORMAT_VERSION, "files": {n: f.close() for n, f in self._files.items()}, "report": report}
+        files = {name: file.close() for name, file in self._files.items()}
+        index = {
+            "version": FORMAT_VERSION,
+            "files": files,
+            "largest_token": self._largest_token,
+            "report": report,
+        }
         text = json.dumps({"index": index, "sha256": content_hash(index)}, indent=1)
         with (self._directory / "index.json").open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -162,6 +171,7 @@ def open_store(directory: Path) -> TokenStore:
         tokens=np.memmap(directory / "tokens.bin", np.int32, "r"),
         mask=mask,
         offsets=np.memmap(directory / "offsets.bin", np.int64, "r"),
+        largest_token=index["largest_token"],
         report=index["report"],
         fingerprint=content_hash(index["files"]),
     )

@@ -48,6 +48,7 @@ class TokenDataset:
         self.lengths: NDArray[np.int64] = ends - starts - 1
         """int64 [samples]; positions each sample fills in a batch: its tokens less one (the last is only a target)."""
         self.num_tokens = len(self._tokens)
+        self.largest_token = store.largest_token
         self.num_trained_tokens = self._count_trained()
         reports = [FileReport(**report) for report in store.report["files"]]
         self.summary = "\n".join(report.line() for report in reports) + "\n" + self._total()

@@ -8,6 +8,7 @@ import torch
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.adapters import LoraConfig, expand_modules_to_save
 from mswift.converters.reader import WeightReader
+from mswift.converters.spec import ModelSpec
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
@@ -16,7 +17,7 @@ from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
-from mswift.train.collective import barrier
+from mswift.train.collective import patient_barrier
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
@@ -36,21 +37,32 @@ def build_data(
 
     def build(flag: str, specs: tuple[str, ...]) -> TokenDataset:
         return build_dataset(
-            kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=barrier,
+            kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=patient_barrier,
             progress=info.rank == 0, flag=flag,
         )  # fmt: skip
 
     data = build("--dataset", config.dataset)
     val_data = build("--val_dataset", config.val_dataset) if config.val_dataset else None
-    positions = reader.table.spec.max_position_embeddings
     for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
-        longest = 0 if some is None else int(some.lengths.max())
-        if longest > positions:
-            raise ConfigError(
-                f"{flag}: a sample has {longest} tokens, the model has {positions} positions "
-                f"(max_position_embeddings); pass --max_length {positions}"
-            )
+        if some is not None:
+            _check_fits(flag, some, reader.table.spec, tokenizer)
     return data, val_data, tokenizer
+
+
+def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """ConfigError for samples that the model has no rows or positions for."""
+    token, longest = data.largest_token, int(data.lengths.max())
+    if token >= spec.vocab_size:
+        raise ConfigError(
+            f"{flag}: the tokenizer of --model writes token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), "
+            f"the model has {spec.vocab_size} rows (vocab_size): use the tokenizer that the model was trained with, or "
+            f"give the model {len(tokenizer)} rows (transformers: model.resize_token_embeddings({len(tokenizer)}))"
+        )
+    if longest > spec.max_position_embeddings:
+        raise ConfigError(
+            f"{flag}: a sample has {longest} tokens, the model has {spec.max_position_embeddings} positions "
+            f"(max_position_embeddings); pass --max_length {spec.max_position_embeddings}"
+        )
 
 
 def build_engine(
@@ -100,15 +112,16 @@ def _lora(
     return lora, expand_modules_to_save(reader.table, config.modules_to_save)
 
 
-def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer) -> BatchPlan:
+def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer, vocab_size: int) -> BatchPlan:
     """Batch arithmetic of this rank; under sequence parallelism a length divides by the tensor-parallel size."""
+    pad = pad_token_id(tokenizer)
     return BatchPlan(
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
         dp_rank=dims.coordinate(rank).dp,
         dp_size=dims.dp,
         seq_multiple=math.lcm(8, dims.tp) if dims.sequence_parallel else 8,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad if pad < vocab_size else 0,  # never a target, and behind every real token
     )
 
 

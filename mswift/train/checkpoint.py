@@ -14,7 +14,7 @@ checkpoint-<step>/
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, Writte
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
 from mswift.parallel.megatron.engine import MegatronEngine, StateShard
-from mswift.train.collective import agreed, barrier, gather_objects
+from mswift.train.collective import agreed, barrier, gather_objects, gather_on_first
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_COMMIT_SEEN_SECONDS = 120.0  # network file systems cache a listing for up to a minute
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside its tensors. `samples` identifies the data: (fingerprint, number of samples)."""
+    """Where a run stands, beside its tensors.
+
+    dtype: "F32" or "BF16", what it computes in; base: fingerprint of the model it was started from.
+    """
 
     step: int
     consumed_samples: int
@@ -43,10 +47,13 @@ class RunState:
     data_fingerprint: str
     num_samples: int
     config: Mapping[str, Any]
+    dtype: str = "F32"
+    base: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"version": _STATE_VERSION, **vars(self), "layout": dict(self.layout), "config": dict(self.config)}
+        mappings = {name: dict(value) for name, value in vars(self).items() if isinstance(value, Mapping)}
+        return {"version": _STATE_VERSION, **vars(self), **mappings}
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -76,12 +83,12 @@ def save(engine: MegatronEngine, output_dir: Path, state: RunState, rank: int, h
                 partial.mkdir(parents=True)
         with agreed(f"saving {destination}"):
             written = _write_shards(engine, partial, rank)
-        files = [WrittenFile.from_dict(value) for value in gather_objects(written.as_dict())]
+        files = [WrittenFile.from_dict(value) for value in gather_on_first(written.as_dict())]
         with agreed(f"saving {destination}"):
             if rank == 0:
                 _finish(partial, destination, files, state, hf_files)
         with agreed(f"re-reading {destination / rundir.COMMIT}"):
-            rundir.read_commit(destination)
+            rundir.await_commit(destination, _COMMIT_SEEN_SECONDS)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,16 +97,32 @@ def save(engine: MegatronEngine, output_dir: Path, state: RunState, rank: int, h
 
 
 def load(engine: MegatronEngine, checkpoint: Path, rank: int, world_size: int) -> RunState:
-    """Prove the files against COMMIT (each rank a share of them), then load model, optimizer and generators."""
+    """Prove the files against COMMIT (each rank a share of them), then load model, optimizer and generators.
+
+    Strict both ways: CheckpointError for a tensor that is missing, and for one that no rank has a place for.
+    """
     with agreed(f"loading {checkpoint}"):
         names = sorted(rundir.read_commit(checkpoint))
-        rundir.check_files(checkpoint, names[rank::world_size])
+        try:
+            rundir.check_files(checkpoint, names[rank::world_size])
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove {checkpoint} to continue from an older one") from None
+    asked: set[str] = set()
+
+    def read(name: str, region: Region, out: memoryview) -> None:
+        asked.add(name)
+        source.read(name, region, out)
+
     with agreed(f"loading {checkpoint}"):
         state = read_state(checkpoint)
         source = TorchDistSource(checkpoint)
-        engine.load_state(source.read, state.optimizer_step)
+        engine.load_state(read, state.optimizer_step)
         if state.world_size == world_size and dict(state.layout) == engine_layout(engine):
             _load_generators(source, rank)
+    known = set[str]().union(*gather_objects(sorted(asked)))
+    extra = [name for name in source.tensors if name not in known and not name.startswith("rng.")]
+    if extra:
+        raise CheckpointError(f"{checkpoint}: {extra[0]} has no place in this run ({len(extra)} such tensors)")
     barrier()
     return state
 
@@ -126,6 +149,16 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
                 f"--{name}: the run of this --output_dir has {then}, the command says {value}; pass {then}, or start "
                 "a new run with another --output_dir"
             )
+
+
+def check_same_dtype(state: RunState, dtype: str) -> None:
+    """ConfigError unless the run goes on in the dtype it has had: another one is another run."""
+    names = {"F32": "float32", "BF16": "bfloat16"}
+    if state.dtype != dtype:
+        raise ConfigError(
+            f"--torch_dtype: the run of this --output_dir computes in {names[state.dtype]}, the command would in "
+            f"{names[dtype]}; pass --torch_dtype {names[state.dtype]}, or start a new run with another --output_dir"
+        )
 
 
 def _write_shards(engine: MegatronEngine, partial: Path, rank: int) -> WrittenFile:

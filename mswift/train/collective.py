@@ -1,5 +1,7 @@
 """Agreement between ranks for the loop and the checkpoints: an error on one rank is an error on all, with its text."""
 
+import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,24 +20,48 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_first(value: Any) -> list[Any]:
+    """The value of every rank, in rank order, on rank 0; [] on the others. For what grows with the job."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
 def barrier() -> None:
     """All ranks meet here."""
     gather_objects(None)
 
 
+_meetings = itertools.count()
+
+
+def patient_barrier() -> None:
+    """All ranks meet here, however long one of them works before (tokenising): nothing is under way that times out."""
+    number = next(_meetings)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store, name = dist.distributed_c10d._get_default_store(), f"mswift/meeting/{number}"
+    store.add(name, 1)
+    while store.add(name, 0) < dist.get_world_size():
+        time.sleep(0.05)
+
+
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Run a block on every rank and leave it together: if any rank failed, all raise, naming the first that did.
+    """Run a block without collectives on every rank and leave it together: if any rank failed, all raise.
 
-    Without this a rank that fails alone (a full disk, a damaged shard) leaves the others waiting for it.
+    A rank raises its own error (an OSError in words), the others a CheckpointError that names the first rank that
+    failed. Without this a rank that fails alone (a full disk, a damaged shard) leaves the others waiting for it.
     """
-    failure: BaseException | None = None
+    failure: Exception | None = None
     try:
         yield
-    except (MswiftError, OSError) as error:
+    except Exception as error:
         failure = error
     texts = gather_objects(None if failure is None else _describe(failure))
-    if failure is not None and isinstance(failure, MswiftError):
+    if failure is not None and not isinstance(failure, OSError):
         raise failure
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
     if failed:
@@ -44,5 +70,5 @@ def agreed(what: str) -> Iterator[None]:
 
 
 def _describe(error: BaseException) -> str:
-    """One line: the message of a user error, or the type and text of an operating-system error."""
+    """One line: the message of a user error, or the type and text of any other."""
     return str(error) if isinstance(error, MswiftError) else f"{type(error).__name__}: {error}"

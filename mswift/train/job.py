@@ -1,7 +1,8 @@
 """One rank of a training job, from configuration to last checkpoint: the place where all parts of a run meet."""
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from mswift.config.loader import dump, to_dict
 from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
 from mswift.data.dataset import TokenDataset
+from mswift.errors import ConfigError
 from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.parallel.megatron.engine import MegatronEngine
@@ -18,17 +20,20 @@ from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan, training_batch
 from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
-from mswift.train.collective import agreed
+from mswift.train.collective import agreed, gather_objects
 from mswift.train.flops import step_flops
+from mswift.train.identity import base_fingerprint, check_adapter, check_base
 from mswift.train.loop import FinishedStep, evaluate, train
 from mswift.train.metrics import MetricsFile, Progress, StepRecord, TensorBoard, Watcher, plot_loss, watching
+from mswift.train.resume import find_resume_point
 from mswift.train.run import Start
 from mswift.train.side_files import side_files
 from mswift.train.untrained import warn_of_untrained_tokens
+from mswift.tuners.peft_config import CONFIG_FILE
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
-          "target_modules", "modules_to_save", "torch_dtype")  # fmt: skip
+          "target_modules", "modules_to_save")  # fmt: skip
 
 
 @dataclass
@@ -47,44 +52,83 @@ class Run:
     last_step: int
     output_dir: Path
     hf_files: dict[str, bytes]
+    base: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of the model that the run was started from; on rank 0."""
 
 
 def run_job(start: Start, device: torch.device) -> int:
     """Train as one rank of the job that this process belongs to. Raises mswift.errors for what the user can mend."""
-    config, info, dims, reader, resume = start.config, start.info, start.dims, start.reader, start.resume
-    groups.init(dims, device, info)
-    try:
-        data, val_data, tokenizer = build_data(start.kind, config, reader, info)
-        last_step = num_steps(config, len(data))
-        engine = build_engine(config, reader, dims, device, resumed=resume is not None)
-        plan = batch_plan(config, dims, info.rank, tokenizer)
-        files = side_files(reader, engine.config, config.model)
-        run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
-                  Path(config.output_dir), files)  # fmt: skip
-        state = _resume(run, resume.checkpoint) if resume else None
-        parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
-        with agreed(f"opening {config.output_dir}"):
-            if info.rank == 0:
-                _open_run_directory(run, state)
-                warn_of_untrained_tokens(config, reader, tokenizer)
-                print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
-        _train(run, state)
-    finally:
-        groups.destroy()
+    groups.init(start.dims, device, start.info)
+    with ExitStack() as stack:
+        _enter_run_directory(start, stack)
+        _run(start, device)
+    groups.destroy()  # not after an error: there NCCL waits for ranks that are elsewhere, and the process ends anyway
     return 0
 
 
+def _run(start: Start, device: torch.device) -> None:
+    """Build the parts, continue where there is something to continue, train."""
+    config, info, dims, reader, resume = start.config, start.info, start.dims, start.reader, start.resume
+    data, val_data, tokenizer = build_data(start.kind, config, reader, info)
+    last_step = num_steps(config, len(data))
+    engine = build_engine(config, reader, dims, device, resumed=resume is not None)
+    plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
+    files = side_files(reader, engine.config, config.model)
+    run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
+              Path(config.output_dir), files)  # fmt: skip
+    state = _resume(run, resume.checkpoint) if resume else None
+    parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
+    with agreed(f"opening {config.output_dir}"):
+        if info.rank == 0:
+            run.base = dict(state.base) if state else base_fingerprint(reader)
+            _open_run_directory(run, state)
+            warn_of_untrained_tokens(config, reader, tokenizer)
+            print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
+    _train(run, state)
+
+
+def _enter_run_directory(start: Start, stack: ExitStack) -> None:
+    """Lock --output_dir until the end, on rank 0; all ranks must continue from the checkpoint that is newest then."""
+    output_dir, resume = Path(start.config.output_dir), start.config.resume
+    mine = start.resume.step if start.resume else None
+    with agreed(f"opening {output_dir}"):
+        if start.info.rank == 0:
+            stack.enter_context(rundir.locked(output_dir))
+            if find_resume_point(output_dir, resume) != start.resume:
+                raise ConfigError(f"--output_dir {output_dir}: another run has just saved there; start again")
+    for rank, step in enumerate(steps := gather_objects(mine)):
+        if step != steps[0]:
+            seen = [f"checkpoint-{s}" if s is not None else "no checkpoint" for s in (step, steps[0])]
+            raise ConfigError(
+                f"--output_dir {output_dir}: rank {rank} sees {seen[0]} there, rank 0 {seen[1]}: use an --output_dir "
+                "on a file system that all nodes share (if it is, start again in a minute: its caches are behind)"
+            )
+
+
 def _resume(run: Run, path: Path) -> checkpoint.RunState:
-    """Load the checkpoint at `path` after proving that the data is the same."""
-    state = checkpoint.read_state(path)
-    config = to_dict(run.config)
-    checkpoint.check_same_data(state, run.data.fingerprint, len(run.data), {name: config[name] for name in _FIXED})
+    """Load the checkpoint at `path` after proving that data, adapter, dtype and base are the same."""
+    with agreed(f"continuing {path}"):
+        state, config = checkpoint.read_state(path), to_dict(run.config)
+        checkpoint.check_same_data(state, run.data.fingerprint, len(run.data), {name: config[name] for name in _FIXED})
+        checkpoint.check_same_dtype(state, run.engine.config.dtype)
+        if run.engine.config.lora is not None:
+            check_adapter(path, run.hf_files[CONFIG_FILE])
+        if run.rank == 0:
+            _check_same_base(run, state)
     return checkpoint.load(run.engine, path, run.rank, run.dims.world_size)
+
+
+def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
+    """An adapter continues on the base it began on. A full run has its own weights: another --model is a mistake."""
+    model, then = run.config.model, str(state.config["model"])
+    if run.engine.config.lora is not None:
+        check_base(state.base, base_fingerprint(run.reader), model, then)
+    elif model != then and Path(model).is_dir():
+        check_base(state.base, base_fingerprint(WeightReader(Path(model))), model, then)
 
 
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
     """The configuration for people to read, and the metrics cut back to where the run continues."""
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
     rundir.truncate_metrics(run.output_dir, state.step if state else 0)
 
@@ -181,6 +225,8 @@ def _save(run: Run, step: int, consumed_samples: int) -> Path:
         data_fingerprint=run.data.fingerprint,
         num_samples=len(run.data),
         config=to_dict(run.config),
+        dtype=run.engine.config.dtype,
+        base=run.base,
     )
     path = checkpoint.save(run.engine, run.output_dir, state, run.rank, run.hf_files)
     with agreed("removing old checkpoints"):

@@ -17,7 +17,7 @@ class ResumePoint:
 
 
 def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]) -> ResumePoint | None:
-    """None: start from --model. Refuses what --resume forbids, and an --output_dir with other people's files."""
+    """The newest checkpoint, or None: start from --model. ConfigError for what --resume forbids."""
     steps = rundir.committed_steps(output_dir)
     if steps:
         if resume == "false":

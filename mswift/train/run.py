@@ -10,11 +10,13 @@ from typing import Literal
 from mswift.config.loader import to_arguments
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
+from mswift.errors import ConfigError
 from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
-from mswift.refusals import check_train
+from mswift.refusals import check_train, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.resume import ResumePoint, find_resume_point
+from mswift.tuners.export import is_adapter_checkpoint
 
 Kind = Literal["pt", "sft"]
 
@@ -63,5 +65,12 @@ def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
     resume = find_resume_point(Path(config.output_dir), config.resume)
     own_weights = resume is not None and config.tuner_type == "full"
+    if resume and own_weights and is_adapter_checkpoint(resume.checkpoint):
+        raise ConfigError(
+            f"--tuner_type full: the run of --output_dir {config.output_dir} trains an adapter; pass --tuner_type "
+            "lora, or start a new run with another --output_dir"
+        )
     reader = WeightReader(resume.checkpoint if resume and own_weights else Path(config.model))
-    return Start(kind, config, info, check_train(config, reader.table.spec, info.world_size), reader, resume)
+    dims = check_train(config, reader.table.spec, info.world_size)
+    train_dtype(config, reader.dtype)
+    return Start(kind, config, info, dims, reader, resume)

@@ -6,7 +6,7 @@ from typing import Any
 from mswift.converters.io.side_files import carried_files
 from mswift.converters.reader import WeightReader
 from mswift.parallel.megatron.engine import EngineConfig
-from mswift.tuners.peft_config import adapter_files
+from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -19,6 +19,7 @@ def side_files(reader: WeightReader, config: EngineConfig, base_model: str) -> d
     files = {path.name: path.read_bytes() for path in carried_files(reader.hf_files)}
     if config.lora is not None:
         return files | adapter_files(reader.table, config.lora, config.trainable_modules, base_model)
+    files.pop(CONFIG_FILE, None)  # of an adapter that lies beside the model: it would make this an adapter's checkpoint
     content: dict[str, Any] = json.loads(files["config.json"])
     wanted = _DTYPE_NAMES[config.dtype]
     fields = [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, wanted)]

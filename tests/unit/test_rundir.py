@@ -1,6 +1,9 @@
 """Promise 4: a checkpoint exists only once it is complete and committed; a damaged file is named."""
 
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,48 @@ def test_metrics_are_cut_at_the_resumed_step_and_a_torn_line_is_dropped(tmp_path
     assert [row["step"] for row in rundir.read_metrics(tmp_path)] == [1, 2, 3]
     rundir.truncate_metrics(tmp_path, 2)
     assert (tmp_path / rundir.METRICS).read_text() == "\n".join(lines[:2]) + "\n"
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    with rundir.locked(output_dir), pytest.raises(ConfigError, match="another run is writing there"):
+        rundir.locked(output_dir).__enter__()
+    with rundir.locked(output_dir):
+        assert rundir.committed_steps(output_dir) == []
+
+
+def test_what_is_no_checkpoint_is_moved_out_of_its_place_and_kept(tmp_path: Path) -> None:
+    foreign = rundir.checkpoint_dir(tmp_path, 3)
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"of another program")
+    _publish(tmp_path, 3)
+    assert rundir.committed_steps(tmp_path) == [3]
+    (aside,) = tmp_path.glob("checkpoint-3.not-committed-*")
+    assert (aside / "model.safetensors").read_bytes() == b"of another program"
+
+
+def test_a_removal_cut_short_leaves_nothing_in_the_place_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        _publish(tmp_path, step)
+
+    def cut_short(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            rundir.prune(tmp_path, 1)
+    assert rundir.committed_steps(tmp_path) == [2]
+    assert not rundir.checkpoint_dir(tmp_path, 1).exists()
+
+
+def test_a_commit_that_appears_late_is_waited_for(tmp_path: Path) -> None:
+    threading.Timer(0.3, lambda: _publish(tmp_path, 1)).start()
+    rundir.await_commit(rundir.checkpoint_dir(tmp_path, 1), 30)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="not a committed checkpoint"):
+        rundir.await_commit(rundir.checkpoint_dir(tmp_path, 2), 0.3)
+    assert time.monotonic() - started < 5

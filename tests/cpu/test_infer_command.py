@@ -145,7 +145,7 @@ def test_a_killed_data_set_run_is_continued_to_the_same_file(model_dir: Path, tm
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    options = ("--max_new_tokens", "150", "--max_batch_size", "2", "--temperature", "1")
+    options = ("--max_new_tokens", "100", "--max_batch_size", "2", "--temperature", "1")
     argv = [*INFER, "--model", str(model_dir), "--val_dataset", str(data), *options, "--result_path"]
     subprocess.run([*argv, str(whole)], check=True, capture_output=True, timeout=300)
     process = subprocess.Popen([*argv, str(killed)], stdout=subprocess.DEVNULL)

@@ -23,10 +23,12 @@ def _commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # recipes are named from here
+    recipe = tmp_path / "recipe.yaml"  # the reader's own
+    recipe.write_text("model: Qwen3-0.6B\n")
     for name, *argv in _commands(page):
-        parse(load(COMMANDS[name].config), argv)
+        parse(load(COMMANDS[name].config), [str(recipe) if word == recipe.name else word for word in argv])
 
 
 def test_there_are_commands_and_a_wrong_flag_would_be_seen(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """The parsed config.json of a Hugging Face directory; ConfigError or CheckpointError in words."""
     path = model_dir / "config.json"
     if not model_dir.is_dir():
-        raise ConfigError(f"{model_dir} is not a directory; --model takes a model directory on this machine")
+        what = "is a file" if model_dir.exists() else "does not exist"
+        raise ConfigError(f"{model_dir} {what}; --model takes a model directory on this machine")
     if not path.is_file():
-        raise ConfigError(f"{model_dir} has no config.json; it is not a Hugging Face model directory")
+        raise ConfigError(f"{model_dir}: no config.json; {what_it_is(model_dir)}")
     try:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -28,6 +29,27 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, not an object")
     return config
+
+
+def what_it_is(path: Path) -> str:
+    """What a directory without config.json holds, and which command makes a Hugging Face directory of it."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            f"this is a PEFT adapter: give its base model as --model and this directory as --adapters, "
+            f"or merge them with `mswift merge --adapters {path}`"
+        )
+    if (path / "COMMIT").is_file() or any(path.glob("checkpoint-*")):
+        return (
+            f"this is a training run or one of its checkpoints: "
+            f"`mswift export --model {path} --output_dir HF_DIR` writes a Hugging Face directory "
+            "(of a LoRA run: a PEFT adapter)"
+        )
+    if (path / ".metadata").is_file():
+        return (
+            f"this is a Megatron checkpoint: "
+            f"`mswift convert --model {path} --to hf --output_dir HF_DIR` writes a Hugging Face directory"
+        )
+    return "this is not a model; give a directory with config.json, safetensors and a tokenizer"
 
 
 def family_names() -> list[str]:
@@ -39,6 +61,8 @@ def family_for(config: dict[str, Any]) -> Family:
     """The family of `model_type`; ConfigError with the nearest name if there is none."""
     name = config.get("model_type")
     names = family_names()
+    if name is None:
+        raise ConfigError(f"config.json: has no model_type; write one of {', '.join(names)}")
     if name not in names:
         near = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -14,8 +14,9 @@ from mswift.errors import ConfigError, LayoutError
 from mswift.topology import ParallelDims, check_stages, check_tensor_parallel
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
+_LARGEST_SEED = 2**32 - 1
 _AT_LEAST_ONE = (
-    *("max_length", "micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
+    *("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
     *("save_steps", "save_total_limit", "eval_steps", "logging_steps", "nproc_per_node", "world_size", "lora_rank"),
 )
 _NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
@@ -142,6 +143,13 @@ def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         value = getattr(config, name)
         if value is not None and not value >= 1:
             yield ConfigError(f"--{name} {value} must be at least 1: use --{name} 1 or more")
+    if config.max_length < 2:
+        yield ConfigError(
+            f"--max_length {config.max_length}: a sample needs at least 2 tokens, one to predict from and one to "
+            "predict: use --max_length 2 or more"
+        )
+    if config.seed > _LARGEST_SEED:
+        yield ConfigError(f"--seed {config.seed} is above {_LARGEST_SEED}: use --seed {_LARGEST_SEED} or less")
     for name in _NOT_NEGATIVE:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:

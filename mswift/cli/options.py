@@ -63,7 +63,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
             raise ConfigError(f"unexpected {surplus[0]!r} beside the recipe {recipe}; values follow a --flag")
         values.update(read_recipe(Path(recipe), config_class))
     values.update(flags)
-    missing = [option for option in options.values() if option.required and option.name not in values]
+    missing = [option for option in options.values() if option.required and not values.get(option.name)]
     if missing:
         raise ConfigError(f"--{missing[0].name} is required ({missing[0].accepted}); --help says what it is")
     return _typed(config_class, options, values)

@@ -89,6 +89,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with _open(path) as stream:
         try:
             for number, line in enumerate(stream, start=1):
+                if b"\0" in line:
+                    raise DataError(
+                        f"{path}, line {number}: holds a NUL byte, so it is no UTF-8 text; if it is UTF-16: "
+                        f"iconv -f UTF-16 -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
+                    )
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -114,13 +119,18 @@ def _array_rows(path: Path) -> Iterator[Row]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair, escaped: no text that could be encoded
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
             f"{path}, line {line}, column {error.colno}: bad JSON ({error.msg}); "
             "the file must hold one object per line, or one array of objects"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {first_line}: JSON that cannot be read ({error}); mend or remove it") from None
 
 
 def _as_object(value: Any, where: str) -> Row:

@@ -16,6 +16,7 @@ UNTRAINED_NORM_RATIO = 1 / 3
 (stories260K) and 0.44 (a tied Qwen3 of 0.6M parameters after 600 steps); reserved tokens of released models have about
 0. Rows that training only pushed away, as wrong answers of a tied head, have large norms and are not told by this."""
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PROBE_QUESTION, _PROBE_ANSWER = "Question?", "Answer."
 
 
@@ -39,6 +40,15 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str) -> Any: ...
 
 
+def check_tokenizer_files(directory: Path, flag: str = "--model") -> None:
+    """ConfigError where there is no tokenizer: transformers would make an empty one of nothing but config.json."""
+    if not any((directory / name).is_file() for name in _FILES):
+        raise ConfigError(
+            f"{flag} {directory}: no tokenizer (none of {', '.join(_FILES)}); copy tokenizer.json and "
+            "tokenizer_config.json there from the model that it was trained from"
+        )
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Tokenizer of a local Hugging Face directory: no download, no remote code; ConfigError when it has none."""
     from transformers import AutoTokenizer
@@ -46,6 +56,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     directory = Path(path)
     if not directory.is_dir():
         raise ConfigError(f"--model {path}: there is no such folder; the tokenizer is read from local files only")
+    check_tokenizer_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -1,15 +1,18 @@
 """Model, tokenizer and adapter from files, strictly: every tensor expected and none extra."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mswift.errors import CheckpointError, ConfigError
 from mswift.infer.model_dir import check_adapter_dir, check_model_dir
 
+_REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,8 +32,8 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
             PreTrainedTokenizerBase,
             AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--model {model_dir}: its tokenizer cannot be loaded: {error}") from error
+    except _REFUSALS as error:
+        raise ConfigError(f"--model {model_dir}: its tokenizer cannot be loaded: {_brief(error)}") from error
 
 
 def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreTrainedModel:
@@ -52,9 +55,9 @@ def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreT
     except SafetensorError as error:
         raise CheckpointError(f"--model {model_dir}: a safetensors file is damaged: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"--model {model_dir}: {error}") from error
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"--model {model_dir}: transformers cannot load it: {error}") from error
+        raise CheckpointError(f"--model {model_dir}: {_brief(error)}") from error
+    except _REFUSALS as error:
+        raise ConfigError(f"--model {model_dir}: transformers cannot load it: {_brief(error)}") from error
     model, info = loaded
     _refuse_differences(model_dir, info)
     return cast(PreTrainedModel, model.to(device).eval())
@@ -88,7 +91,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
     except RuntimeError as error:  # torch's load_state_dict: sizes differ
         raise CheckpointError(
-            f"--adapters {adapter_dir}: it does not fit --model {model.config._name_or_path}: {error}; "
+            f"--adapters {adapter_dir}: it does not fit --model {model.config._name_or_path}: {_mismatch(error)}; "
             f"give the base model that it was trained on"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
@@ -118,6 +121,20 @@ def _stored_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise CheckpointError(f"--adapters {adapter_dir}: {path.name} is damaged: {error}") from error
+
+
+def _brief(error: Exception) -> str:
+    """The first paragraph of a library's message, in one line."""
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+
+
+def _mismatch(error: RuntimeError) -> str:
+    """The first tensor that torch names with two shapes, and how many it names."""
+    found = re.findall(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", str(error))
+    if not found:
+        return _brief(error)
+    name, stored, wanted = found[0]
+    return f"{name} has shape {stored}, the model needs {wanted} ({len(found)} such tensors)"
 
 
 def _some(names: Any) -> str:

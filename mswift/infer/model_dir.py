@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.catalog import what_it_is
+from mswift.data.tokenizer import check_tokenizer_files
 from mswift.errors import CheckpointError, ConfigError
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 def check_model_dir(path: Path, flag: str = "--model") -> None:
@@ -15,33 +15,11 @@ def check_model_dir(path: Path, flag: str = "--model") -> None:
     Raises ConfigError.
     """
     if not path.is_dir():
-        raise ConfigError(f"{flag} {path}: no such directory (mswift reads local Hugging Face directories)")
+        what = "this is a file" if path.exists() else "no such directory"
+        raise ConfigError(f"{flag} {path}: {what} (mswift reads local Hugging Face directories)")
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{flag} {path}: no config.json; " + _what_it_is(path))
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError(
-            f"{flag} {path}: no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
-            f"copy tokenizer.json and tokenizer_config.json there from the model that it was trained from"
-        )
-
-
-def _what_it_is(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
-        return (
-            f"this is a PEFT adapter: give its base model as --model and this directory as --adapters, "
-            f"or merge them with `mswift merge --adapters {path}`"
-        )
-    if (path / "COMMIT").is_file() or any(path.glob("checkpoint-*")):
-        return (
-            f"this is a training run or one of its checkpoints: "
-            f"`mswift export --model {path} --output_dir HF_DIR` writes a Hugging Face directory"
-        )
-    if (path / ".metadata").is_file():
-        return (
-            f"this is a Megatron checkpoint: "
-            f"`mswift convert --model {path} --to hf --output_dir HF_DIR` writes a Hugging Face directory"
-        )
-    return "this is not a model; give a directory with config.json, safetensors and a tokenizer"
+        raise ConfigError(f"{flag} {path}: no config.json; " + what_it_is(path))
+    check_tokenizer_files(path, flag)
 
 
 def check_adapter_dir(path: Path) -> dict[str, Any]:
@@ -50,7 +28,8 @@ def check_adapter_dir(path: Path) -> dict[str, Any]:
     Raises ConfigError (no PEFT adapter there) and CheckpointError (a damaged one).
     """
     if not path.is_dir():
-        raise ConfigError(f"--adapters {path}: no such directory")
+        what = "this is a file" if path.exists() else "no such directory"
+        raise ConfigError(f"--adapters {path}: {what}; give a PEFT directory")
     if not (path / "adapter_config.json").is_file():
         if (path / "COMMIT").is_file() or any(path.glob("checkpoint-*")):
             raise ConfigError(

@@ -49,6 +49,11 @@ def _check(config: InferConfig) -> None:
         raise ConfigError(
             f"--{given} needs --{other}; for instance --val_dataset test.jsonl --result_path results.jsonl"
         )
+    if config.result_path is not None and Path(config.result_path).is_dir():
+        raise ConfigError(
+            f"--result_path {config.result_path} is a folder; name a file: "
+            f"--result_path {Path(config.result_path) / 'results.jsonl'}"
+        )
     if config.max_batch_size < 1:
         raise ConfigError(f"--max_batch_size {config.max_batch_size}: at least 1; try 8")
 

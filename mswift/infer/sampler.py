@@ -8,6 +8,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from mswift.errors import CheckpointError
 from mswift.infer.request import Sampling
 
 
@@ -22,7 +23,12 @@ class RowSampler(LogitsProcessor):
         self._rows = [_Row(sampling) if sampling.temperature > 0 else None for sampling in samplings]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] float32 whose argmax is the token to take."""
+        """Scores [B, V] float32 whose argmax is the token to take. CheckpointError where they are no numbers."""
+        if bool(scores.isnan().any()):
+            raise CheckpointError(
+                "the model's logits are nan: its weights hold nan or inf, or it overflows in this dtype; try "
+                "--torch_dtype float32, or give another --model"
+            )
         for index, row in enumerate(self._rows):
             if row is not None:
                 scores[index] = row.race(input_ids[index : index + 1], scores[index : index + 1])[0]

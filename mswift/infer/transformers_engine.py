@@ -64,19 +64,33 @@ class TransformersEngine:
         if request.prompt is not None:
             return list(self.tokenizer(request.prompt)["input_ids"])
         messages = [dict(message) for message in request.messages or ()]
-        encoded: Any = self.tokenizer.apply_chat_template(
-            messages,
-            tools=list(request.tools) if request.tools else None,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-        )
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(request.tools) if request.tools else None,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+        except Exception as error:  # whatever a template raises: jinja errors and any of Python's
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise DataError(
+                f"the chat template refuses messages of {roles}: {error}; --use_chat_template false does without"
+            ) from error
         return list(encoded["input_ids"])
 
     def _answer(self, request: Request) -> "_Answer":
         prompt = self.prompt_tokens(request)
         if not prompt:
             raise DataError("an empty prompt, and the tokenizer adds no start token: nothing to continue")
+        embedding: Any = self.model.get_input_embeddings()
+        rows = int(embedding.weight.shape[0])
+        if max(prompt) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(prompt))
+            raise DataError(
+                f"the tokenizer writes token {token!r} (id {max(prompt)}), the model has {rows} embedding rows: put "
+                "the tokenizer files that the model was trained with into the directory of --model"
+            )
         room = request.sampling.max_new_tokens
         if self._limit is not None:
             if len(prompt) >= self._limit:

@@ -1,22 +1,21 @@
 """`--dry_run`: what a launch would do, and every reason why it would refuse. No torch, no process group, no weights."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from mswift import rundir
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
+from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.plan import ModelTable, table_for
-from mswift.data.formats import parse_spec
+from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
 from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.topology import ParallelDims
-from mswift.train.memory import ACTIVATIONS, StageMemory, stage_memory, trained_parameters
-from mswift.train.resume import find_resume_point
+from mswift.train.inputs import input_refusals
+from mswift.train.memory import ACTIVATIONS, StageMemory, stage_memory
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -28,52 +27,42 @@ def dry_run(config: TrainConfig) -> int:
     """Print the resolved run on --world_size ranks; returns 0, or 2 when a launch would be refused."""
     info = current()
     world_size = config.world_size or config.nproc_per_node or (info.world_size if info else 1)
-    model = _config_dir(Path(config.model))
-    raw = read_config(model)
-    table = table_for(raw)
-    refusals = _refusals(config, raw, table, world_size)
+    table, stored = _model(Path(config.model))
+    refusals = _refusals(config, table, stored, world_size)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
-    rows = [*_model_rows(config, raw, table), *_run_rows(config)]
+    rows = [*_model_rows(config, table), *_run_rows(config)]
     if not refusals:
         dims = dims_of(config, world_size)
-        rows += [*_layout_rows(dims), *_batch_rows(config, dims), *_memory_rows(config, raw, table, dims)]
+        rows += [*_layout_rows(dims), *_batch_rows(config, dims), *_memory_rows(config, table, stored, dims)]
     print("\n".join(f"{name:<15}{text}" for name, text in rows))
     for refusal in refusals:
         print(f"\nrefused: {refusal}")
     return ConfigError.exit_status if refusals else 0
 
 
-def _config_dir(model: Path) -> Path:
-    """Where config.json lies: converted directories and checkpoints keep it with the tokenizer."""
-    return model / rundir.HF_FILES if (model / rundir.HF_FILES).is_dir() else model
-
-
-def _refusals(config: TrainConfig, raw: dict[str, Any], table: ModelTable, world_size: int) -> list[MswiftError]:
-    """What a launch would refuse: flags and layout, module names, data files, the output directory."""
-    refusals: list[MswiftError] = [*train_refusals(config, table.spec, world_size)]
-    checks: list[Callable[[], object]] = [
-        lambda: _dtype(config, raw),
-        lambda: trained_parameters(config, table),
-        *(partial(parse_spec, spec, "--dataset") for spec in config.dataset),
-        *(partial(parse_spec, spec, "--val_dataset") for spec in config.val_dataset),
-        lambda: find_resume_point(Path(config.output_dir), config.resume),
-    ]
-    for check in checks:
-        try:
-            check()
-        except MswiftError as error:
-            if str(error) not in map(str, refusals):
-                refusals.append(error)
-    return refusals
-
-
-def _dtype(config: TrainConfig, raw: dict[str, Any]) -> str:
-    """What the run computes in; config.json names what the checkpoint holds."""
+def _model(path: Path) -> tuple[ModelTable, str]:
+    """Table and stored dtype. Weights that are here are checked by their headers, as a launch would; else config.json
+    suffices (converted directories and checkpoints keep it with the tokenizer)."""
+    if _holds_weights(path):
+        reader = WeightReader(path)
+        return reader.table, reader.dtype
+    raw = read_config(path / rundir.HF_FILES if (path / rundir.HF_FILES).is_dir() else path)
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    return train_dtype(config, _DTYPES.get(stored, stored))
+    return table_for(raw), _DTYPES.get(stored, stored)
 
 
-def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> Iterator[tuple[str, str]]:
+def _holds_weights(path: Path) -> bool:
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    return any(name.endswith((".safetensors", ".safetensors.index.json", ".distcp", METADATA)) for name in names)
+
+
+def _refusals(config: TrainConfig, table: ModelTable, stored: str, world_size: int) -> list[MswiftError]:
+    """What a launch would refuse: flags and layout, module names, data files, the output directory."""
+    refusals = [*train_refusals(config, table.spec, world_size), *input_refusals(config, table, stored)]
+    return list({str(error): error for error in refusals}.values())
+
+
+def _model_rows(config: TrainConfig, table: ModelTable) -> Iterator[tuple[str, str]]:
     spec = table.spec
     yield (
         "model",
@@ -83,6 +72,8 @@ def _model_rows(config: TrainConfig, raw: dict[str, Any], table: ModelTable) -> 
     )
     total = sum(math.prod(tensor.shape) for tensor in table.megatron.values())
     yield "parameters", f"{total:,}"
+    if not _holds_weights(Path(config.model)):
+        yield "weights", "none here, so they are not checked; a launch needs them"
     if config.tuner_type == "lora":
         yield (
             "tuner",
@@ -144,12 +135,11 @@ def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, 
         yield "  pipeline", f"1F1B, {idle:.0%} of the time idle with {num_microbatches} microbatches"
 
 
-def _memory_rows(
-    config: TrainConfig, raw: dict[str, Any], table: ModelTable, dims: ParallelDims
-) -> Iterator[tuple[str, str]]:
-    dtype_bytes = _DTYPE_BYTES[_dtype(config, raw)]
+def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: ParallelDims) -> Iterator[tuple[str, str]]:
+    dtype = train_dtype(config, stored)
+    dtype_bytes = _DTYPE_BYTES[dtype]
     stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]
-    yield "memory", f"{_dtype(config, raw)}, of one rank, estimated:\n{_table(stages)}"
+    yield "memory", f"{dtype}, of one rank, estimated:\n{_table(stages)}"
     yield "  weights", "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP"
     yield "  activations", ACTIVATIONS
 

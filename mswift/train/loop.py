@@ -11,6 +11,12 @@ from mswift.parallel.megatron.engine import MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.schedule import LearningRate
 
+_REMEDY = "Lower --lr, or lengthen --lr_warmup_iters, and start again from the last checkpoint"
+_REMEDY_BEFORE_ANY_UPDATE = (
+    "No update was made before it, so the weights that it started from hold nan or inf, or are too large for this "
+    "dtype: give another --model, or try --torch_dtype float32"
+)
+
 
 @dataclass(frozen=True)
 class FinishedStep:
@@ -45,7 +51,7 @@ def train(
             raise MswiftError(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm} (samples "
                 f"{consumed_samples - len(batch.sample_ids)} to {consumed_samples - 1}, lr {lr:.3g}); nothing was "
-                "saved after it. Lower --lr, or lengthen --lr_warmup_iters, and start again from the last checkpoint"
+                f"saved after it. {_REMEDY if step > first_step else _REMEDY_BEFORE_ANY_UPDATE}"
             )
         yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
 

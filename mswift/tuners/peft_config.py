@@ -150,6 +150,9 @@ def read_peft_config(adapter: Path) -> PeftSettings:
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
     path = adapter / CONFIG_FILE
+    if not adapter.is_dir():
+        what = "is a file" if adapter.exists() else "does not exist"
+        raise ConfigError(f"--adapters {adapter} {what}; give a PEFT directory (of a run: mswift export --model RUN)")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -69,9 +69,10 @@ def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="--model .*absent: there is no such folder"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        ConfigError, match="The folder holds config.json; copy tokenizer.json and tokenizer_config.json"
-    ):
+    with pytest.raises(ConfigError, match=r"no tokenizer .*; copy tokenizer.json and tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"The folder holds config.json, tokenizer.json; copy tokenizer.json"):
         load_tokenizer(tmp_path)
     assert len(_copy(tmp_path)) == 7926
 

@@ -219,5 +219,5 @@ def test_published_configs_give_the_published_number_of_parameters(name: str) ->
 def test_unknown_model_type_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'qwen22' is not supported .*did you mean 'qwen2'"):
         table_for(tiny_config() | {"model_type": "qwen22"})
-    with pytest.raises(ConfigError, match="None is not supported"):
+    with pytest.raises(ConfigError, match="has no model_type; write one of"):
         table_for({})

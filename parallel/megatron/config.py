@@ -67,7 +67,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         context_parallel_size=dims.cp,
         sequence_parallel=dims.sequence_parallel,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=dtype == torch.float32,  # mswift.parallel.megatron.mends
+        gradient_accumulation_fusion=False,  # apex
         apply_rope_fusion=False,  # Transformer Engine
         persist_layer_norm=False,
         masked_softmax_fusion=False,

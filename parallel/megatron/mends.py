@@ -8,13 +8,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
-from types import ModuleType
 
 from packaging.version import InvalidVersion, Version
-from torch import Tensor
 
 from mswift.errors import ConfigError
-from mswift.parallel.megatron import no_gpu
+from mswift.parallel.megatron import cpu_linear, no_gpu
 
 TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
@@ -58,9 +56,9 @@ def apply(*, on_gpu: bool) -> None:
         warnings.simplefilter("ignore")  # five "X is not installed" at import; it is hidden on purpose
         import megatron.core.tensor_parallel.layers
         import megatron.core.tensor_parallel.random
-    accumulate_weight_gradients(megatron.core.tensor_parallel.layers)
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
+        cpu_linear.replace_linears(megatron.core.tensor_parallel.layers)
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     _state.applied_for = wanted
@@ -92,21 +90,3 @@ def hide_fused_kernels() -> None:
     """Make `import transformer_engine` and `import apex` fail in this process, as if they were not installed."""
     for name in HIDDEN:
         sys.modules[name] = None  # type: ignore[assignment]
-
-
-class _WeightGradients:
-    """Stands in for apex's `fused_weight_gradient_mlp_cuda`, in torch: one matrix product, no temporary."""
-
-    @staticmethod
-    def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-        """main_grad [out, in] += grad_output^T [out, n] @ inputs [n, in], all fp32."""
-        main_grad.addmm_(grad_output.t(), inputs)
-
-
-def accumulate_weight_gradients(layers: ModuleType) -> None:
-    """Let megatron.core.tensor_parallel.layers add weight gradients straight into the fp32 buffer without apex.
-
-    For fp32 models (`gradient_accumulation_fusion`); torch has no product of bf16 matrices added to an fp32 one.
-    """
-    layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # type: ignore[attr-defined]
-    layers._grad_accum_fusion_available = True  # type: ignore[attr-defined]

@@ -1,0 +1,113 @@
+"""megatron-core's two linear functions with oneDNN's fp32 matrix product, for x86 CPUs.
+
+torch's own product is MKL's, which leaves half of the speed of an AMD processor unused: 100 against 220 GFLOP/s on
+one core of an EPYC (`benchmarks/gemm.py`). Both compute in IEEE fp32. Communication is megatron-core's: input gathered
+again in backward under sequence parallelism, reduction of the input gradient beside the weight's product.
+
+Shapes: n tokens of this rank's input (n * tp after the gather), i in, o out.
+"""
+
+import platform
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def has_onednn() -> bool:
+    """Whether this torch can be asked for oneDNN's product on this processor."""
+    known = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k] @ weight [m, k]^T -> [..., m]; oneDNN in fp32, torch's own in other dtypes."""
+    if x.dtype != torch.float32:
+        return torch.matmul(x, weight.t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+class CpuLinear(torch.autograd.Function):
+    """In place of LinearWithGradAccumulationAndAsyncCommunication; called with its arguments."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        _fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        _grad_output_buffer: None,
+        _wgrad_deferral_limit: None,
+        tp_group: dist.ProcessGroup,
+    ) -> Tensor:
+        """x [n, b, i] (n of the whole sequence without sequence parallelism) -> [n * tp, b, o]."""
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias, ctx.group = bias is not None, tp_group
+        ctx.allreduce, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        out = product(_gathered(x, tp_group) if sequence_parallel else x, weight)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        grad_x = product(gradient, weight.t())
+        total, waiting = x, None
+        if ctx.sequence_parallel:
+            total, whole = _gathered(x, ctx.group), grad_x
+            grad_x = torch.empty_like(x)
+            waiting = dist.reduce_scatter_tensor(grad_x, whole, group=ctx.group, async_op=True)
+        elif ctx.allreduce:
+            waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        grad_weight = product(flat.t(), total.reshape(-1, total.shape[-1]).t())
+        grad_bias = flat.sum(dim=0) if ctx.has_bias else None
+        if waiting is not None:
+            waiting.wait()
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+class CpuFrozenLinear(torch.autograd.Function):
+    """In place of LinearWithFrozenWeight; called with its arguments."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, tp_group: dist.ProcessGroup
+    ) -> Tensor:
+        """x [n, b, i] -> [n, b, o]."""
+        ctx.save_for_backward(weight)
+        ctx.allreduce, ctx.group = allreduce_dgrad, tp_group
+        out = product(x, weight)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Gradient of x."""
+        (weight,) = ctx.saved_tensors
+        grad_x = product(gradient, weight.t())
+        if ctx.allreduce:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None, None, None
+
+
+def replace_linears(layers: ModuleType) -> None:
+    """Put them into megatron.core.tensor_parallel.layers, where there is oneDNN."""
+    if has_onednn():
+        replaced: dict[str, Any] = {
+            "LinearWithGradAccumulationAndAsyncCommunication": CpuLinear,
+            "LinearWithFrozenWeight": CpuFrozenLinear,
+        }
+        for name, function in replaced.items():
+            setattr(layers, name, function)
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, ...] of every rank -> [n * tp, ...]."""
+    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out

@@ -80,9 +80,10 @@ class ParallelDims:
         spelled = " x ".join(f"{FLAGS[axis]} {size}" for axis, size in sizes.items() if size > 1)
         below, above = self.world_size // need * need, -(-self.world_size // need) * need
         fitting = " or ".join(str(n) for n in (below, above) if n)
+        total = f" = {need}" if " x " in spelled else ""
         raise LayoutError(
-            f"{self.world_size} ranks cannot be divided by {spelled} = {need}: use {fitting} ranks "
-            f"(--nproc_per_node, --world_size), or degrees whose product divides {self.world_size} "
+            f"{self.world_size} rank{'s' * (self.world_size > 1)} cannot be divided by {spelled}{total}: use {fitting} "
+            f"ranks (--nproc_per_node, --world_size), or degrees whose product divides {self.world_size} "
             f"({', '.join(map(str, divisors(self.world_size)))})"
         )
 

@@ -144,8 +144,8 @@ def open_or_build(
         return open_store(directory)
     except (FileNotFoundError, DataError) as error:
         raise DataError(
-            f"the token cache {directory} is not there ({error}): the process that writes it failed, see its message; "
-            "on several machines --cache_dir must be on a shared file system or be written on each machine"
+            "the process of this machine that tokenises the data failed, see its message (if it did not: it writes to "
+            f"another disk than this one reads, name a common one with --cache_dir; {directory}: {error})"
         ) from None
 
 

@@ -33,6 +33,8 @@ class DataOptions:
     """sft: what becomes of a sample of more than max_length tokens."""
     system: str | None = None
     """sft: system message of rows that have none."""
+    model_positions: int | None = None
+    """Longest sample that the model takes; it decides no token, only what errors propose."""
     cache_dir: str | Path | None = None
     """Default: $MSWIFT_CACHE, or ~/.cache/mswift."""
 
@@ -107,7 +109,7 @@ def build_dataset(
         lambda writer: (
             write_documents(writer, files, tokenizer, progress)
             if kind == "pt"
-            else write_conversations(writer, files, tokenizer, sft, progress)
+            else write_conversations(writer, files, tokenizer, sft, progress, options.model_positions)
         ),
         with_mask=kind == "sft",
         is_writer=is_writer,

@@ -89,7 +89,12 @@ def write_documents(
 
 
 def write_conversations(
-    writer: StoreWriter, files: Sequence[DataFile], tokenizer: Tokenizer, options: SftOptions, progress: bool
+    writer: StoreWriter,
+    files: Sequence[DataFile],
+    tokenizer: Tokenizer,
+    options: SftOptions,
+    progress: bool,
+    model_positions: int | None = None,
 ) -> Mapping[str, Any]:
     """One sample per rendering of each row, cut or left out by `options.truncation_strategy`."""
     template = ChatTemplate(tokenizer)
@@ -116,9 +121,16 @@ def write_conversations(
         report.ignored_fields = dict(ignored)
         _require_rows(report, file)
     if writer.num_tokens == 0:
+        assert shortest is not None  # there are rows, and each is at least one sample
+        longest = model_positions or shortest
         raise DataError(
-            f"{_names(files)}: no sample fits in --max_length {options.max_length}; the shortest has {shortest} "
-            f"tokens: --max_length {shortest} takes it"
+            f"{_names(files)}: no sample fits in --max_length {options.max_length}; the shortest has {shortest} tokens"
+            + (
+                f": --max_length {shortest} takes it"
+                if shortest <= longest
+                else f", the model takes {longest} (max_position_embeddings): split the rows, or cut them with "
+                f"--truncation_strategy right --max_length {longest}"
+            )
         )
     return {"files": [asdict(report) for report in reports]}
 

@@ -32,6 +32,7 @@ def build_data(
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
         system=config.system if isinstance(config, SftConfig) else None,
+        model_positions=reader.table.spec.max_position_embeddings,
         cache_dir=config.cache_dir,
     )
 

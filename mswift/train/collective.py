@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mswift.converters.io.files import NO_SPACE
 from mswift.errors import CheckpointError, MswiftError
 
 
@@ -61,7 +62,7 @@ def agreed(what: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     texts = gather_objects(None if failure is None else _describe(failure))
-    if failure is not None and not isinstance(failure, OSError):
+    if failure is not None and (isinstance(failure, BrokenPipeError) or not isinstance(failure, OSError)):
         raise failure
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
     if failed:
@@ -71,4 +72,9 @@ def agreed(what: str) -> Iterator[None]:
 
 def _describe(error: BaseException) -> str:
     """One line: the message of a user error, or the type and text of any other."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return (
+            f"the disk is full ({error.strerror}); nothing was published. Free some space and give the same command "
+            "again: it continues from the newest checkpoint"
+        )
     return str(error) if isinstance(error, MswiftError) else f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from mswift import rundir
+from mswift.errors import MswiftError
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,16 @@ class MetricsFile:
     """Appends to metrics.jsonl; every line is flushed whole."""
 
     def __init__(self, output_dir: Path) -> None:
-        self._file: TextIO = (output_dir / rundir.METRICS).open("a", encoding="utf-8")
+        self._path = output_dir / rundir.METRICS
+        self._file: TextIO = self._path.open("a", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
         """Append one line."""
-        self._file.write(json.dumps(record.as_dict()) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record.as_dict()) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise MswiftError(f"{self._path}: cannot be written ({error.strerror}); free some space") from error
 
     def close(self) -> None:
         """Close the file."""

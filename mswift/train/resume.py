@@ -1,11 +1,14 @@
 """Where a run starts from: `--resume auto|true|false` against what lies in --output_dir. No torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mswift import rundir
 from mswift.errors import ConfigError
+
+_OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class ResumePoint:
 
 def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]) -> ResumePoint | None:
     """The newest checkpoint, or None: start from --model. ConfigError for what --resume forbids."""
+    _check_output_dir(output_dir)
     steps = rundir.committed_steps(output_dir)
     if steps:
         if resume == "false":
@@ -31,3 +35,18 @@ def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]
             f"--resume true: no committed checkpoint in --output_dir {output_dir}; pass --resume auto to start there"
         )
     return None
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    """ConfigError for what cannot become a run directory, and for the directory of a model: it must stay as it is."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir {output_dir}: {there} is a file; name a directory: --output_dir {there}-run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir {output_dir}: {there} cannot be written to; name another: --output_dir run")
+    for name in _OF_A_MODEL:
+        if (output_dir / name).exists():
+            raise ConfigError(
+                f"--output_dir {output_dir} holds {name}, so it is a model or a checkpoint; name a directory of its "
+                f"own: --output_dir {output_dir}-run"
+            )

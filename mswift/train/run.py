@@ -13,8 +13,9 @@ from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError
 from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
-from mswift.refusals import check_train, train_dtype
+from mswift.refusals import check_train
 from mswift.topology import ParallelDims
+from mswift.train.inputs import input_refusals
 from mswift.train.resume import ResumePoint, find_resume_point
 from mswift.tuners.export import is_adapter_checkpoint
 
@@ -72,5 +73,6 @@ def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
         )
     reader = WeightReader(resume.checkpoint if resume and own_weights else Path(config.model))
     dims = check_train(config, reader.table.spec, info.world_size)
-    train_dtype(config, reader.dtype)
+    for refusal in input_refusals(config, reader.table, reader.dtype):
+        raise refusal
     return Start(kind, config, info, dims, reader, resume)

@@ -99,7 +99,7 @@ def test_an_unfinished_entry_is_never_published(tmp_path):
         _open(tmp_path / "a", failing, barrier=lambda: met.append("writer"))
     assert met == ["writer"]
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="the process that writes it failed, see its message"):
+    with pytest.raises(DataError, match="that tokenises the data failed, see its message"):
         _open(tmp_path / "a", failing, is_writer=False)
 
 

@@ -67,8 +67,8 @@ def test_a_refused_world_size_names_sizes_that_work(world: int, tp: int, cp: int
     with pytest.raises(LayoutError) as refusal:
         ParallelDims(world, tp=tp, cp=cp, pp=pp)
     text = str(refusal.value)
-    assert f"{world} ranks" in text
-    assert f"= {tp * cp * pp}" in text
+    assert text.startswith(f"{world} rank")
+    assert str(tp * cp * pp) in text
     sizes = re.search(r"use ([\d or]+) ranks", text)
     assert sizes is not None
     for size in re.findall(r"\d+", sizes[1]):

@@ -203,6 +203,12 @@ def prune(output_dir: Path, keep: int) -> list[Path]:
     return [checkpoint_dir(output_dir, step) for step in steps]
 
 
+def remove_remains(output_dir: Path) -> None:
+    """Delete what killed saves and removals left behind; for the run that holds the lock."""
+    for path in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl; a torn last line (a killed writer) is left out."""
     path = output_dir / METRICS

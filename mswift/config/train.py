@@ -80,7 +80,7 @@ class TrainConfig:
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """WSD: shape of the final decay."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; vectors (norms, biases) have none."""
+    """Decay of matrices: decoupled (adam), or added to the gradient (sgd). Vectors (norms, biases) have none."""
     adam_beta1: float = 0.9
     """Adam."""
     adam_beta2: float = 0.95

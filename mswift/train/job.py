@@ -61,6 +61,7 @@ def run_job(start: Start, device: torch.device) -> int:
     groups.init(start.dims, device, start.info)
     with ExitStack() as stack:
         _enter_run_directory(start, stack)
+        _check_model_files(start)
         _run(start, device)
     groups.destroy()  # not after an error: there NCCL waits for ranks that are elsewhere, and the process ends anyway
     return 0
@@ -94,6 +95,7 @@ def _enter_run_directory(start: Start, stack: ExitStack) -> None:
     with agreed(f"opening {output_dir}"):
         if start.info.rank == 0:
             stack.enter_context(rundir.locked(output_dir))
+            rundir.remove_remains(output_dir)
             if find_resume_point(output_dir, resume) != start.resume:
                 raise ConfigError(f"--output_dir {output_dir}: another run has just saved there; start again")
     for rank, step in enumerate(steps := gather_objects(mine)):
@@ -103,6 +105,15 @@ def _enter_run_directory(start: Start, stack: ExitStack) -> None:
                 f"--output_dir {output_dir}: rank {rank} sees {seen[0]} there, rank 0 {seen[1]}: use an --output_dir "
                 "on a file system that all nodes share (if it is, start again in a minute: its caches are behind)"
             )
+
+
+def _check_model_files(start: Start) -> None:
+    """Weights out of a checkpoint of a run are compared with its COMMIT, a share on each rank, as at a resume."""
+    model, info = start.reader.hf_files.parent, start.info
+    own = start.resume is not None and start.resume.checkpoint == model  # proved when it is loaded
+    with agreed(f"reading {model}"):
+        if start.reader.hf_files.name == rundir.HF_FILES and (model / rundir.COMMIT).is_file() and not own:
+            rundir.check_files(model, sorted(rundir.read_commit(model))[info.rank :: info.world_size])
 
 
 def _resume(run: Run, path: Path) -> checkpoint.RunState:

@@ -15,7 +15,9 @@ import pytest
 from mswift import rundir
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region
+from mswift.tuners.export import export_adapter
 from tests.support.commands import command, make_home, run
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 TIMED = {"step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device",
          "memory_bytes", "checkpoint", "mfu", "eval_loss"}  # fmt: skip
@@ -88,10 +90,12 @@ def test_save_limit_and_leftovers_of_a_killed_save(home: Path, tmp_path: Path) -
     output = tmp_path / "run"
     leftover = rundir.partial_dir(output, 2)
     leftover.mkdir(parents=True)
+    rundir.partial_dir(output, 99).mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
     (output / "checkpoint-7").mkdir()  # no COMMIT: not a checkpoint
     run(command(home, "sft", output, "--train_iters", "3", "--save_steps", "1", "--save_total_limit", "2"))
     assert rundir.committed_steps(output) == [2, 3]
+    assert list(output.glob(".checkpoint-*")) == []
     for name in ("loss.png", "run.yaml", "metrics.jsonl", "runs"):
         assert (output / name).exists(), name
 
@@ -106,11 +110,47 @@ def test_refused_starts(home: Path, tmp_path: Path) -> None:
     other = run([*base, "--dataset", str(home / "val.jsonl")], status=2)
     assert "--dataset" in other
     assert "20 samples then, 7 now" in other
+    with rundir.locked(output):
+        assert "another run is writing there now" in run(base, status=2)
+    tiny_model(tmp_path / "other", seed=1)
+    tiny_tokenizer(tmp_path / "other")
+    other = run([*base, "--model", str(tmp_path / "other"), "--train_iters", "3"], status=2)
+    assert "model.embed_tokens.weight is not that of the model this run was started from" in other
     weights = next(path for path in sorted((output / "checkpoint-2").glob("*.distcp")))
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     assert f"{weights.name} is damaged" in run([*base, "--train_iters", "3"], status=1)
+    base = command(home, "sft", tmp_path / "next", "--train_iters", "1", "--model", str(output / "checkpoint-2"))
+    assert f"{weights.name} is damaged" in run(base, status=1)
+
+
+def test_an_adapter_continues_on_its_base_and_with_its_scale_only(home: Path, tmp_path: Path) -> None:
+    """What the flags alone do not tell: the adapter that --adapters named, the weights behind the path of --model."""
+    first, output = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(home / "model", tmp_path / "model")
+    flags = ["--tuner_type", "lora", "--model", str(tmp_path / "model"), "--train_iters", "1"]
+    run(command(home, "sft", first, *flags, "--lora_alpha", "16"))
+    export_adapter(first / "checkpoint-1", tmp_path / "adapter")
+    continued = command(home, "sft", output, *flags)
+    run([*continued, "--adapters", str(tmp_path / "adapter")])
+    text = run([*continued, "--train_iters", "2"], status=2)
+    assert "--lora_alpha: the run of this --output_dir has 16, the command means 32" in text
+    assert "--tuner_type full" in run(command(home, "sft", output, "--train_iters", "2"), status=2)
+    tiny_model(tmp_path / "model", seed=1)  # other weights of the same shapes under the same name
+    text = run([*continued, "--adapters", str(tmp_path / "adapter"), "--train_iters", "2"], status=2)
+    assert "model.embed_tokens.weight is not that of the model this run was started from" in text
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(home: Path, tmp_path: Path) -> None:
+    """With tensor parallelism such a token would be read as a row of zeros, and its loss would mean nothing."""
+    tiny_model(tmp_path / "model", vocab_size=258)
+    tiny_tokenizer(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--train_iters", "1", "--nproc_per_node", "2"]
+    text = run(command(home, "sft", tmp_path / "run", *flags, "--tensor_model_parallel_size", "2"), status=2)
+    assert "(id 258), the model has 258 rows (vocab_size)" in text
+    tiny_model(tmp_path / "model", vocab_size=259)
+    run(command(home, "sft", tmp_path / "run", *flags, "--tensor_model_parallel_size", "2"))
 
 
 def test_a_full_disk_publishes_nothing(home: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mswift.converters.manifest import (
 )
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.converters.sources import EMBEDDING, HEAD, Place, Source, open_source
-from mswift.converters.workers import Buffers, default_workers, progress_bar, run_all
+from mswift.converters.workers import Buffers, default_workers, early_writeback, progress_bar, run_all
 from mswift.errors import CheckpointError
 
 Format = Literal["megatron", "hf"]
@@ -116,7 +116,8 @@ def convert(
     with new_directory(Path(dst)) as directory:
         _check_space(planned, directory)
         destination = _destination(planned, directory, max_shard_bytes, workers)
-        hashes = _execute(planned, destination, workers, progress)
+        with early_writeback(list(destination.fds.values())):
+            hashes = _execute(planned, destination, workers, progress)
         side_files = _carry(planned.source.hf_files, directory / destination.side_folder)
         manifest = Manifest(
             planned.source.format,

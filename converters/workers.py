@@ -2,15 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
 from mswift.converters.io.files import PIECE_BYTES
 
 Item = TypeVar("Item")
+_WRITEBACK_SECONDS = 0.2
 
 
 class Buffers:
@@ -50,6 +51,35 @@ def run_all(items: Iterable[Item], work: Callable[[Item, Buffers], None], num_wo
         except BaseException:
             stop.set()
             raise
+
+
+@contextmanager
+def early_writeback(fds: Sequence[int]) -> Iterator[None]:
+    """Sends files to the disk while the block still writes them, so that the last fsync finds little left.
+
+    Raises what fsync raised (a full disk may only show there).
+    """
+    stop = Event()
+    errors: list[OSError] = []
+
+    def loop() -> None:
+        while not stop.wait(_WRITEBACK_SECONDS):
+            for fd in fds:
+                try:
+                    os.fsync(fd)
+                except OSError as error:  # told once for each descriptor: the fsync at the end would not see it
+                    errors.append(error)
+                    return
+
+    thread = Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

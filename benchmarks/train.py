@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,7 +75,7 @@ def transformers_step(args: argparse.Namespace, fused: bool) -> Any:
 
 
 def mswift_step(args: argparse.Namespace) -> Any:
-    """A function that makes one step of the engine; returns the loss and the share outside its own two parts."""
+    """A function that makes one step of the engine and returns the loss."""
     import torch
 
     from mswift.launchers.environment import RankInfo
@@ -84,19 +85,18 @@ def mswift_step(args: argparse.Namespace) -> Any:
     chosen = device.prepare("cpu")
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mswift.converters.reader import WeightReader
     from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
-    from tests.support.spaces import MemoryReader, weights_of
 
     dims = ParallelDims()
     groups.init(dims, chosen, RankInfo.single())
     torch.manual_seed(SEED)
-    config = model_config(args.size)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    reader = MemoryReader(config, weights_of(model))
     settings = EngineConfig(lr=1e-4, weight_decay=0.1, micro_batch_size=args.batch)
-    engine = MegatronEngine(reader.table, dims, settings, chosen)
-    engine.load_weights(reader)  # type: ignore[arg-type]
-    del model, reader
+    with tempfile.TemporaryDirectory() as path:
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(args.size))).save_pretrained(path)
+        reader = WeightReader(Path(path))
+        engine = MegatronEngine(reader.table, dims, settings, chosen)
+        engine.load_weights(reader)
     data = [
         Microbatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), torch.ones(t.shape[0], t.shape[1] - 1))
         for t in batches(args.size, args)

@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mswift.errors import CheckpointError, ConfigError
-from mswift.infer.model_dir import check_adapter_dir, check_model_dir
+from mswift.infer.model_dir import check_model_dir
+from mswift.tuners.adapter import open_adapter
+from mswift.tuners.peft_config import check_adapter_dir
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +88,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
 
     config = check_adapter_dir(adapter_dir)
-    stored = _stored_shapes(adapter_dir)
+    _, stored = open_adapter(adapter_dir)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
     except RuntimeError as error:  # torch's load_state_dict: sizes differ
@@ -112,15 +114,6 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
             + (f"; not used: {_some(extra)}" if extra else "")
         )
     return cast(PreTrainedModel, adapted.eval())
-
-
-def _stored_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
-    path = adapter_dir / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise CheckpointError(f"--adapters {adapter_dir}: {path.name} is damaged: {error}") from error
 
 
 def _brief(error: Exception) -> str:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from mswift.config.infer import InferConfig
 from mswift.errors import ConfigError
 from mswift.infer.chat import Chat, show
-from mswift.infer.model_dir import check_adapter_dir, check_model_dir
+from mswift.infer.model_dir import check_model_dir
 from mswift.infer.request import Message, Request, Sampling
 from mswift.infer.results import answer_rows, fingerprint
 from mswift.infer.rows import Row, plain_text, read_dataset, stream_seed, to_request, user_turn
+from mswift.tuners.peft_config import check_adapter_dir
 
 if TYPE_CHECKING:
     from mswift.infer.transformers_engine import TransformersEngine

@@ -10,9 +10,26 @@ from safetensors import SafetensorError, safe_open
 from mswift.converters.adapters import LoraConfig, Table, linears
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
-from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftSettings, read_peft_config
+from mswift.tuners.peft_config import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    PeftSettings,
+    check_adapter_dir,
+    read_peft_config,
+)
 
 _FLOATS = ("F32", "BF16", "F16")
+
+
+def open_adapter(path: Path) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+    """(open safetensors file of a PEFT directory, name -> dtype and shape); CheckpointError for a damaged one."""
+    try:
+        file: Any = safe_open(path / WEIGHTS_FILE, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"--adapters {path}: {WEIGHTS_FILE} is damaged: {error}") from None
+    return file, {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
 
 
 class PeftAdapter:
@@ -24,23 +41,15 @@ class PeftAdapter:
 
     def __init__(self, path: Path):
         self.settings: PeftSettings = read_peft_config(path)
-        self._open: Any
+        check_adapter_dir(path)
         self.file = path / WEIGHTS_FILE
-        if not self.file.is_file():
-            raise ConfigError(f"--adapters {path}: no {WEIGHTS_FILE} there (pickled adapters: re-save them with PEFT)")
-        try:
-            self._open = safe_open(self.file, framework="pt")
-            names = self._open.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.file} is damaged: {error}") from None
-        for name in names:
+        self._open, stored = open_adapter(path)
+        for name, (dtype, _) in stored.items():
             if not name.startswith(PREFIX):
                 raise CheckpointError(f"{self.file}: tensor {name} does not begin with {PREFIX}")
-        slices = {name.removeprefix(PREFIX): self._open.get_slice(name) for name in names}
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(s.get_shape()) for n, s in slices.items()}
-        for name, piece in slices.items():
-            if piece.get_dtype() not in _FLOATS:
-                raise CheckpointError(f"{self.file}: {name} is {piece.get_dtype()}; known: {' '.join(_FLOATS)}")
+            if dtype not in _FLOATS:
+                raise CheckpointError(f"{self.file}: {name} is {dtype}; known: {' '.join(_FLOATS)}")
+        self.shapes: Mapping[str, tuple[int, ...]] = {n.removeprefix(PREFIX): shape for n, (_, shape) in stored.items()}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """CheckpointError unless the file holds exactly these tensors; names the first offender and both shapes."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mswift import rundir
 from mswift.converters.adapters import (
     ALL_LINEAR,
     SAVABLE,
@@ -144,25 +145,50 @@ def adapter_files(
     return {CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
 
 
+def check_adapter_dir(path: Path) -> dict[str, Any]:
+    """Content of adapter_config.json of a directory that holds the weights as well.
+
+    Raises ConfigError (no PEFT adapter there) and CheckpointError (a damaged one).
+    """
+    if (path / CONFIG_FILE).is_file() and not (path / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"--adapters {path}: {CONFIG_FILE} without {WEIGHTS_FILE}; "
+            f"export the adapter again, or save it with save_pretrained(safe_serialization=True)"
+        )
+    return read_adapter_json(path)
+
+
+def read_adapter_json(path: Path) -> dict[str, Any]:
+    """Content of adapter_config.json; ConfigError where there is none, with what the directory is instead."""
+    if not path.is_dir():
+        what = "this is a file" if path.exists() else "no such directory"
+        raise ConfigError(f"--adapters {path}: {what}; give a PEFT directory")
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (path / rundir.COMMIT).is_file() or any(path.glob("checkpoint-*")):
+            raise ConfigError(
+                f"--adapters {path}: this is a training run or one of its checkpoints, not a PEFT adapter: "
+                f"`mswift export --model {path} --output_dir ADAPTER_DIR` writes one"
+            ) from None
+        raise ConfigError(
+            f"--adapters {path}: no {CONFIG_FILE}, so this is not a PEFT adapter (of a run, mswift export writes one)"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} is not JSON ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} cannot be read ({error.strerror})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} is not a JSON object")
+    return config
+
+
 def read_peft_config(adapter: Path) -> PeftSettings:
     """adapter_config.json of a PEFT directory.
 
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
-    path = adapter / CONFIG_FILE
-    if not adapter.is_dir():
-        what = "is a file" if adapter.exists() else "does not exist"
-        raise ConfigError(f"--adapters {adapter} {what}; give a PEFT directory (of a run: mswift export --model RUN)")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--adapters {adapter}: no {CONFIG_FILE} there; give a PEFT directory (of a run: mswift export --model RUN)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+    path, data = adapter / CONFIG_FILE, read_adapter_json(adapter)
     _refuse_unsupported(data, path)
     rank, alpha, targets = data.get("r"), data.get("lora_alpha"), data.get("target_modules")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from mswift.errors import CheckpointError, ConfigError, DataError
 from mswift.infer.detokenize import Detokenizer, StopFinder
-from mswift.infer.model_dir import check_adapter_dir, check_model_dir
+from mswift.infer.model_dir import check_model_dir
 from mswift.infer.request import Completion, Request, Sampling
 from mswift.infer.results import answer_rows, request_hash
 from mswift.infer.rows import Row, read_dataset, stream_seed, to_request
+from mswift.tuners.peft_config import check_adapter_dir
 
 
 class ByteDecoder:

@@ -210,20 +210,27 @@ def remove_remains(output_dir: Path) -> None:
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl; a torn last line (a killed writer) is left out."""
+    """The objects of metrics.jsonl; a torn last line (a killed writer) is left out. CheckpointError for other lines."""
     path = output_dir / METRICS
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: not a JSON object") from None
+            if number == len(lines):
+                continue
+            row = None
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            raise CheckpointError(
+                f"{path}, line {number}: not a JSON object with a step; remove that line, or move the file away "
+                "(a run needs only its checkpoints to continue)"
+            )
+        rows.append(row)
     return rows
 
 

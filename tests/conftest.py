@@ -25,6 +25,7 @@ BUDGET_SECONDS = {
     "cpu/test_data": 60,
     "cpu/test_adapters": 90,
     "cpu/test_infer": 60,
+    "cpu/test_bad": 60,
     "cpu/": 60,
     "system": 600,
     "gpu": 600,

@@ -33,12 +33,13 @@ def enter(dims: ParallelDims, seed: int, timeout_seconds: float = 1800.0) -> Non
 
 
 def leave() -> None:
-    """Destroy megatron-core's groups, if there are any; the torch.distributed job stays.
+    """Destroy megatron-core's groups, if there are any; the torch.distributed job stays (or has gone before).
 
     megatron-core only forgets them. A gloo group keeps three threads, one of which wakes up 100 times a second.
     """
-    if _entered and dist.is_initialized():
-        made = [group for group in parallel_state._global_process_group_list or [] if _is_mine(group)]
+    if _entered:
+        noted = parallel_state._global_process_group_list if dist.is_initialized() else None
+        made = [group for group in noted or [] if _is_mine(group)]
         parallel_state.destroy_model_parallel()
         for group in made:
             dist.destroy_process_group(group)

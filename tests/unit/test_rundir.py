@@ -84,6 +84,15 @@ def test_metrics_are_cut_at_the_resumed_step_and_a_torn_line_is_dropped(tmp_path
     assert (tmp_path / rundir.METRICS).read_text() == "\n".join(lines[:2]) + "\n"
 
 
+@pytest.mark.parametrize("line", [b"[]", b"\xff\xfe", b'{"loss": 1}', b'{"step": 1, "lo'])
+def test_metrics_that_hold_something_else_are_named_by_line(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / rundir.METRICS).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(
+        CheckpointError, match=r"metrics.jsonl, line 2: not a JSON object with a step; remove that line"
+    ):
+        rundir.truncate_metrics(tmp_path, 3)
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     with rundir.locked(output_dir), pytest.raises(ConfigError, match="another run is writing there"):

@@ -1,8 +1,11 @@
 """The interactive chat: answers appear token by token; Ctrl-C stops an answer, never the chat."""
 
 import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from mswift.errors import DataError
 from mswift.infer.request import Completion, Engine, Message, Request
@@ -14,10 +17,12 @@ def show(engine: Engine, request: Request) -> tuple[str, Completion | None]:
     """Print an answer while it grows; returns its text and its completion, None when Ctrl-C stopped it."""
     text = ""
     completion = None
-    pieces = engine.stream(request)
     try:
-        with contextlib.closing(pieces):  # closing it stops the model
-            for piece in pieces:
+        with _noted_interrupts() as pressed, contextlib.closing(engine.stream(request)) as pieces:
+            for piece in pieces:  # closing stops the model
+                if pressed():
+                    completion = None
+                    break
                 text += piece.text
                 completion = piece.completion
                 print(piece.text, end="", flush=True)
@@ -25,6 +30,30 @@ def show(engine: Engine, request: Request) -> tuple[str, Completion | None]:
         completion = None
     print(flush=True)
     return text, completion
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is noted, to be looked at between tokens; a second one raises KeyboardInterrupt.
+
+    Raised at an arbitrary place, an interrupt can get lost (Python ignores exceptions in finalizers and callbacks).
+    """
+    count = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Chat:
@@ -49,16 +78,17 @@ class Chat:
         while True:
             try:
                 line = input(prompt).strip()
+                if line == "/exit":
+                    return 0
+                if line:
+                    self.handle(line)
             except EOFError:
                 print()
                 return 0
             except KeyboardInterrupt:
                 print("\n(/exit or Ctrl-D leaves)")
-                continue
-            if line == "/exit":
-                return 0
-            if line:
-                self.handle(line)
+                if self.messages and self.messages[-1]["role"] == "user":
+                    self.messages.pop()  # it was not answered
 
     def handle(self, line: str) -> None:
         """Obey a /command, or answer a line."""

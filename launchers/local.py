@@ -45,9 +45,12 @@ def run(job: Job) -> int:
 
     SIGINT, SIGTERM and SIGUSR1 that reach this process go to the ranks, which end the job in their own way.
     """
+    # A signal of the first second waits, in us until it can be forwarded, in the agent until it can hand it on.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
     process = subprocess.Popen(job.argv(), env=job.environment(os.environ), start_new_session=True)
     with process, _forwarding(process):
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = process.wait()
     return status if status >= 0 else 128 - status
 

@@ -17,6 +17,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WRONG_COMMAND = 2
 _PR_SET_PDEATHSIG = 1
 
@@ -26,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     # The launcher's death, even by SIGKILL, is a SIGTERM for us: no job outlives the terminal that started it.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' own words suffice
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _HANDED_ON:
         signal.signal(number, _hand_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)  # the launcher blocked them until now
     try:
         run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -86,6 +87,8 @@ def _move_factories_to_cpu() -> None:
 
         return create
 
+    # `with torch.device(...)` knows the factories by identity and collects them once: the real ones, not ours.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

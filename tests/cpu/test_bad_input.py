@@ -457,6 +457,10 @@ def test_an_error_of_all_ranks_and_an_interrupt(home: Path, tmp_path: Path) -> N
     assert [line.partition(":")[0] for line in sorted(lines)] == ["mswift sft [rank 0]", "mswift sft [rank 1]"]
     assert f"{rows}, row 1 has no assistant turn" in sorted(lines)[0]
     process = subprocess.Popen([*two, "--train_iters", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(0.7)  # nobody has installed a handler yet, or the launcher just has
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 130)
+    process = subprocess.Popen([*two, "--train_iters", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 100
     while not (output / "checkpoint-3").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

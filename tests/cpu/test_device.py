@@ -39,6 +39,19 @@ def test_unknown_device_names_the_known_ones() -> None:
     assert device.resolve("cpu") == torch.device("cpu")
 
 
+def test_a_model_built_on_the_meta_device_is_there_after_prepare_as_before() -> None:
+    """transformers loads models so; a factory that ignored the device gave it memory with anything in it."""
+    python(
+        "import torch\n"
+        "from mswift.parallel import device\n"
+        "device.prepare('cpu')\n"
+        "with torch.device('meta'):\n"
+        "    made = torch.empty(2), torch.zeros(2), torch.arange(2), torch.nn.Linear(2, 2).weight\n"
+        "assert [tensor.device.type for tensor in made] == ['meta'] * 4, made\n"
+        "assert torch.empty(2, device='cuda').device.type == 'cpu'\n"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cuda.*0 GPUs.*--device cpu"):

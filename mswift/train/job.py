@@ -170,6 +170,8 @@ def _train(run: Run, state: checkpoint.RunState | None) -> None:
             record = _record(run, done, seconds, eval_loss, saved)
             for watcher in watchers:
                 watcher.step(record)
+    if state is not None and first_step >= run.last_step and run.rank == 0:
+        print(f"nothing to do: the run is at step {first_step} and its length is {run.last_step} steps")
     if state is None and run.last_step == 0:
         _save(run, 0, 0)  # --train_iters 0: the weights as they came, laid out and saved
     if run.rank == 0:

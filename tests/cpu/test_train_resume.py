@@ -105,6 +105,7 @@ def test_refused_starts(home: Path, tmp_path: Path) -> None:
     base = command(home, "sft", output, "--train_iters", "2")
     assert "--resume auto" in run([*base, "--resume", "true"], status=2)
     run(base)
+    assert "nothing to do: the run is at step 2 and its length is 2 steps" in run(base)
     assert "--resume auto" in run([*base, "--resume", "false"], status=2)
     assert "--seed" in run([*base, "--seed", "7"], status=2)
     other = run([*base, "--dataset", str(home / "val.jsonl")], status=2)

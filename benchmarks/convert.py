@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.plan import table_for
+from mswift.converters.workers import default_workers
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
@@ -134,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="mswift-benchmark-") as folder:
         total = generate(Path(folder) / "hf", options.gigabytes, options.shards)
         samples = run(Path(folder), options.rounds, options.num_workers)
-    workers = options.num_workers or len(os.sched_getaffinity(0))
+    workers = options.num_workers or default_workers()
     print(f"`python benchmarks/convert.py {' '.join(sys.argv[1:])}`\n")
     print(
         f"{total / 1e9:.2f} GB BF16 in {options.shards} shards, {options.rounds} rounds in rotated order, "

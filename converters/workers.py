@@ -22,8 +22,8 @@ class Buffers:
 
 
 def default_workers() -> int:
-    """Processors that this process may use, at most 8: more do not help one disk."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    """One more than the processors of this process (one always waits for the disk), at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 def run_all(items: Iterable[Item], work: Callable[[Item, Buffers], None], num_workers: int) -> None:

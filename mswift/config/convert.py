@@ -23,7 +23,7 @@ class ConvertConfig:
     max_shard_size: str = "5GB"
     """Largest safetensors file (--to hf): bytes, or a number with KB, MB, GB, KiB, MiB or GiB."""
     num_workers: int | None = None
-    """Threads that copy. Default: the processors of this process, at most 8."""
+    """Threads that copy. Default: one more than the processors, at most 8."""
     dry_run: bool = False
     """Print the plan as a table, write nothing."""
 
@@ -41,4 +41,4 @@ class VerifyConfig:
     b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
     """The other one."""
     num_workers: int | None = None
-    """Threads that compare. Default: the processors of this process, at most 8."""
+    """Threads that compare. Default: one more than the processors, at most 8."""

@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "llama-4-groups": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 24, "sliding_window": None},

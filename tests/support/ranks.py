@@ -8,6 +8,7 @@ A function is named by its file (`"tests/cpu/test_x.py:work"`) or given as a mod
 import atexit
 import importlib
 import inspect
+import multiprocessing
 import os
 import pickle
 import socket
@@ -93,11 +94,16 @@ class RankPool:
             return False, f"the process ended with status {process.wait()}"
 
     def close(self) -> None:
-        """End the processes."""
-        for process, pipe in self._workers:
+        """End the processes: a rank that is idle leaves by itself (and ends its own children), another is killed."""
+        for _, pipe in self._workers:
             pipe.close()
-            process.kill()
-            process.wait()
+        deadline = time.monotonic() + 3
+        for process, _ in self._workers:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def join(world_size: int, **degrees: Any) -> tuple[Any, Any]:
@@ -151,4 +157,6 @@ def _close_pools() -> None:
 
 if __name__ == "__main__":
     _work(Connection(int(sys.argv[1])))
+    for child in multiprocessing.active_children():  # megatron-core's own save leaves a manager process
+        child.terminate()
     os._exit(0)  # gloo's threads would keep a rank alive whose peers are gone

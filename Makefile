@@ -18,7 +18,7 @@ test test-system test-all: export OMP_NUM_THREADS := 1
 .PHONY: help venv demo demo-seeds test test-system test-all test-gpu lint format bench clean
 
 help:
-	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 5 minutes)"
+	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 2 minutes)"
 	@echo "make demo-seeds   the demo's score on three seeds"
 	@echo "make test         unit and CPU tests            make test-system   tests with real processes"
 	@echo "make test-all     both, and the GPU tests       make lint          ruff, mypy, import contracts"

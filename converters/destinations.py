@@ -12,7 +12,7 @@ from mswift.converters.io.safetensors import INDEX, SINGLE, encode_header
 from mswift.converters.io.torch_dist import PAGE_BYTES, split_region, write_index_files
 from mswift.converters.io.torch_item import tensor_envelope
 from mswift.converters.layout import Chunks, Region, tiling_fault
-from mswift.converters.plan import DTYPE_BYTES, ModelTable
+from mswift.converters.plan import DTYPE_BYTES, MegatronTensor, ModelTable
 from mswift.converters.sources import HF_FOLDER, Place, chunk_places, run_of_bytes
 from mswift.errors import CheckpointError
 
@@ -134,8 +134,14 @@ class MegatronDestination(_Files):
                 raise CheckpointError(f"chunks of {key} of shape {list(tensor.shape)}: {fault}")
             self._chunks[key] = Chunks(regions)
             self._index.tensors[key] = (self._dtype, tensor.shape, {})
-            result += [(r.offsets[0] if tensor.rule.stacked else -1, key, r) for r in regions]
+            result += [(self._layer(tensor, r), key, r) for r in regions]
         return [(key, region) for _, key, region in sorted(result, key=lambda c: c[0])]
+
+    @staticmethod
+    def _layer(tensor: MegatronTensor, region: Region) -> int:
+        if tensor.stacked:
+            return region.offsets[0]
+        return -1 if tensor.layer is None else tensor.layer
 
     def _lay_out(self, chunks: list[tuple[str, Region]]) -> dict[str, tuple[int, list[tuple[int, bytes]]]]:
         """Deals chunks to files; returns file -> (size, [(offset, bytes around the tensors)])."""
@@ -160,12 +166,13 @@ class MegatronDestination(_Files):
 
     def places(self, name: str) -> list[Place]:
         """Where the bytes of an HF tensor go."""
-        piece = self._table.hf_pieces[name]
         result: list[Place] = []
-        for chunk, _ in self._chunks[piece.names[1]].overlapping(piece.hull(1)):
-            file, offset = self._data[piece.names[1], chunk]
-            data = (self.fds[file], self.directory / file, offset)
-            result += chunk_places(self._table, name, chunk, self._dtype, data)
+        for piece in self._table.hf_pieces[name]:
+            key = piece.names[1]
+            for chunk, _ in self._chunks[key].overlapping(piece.hull(1)):
+                file, offset = self._data[key, chunk]
+                data = (self.fds[file], self.directory / file, offset)
+                result += chunk_places(piece, self._table.hf[name], chunk, self._dtype, data)
         return result
 
     def finish(self) -> None:

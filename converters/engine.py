@@ -24,7 +24,7 @@ from mswift.converters.manifest import (
     read_manifest,
 )
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import EMBEDDING, HEAD, Place, Source, open_source
+from mswift.converters.sources import Place, Source, open_source
 from mswift.converters.workers import Buffers, default_workers, early_writeback, progress_bar, run_all
 from mswift.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def plan(src: Path, to: Format) -> Plan:
         )
     dropped = dict(recorded.dropped) if recorded else {}
     for name, reason in source.dropped.items():
-        dropped[name] = DroppedRecord(reason, EMBEDDING if name == HEAD else None)
+        dropped[name] = DroppedRecord(reason, source.repeats.get(name))
     return Plan(source, to, recorded, dropped)
 
 
@@ -86,7 +86,7 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     if planned.to == "hf":
         where = f"safetensors files of at most {max_shard_bytes:,} bytes"
     else:
-        where = f"torch_dist, {table.storage_grid} chunks along each tensor-parallel axis"
+        where = "torch_dist"
     elements = total // DTYPE_BYTES[source.dtype]
     lines.append(f"{source.format} ({source.dtype}) -> {where}")
     lines.append(
@@ -215,7 +215,7 @@ def _records(planned: Plan, hashes: Mapping[str, str]) -> dict[str, TensorRecord
     table, dtype = planned.source.table, planned.source.dtype
     records = {}
     for name in table.hf_order:
-        key = table.hf_pieces[name].names[1]
+        key = table.hf_pieces[name][0].names[1]
         records[name] = TensorRecord(dtype, table.hf[name], hashes[name], table.megatron[key].rule.kind, key)
     return records
 

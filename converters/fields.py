@@ -23,11 +23,20 @@ WITHOUT_EFFECT = frozenset(
 # fmt: on
 """Fields that change neither the weights' layout nor the function computed from tokens to logits."""
 
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+_ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": (
+        {"short_factor", "long_factor", "original_max_position_embeddings"},
+        {"factor", "attention_factor"},
+    ),
 }
+"""Keys that a kind of rope must and may have."""
 
 
 class Fields:
@@ -52,7 +61,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number."""
+        """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self._error(name, f"must be a positive number, not {value!r}")
@@ -83,29 +92,56 @@ class Fields:
             if kind != "full_attention":
                 raise self._error("layer_types", f"holds {kind!r}; only 'full_attention' is supported")
 
-    def rope(self) -> RopeSpec:
-        """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5)."""
+    def rope(self, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> RopeSpec:
+        """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5).
+
+        partial: the family's default of partial_rotary_factor, the share of a head's dimensions that is rotated
+        (None: the family rotates whole heads and has no such field).
+        """
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
         theta = self.number("rope_theta", values.get("rope_theta", 10000.0))
-        if values.pop("rope_theta", theta) != theta:
-            raise self._error("rope_theta", f"is {theta}, but {name} has another value")
-        kind = values.pop("rope_type", values.pop("type", "default"))
-        values.pop("type", None)
+        share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
+        if partial is None and share != 1.0:
+            raise self._error("partial_rotary_factor", f"is {share}; only 1.0 is supported")
+        for field, value in (("rope_theta", theta), ("partial_rotary_factor", share)):
+            if values.get(field, value) != value:
+                raise self._error(field, f"is {value}, but {name} has {values[field]}")
+        dim = None if share == 1.0 else int(head_dim * share)
+        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved)
+
+    def rope_of(
+        self,
+        given: Mapping[str, Any],
+        name: str,
+        *,
+        theta: float,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+    ) -> RopeSpec:
+        """One rotary embedding from the keys of the dictionary in field `name`."""
+        values = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
+        kind = values.pop("rope_type", given.get("type", "default"))
         if kind not in _ROPE_KEYS:
             raise self._error(f"{name}.rope_type", f"is {kind!r}; supported: {', '.join(_ROPE_KEYS)}")
-        self.require("partial_rotary_factor", 1.0)
-        if values.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise self._error(f"{name}.partial_rotary_factor", "must be 1.0")
-        unknown = sorted(set(values) - _ROPE_KEYS[kind])
-        missing = sorted(_ROPE_KEYS[kind] - set(values))
+        needed, optional = _ROPE_KEYS[kind]
+        if "original_max_position_embeddings" in needed and "original_max_position_embeddings" not in values:
+            known = self.take("original_max_position_embeddings")
+            values["original_max_position_embeddings"] = known or self.integer("max_position_embeddings")
+        values = {key: value for key, value in values.items() if value is not None or key in needed}
+        unknown, missing = sorted(set(values) - needed - optional), sorted(needed - set(values))
         if unknown or missing:
             what = f"unknown {unknown}" if unknown else f"lacks {missing}"
             raise self._error(name, f"of type {kind!r}: {what}")
-        if not all(isinstance(v, int | float) and v > 0 for v in values.values()):
+        for key in ("short_factor", "long_factor"):
+            if key in values:
+                values[key] = tuple(values[key])
+        truncate = values.pop("truncate", True)
+        flat = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,))]
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in flat):
             raise self._error(name, f"must hold positive numbers, not {values}")
-        return RopeSpec(theta=theta, kind=kind, **values)
+        return RopeSpec(theta, kind, rotary_dim=rotary_dim, interleaved=interleaved, truncate=bool(truncate), **values)
 
     def finish(self, architecture: str) -> None:
         """Refuses fields that nobody read, and other heads than the causal language model."""

@@ -26,6 +26,10 @@ class WeightReader:
         self._hf_bytes = 0
         self._tile = memoryview(bytearray(PIECE_BYTES))
 
+    def dtype_of(self, key: str) -> str:
+        """Dtype of one Megatron tensor; `dtype` but for the few that may have their own."""
+        return self._source.dtype_of(self.table.pieces(key, range(1), range(1))[0].names[0])
+
     @property
     def bytes_read(self) -> int:
         """Bytes of weights read so far."""
@@ -39,16 +43,14 @@ class WeightReader:
             self._read_hf(self._source, key, region, out.cast("B"))
 
     def _read_hf(self, source: HfSource, key: str, region: Region, out: memoryview) -> None:
-        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype]
+        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype_of(key)]
         if region.intersect(Region.full(tensor.shape)) != region:
             raise CheckpointError(f"{source.path}: {key} has shape {list(tensor.shape)}; {region} lies outside")
         if len(out) != region.num_elements * item_bytes:
             raise ValueError(f"{key}{region}: {len(out)} bytes given, {region.num_elements * item_bytes} needed")
-        layers = range(region.offsets[0], region.offsets[0] + region.sizes[0]) if tensor.rule.stacked else (None,)
-        for layer in layers:
-            for whole in self.table.pieces(key, layer):
-                for piece in restrict(whole, region, 1):
-                    self._hf_bytes += self._gather(source, piece, region, item_bytes, out)
+        for whole in self.table.pieces_in(key, region):
+            for piece in restrict(whole, region, 1):
+                self._hf_bytes += self._gather(source, piece, region, item_bytes, out)
 
     def _gather(self, source: HfSource, piece: Piece, region: Region, item_bytes: int, out: memoryview) -> int:
         name, start = piece.names[0], piece.starts[1]

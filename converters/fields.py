@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from mswift.converters.spec import RopeSpec
 from mswift.errors import ConfigError
@@ -168,6 +168,10 @@ class Fields:
             if key in values and rotated is not None and len(values[key]) != rotated // 2:
                 raise self._error(f"{name}.{key}", f"has {len(values[key])} numbers; {rotated // 2} are needed")
         return RopeSpec(theta, kind, rotary_dim=rotary_dim, interleaved=interleaved, truncate=bool(truncate), **values)
+
+    def refuse(self, name: str, what: str) -> NoReturn:
+        """ConfigError about one field, for what a family knows better."""
+        raise self._error(name, what)
 
     def finish(self, architecture: str) -> None:
         """Refuses fields that nobody read, and other heads than the causal language model."""

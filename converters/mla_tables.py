@@ -36,7 +36,11 @@ MLA_LAYER: tuple[Rule, ...] = (
     same(A + "linear_q_down_proj.weight", S + "q_a_proj.weight", ("q_rank", "hidden"), when="q_lora"),
     same(A + "q_layernorm.weight", S + "q_a_layernorm.weight", ("q_rank",), when="q_lora"),
     same(
-        A + "linear_q_up_proj.weight", S + "q_b_proj.weight", ("heads*qk_dim", "q_rank"), cut=rows("heads"), when="q_lora"
+        A + "linear_q_up_proj.weight",
+        S + "q_b_proj.weight",
+        ("heads*qk_dim", "q_rank"),
+        cut=rows("heads"),
+        when="q_lora",
     ),
     same(A + "linear_kv_down_proj.weight", S + "kv_a_proj_with_mqa.weight", ("kv_rank+rope_dim", "hidden")),
     same(A + "kv_layernorm.weight", S + "kv_a_layernorm.weight", ("kv_rank",)),
@@ -49,9 +53,7 @@ MLA_LAYER: tuple[Rule, ...] = (
 X = H + "mlp."
 E = X + "experts.{e}."
 MLP: tuple[Rule, ...] = (
-    gate_up(
-        M + "mlp.linear_fc1.weight", X + "gate_proj.weight", X + "up_proj.weight", width=("hidden",), when="dense"
-    ),
+    gate_up(M + "mlp.linear_fc1.weight", X + "gate_proj.weight", X + "up_proj.weight", width=("hidden",), when="dense"),
     same(M + "mlp.linear_fc2.weight", X + "down_proj.weight", ("hidden", "ffn"), cut=columns("ffn"), when="dense"),
     same(M + "mlp.router.weight", X + "gate.weight", ("experts", "hidden"), when="moe"),
     same(
@@ -158,17 +160,26 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
     )
 
 
-def moe_sizes(config: Fields) -> dict[str, Any]:
-    """The fields of MoeSpec that both generations name alike."""
+def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> MoeSpec:
+    """The mixture of experts; tokens choose among the `best` of `groups` groups of experts."""
     width = config.integer("moe_intermediate_size")
-    shared = config.count("n_shared_experts", 0)
-    return {
-        "num_experts": config.integer("n_routed_experts"),
-        "top_k": config.integer("num_experts_per_tok"),
-        "ffn_hidden_size": width,
-        "scale": config.number("routed_scaling_factor", 1.0),
-        "shared_ffn_hidden_size": width * shared,
-    }
+    count, top_k = config.integer("n_routed_experts"), config.integer("num_experts_per_tok")
+    if count % groups:
+        config.refuse("n_group", f"is {groups}, which does not divide the {count} experts")
+    if best > groups:
+        config.refuse("topk_group", f"is {best}; there are {groups} groups")
+    if top_k > best * (count // groups):
+        config.refuse("num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen")
+    return MoeSpec(
+        num_experts=count,
+        top_k=top_k,
+        ffn_hidden_size=width,
+        scale=config.number("routed_scaling_factor", 1.0),
+        num_groups=groups,
+        topk_groups=best,
+        shared_ffn_hidden_size=width * config.count("n_shared_experts", 0),
+        **features,
+    )
 
 
 def _mla_spec(config: Fields) -> MlaSpec:

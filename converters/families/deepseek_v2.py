@@ -2,8 +2,8 @@
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.mla_tables import DECODER, mla_model, moe_sizes
-from mswift.converters.spec import ModelSpec, MoeSpec
+from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
+from mswift.converters.spec import ModelSpec
 
 
 def _spec(config: Fields) -> ModelSpec:
@@ -15,7 +15,7 @@ def _spec(config: Fields) -> ModelSpec:
         groups = best = 1
     else:
         groups, best = config.integer("n_group"), config.integer("topk_group")
-    moe = MoeSpec(**moe_sizes(config), num_groups=groups, topk_groups=best)
+    moe = deepseek_moe(config, groups=groups, best=best)
     return mla_model(config, max_positions=2048, moe=moe, interleaved=True)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
+from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import RMSNorm
@@ -39,7 +40,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "logit_softcap": (None,),
     "mtp_layers": ((),),
     "moe": (None,),
-    "mla": (None,),
     "mamba": (None,),
     "delta": (None,),
 }
@@ -49,6 +49,8 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 def check_computed(spec: ModelSpec) -> None:
     """ConfigError for the first feature of the model that training does not compute; its conversion is not affected."""
     for name, values in COMPUTED.items():
+        if name == "attention_scale" and spec.mla is not None:
+            continue
         if getattr(spec, name) not in values:
             raise ConfigError(
                 f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
@@ -74,7 +76,7 @@ def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable])
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=self_attention_spec(spec, layer, None if layer.rope is None else rotary[layer.rope]),
+            self_attention=_attention_spec(spec, layer, None if layer.rope is None else rotary[layer.rope]),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
             mlp=dense_mlp_spec(spec),
@@ -82,6 +84,10 @@ def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable])
             cross_attention=IdentityOp,
         ),
     )
+
+
+def _attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
+    return self_attention_spec(spec, layer, rotary) if spec.mla is None else latent_attention_spec(spec, rotary)
 
 
 def block_spec(spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable]) -> TransformerBlockSubmodules:
@@ -93,4 +99,5 @@ def block_spec(spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable]) ->
 
 def rotary_tables(spec: ModelSpec, device: torch.device) -> list[RotaryTable]:
     """One for each of `spec.ropes`; all layers of one rank share them."""
-    return [RotaryTable(rope, spec.head_dim, device) for rope in spec.ropes]
+    width = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
+    return [RotaryTable(rope, width, device) for rope in spec.ropes]

@@ -3,6 +3,7 @@
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
+from mswift.converters.moe_tables import SPELLINGS
 from mswift.converters.spec import ModelSpec
 
 
@@ -19,4 +20,4 @@ def _spec(config: Fields) -> ModelSpec:
     return mla_model(config, max_positions=2048, moe=moe, interleaved=True)
 
 
-FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", DECODER, _spec)
+FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", DECODER, _spec, SPELLINGS)

@@ -6,6 +6,7 @@ Checkpoints of the hub hold the multi-token-prediction layer, those that transfo
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
+from mswift.converters.moe_tables import SPELLINGS
 from mswift.converters.spec import ModelSpec
 
 
@@ -30,4 +31,4 @@ def _spec(config: Fields) -> ModelSpec:
     )
 
 
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", DECODER, _spec)
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", DECODER, _spec, SPELLINGS)

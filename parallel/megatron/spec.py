@@ -16,6 +16,7 @@ from torch import Tensor
 from mswift.converters.spec import LayerSpec, ModelSpec, RopeSpec
 from mswift.errors import ConfigError
 from mswift.parallel.megatron.mlp import dense_mlp_spec
+from mswift.parallel.megatron.moe import moe_mlp_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import RMSNorm
 from mswift.parallel.rotary import RotaryTable
@@ -38,7 +39,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "logit_divisor": (1.0,),
     "logit_softcap": (None,),
     "mtp_layers": ((),),
-    "moe": (None,),
     "mla": (None,),
     "mamba": (None,),
     "delta": (None,),
@@ -80,7 +80,7 @@ def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable])
             self_attention=self_attention_spec(spec, layer, rotary[layer.rope or 0]),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
-            mlp=dense_mlp_spec(spec),
+            mlp=moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec),
             mlp_bda=add_residual,
             cross_attention=IdentityOp,
         ),

@@ -108,7 +108,14 @@ class Fields:
             if kind != "full_attention":
                 raise self._error("layer_types", f"holds {kind!r}; only 'full_attention' is supported")
 
-    def rope(self, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> RopeSpec:
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        partial: float | None = None,
+        interleaved: bool = False,
+        default_theta: float = 10000.0,
+    ) -> RopeSpec:
         """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5).
 
         partial: the family's default of partial_rotary_factor, the share of a head's dimensions that is rotated
@@ -117,7 +124,7 @@ class Fields:
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
-        theta = self.number("rope_theta", values.get("rope_theta", 10000.0))
+        theta = self.number("rope_theta", values.get("rope_theta", default_theta))
         share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
         if partial is None and share != 1.0:
             raise self._error("partial_rotary_factor", f"is {share}; only 1.0 is supported")

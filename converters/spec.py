@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mswift.topology import ExpertLayout
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -193,6 +195,12 @@ class ModelSpec:
         """Whether megatron-core keeps all layers in one tensor: attention layers with the same parameters."""
         kinds = {(layer.mixer, layer.mlp) for layer in self.layers}
         return len(kinds) <= 1 and not any(layer.mixer != "attention" for layer in self.layers)
+
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """What a layout must respect of the experts; None: there are none."""
+        moe = self.moe
+        return None if moe is None else ExpertLayout(moe.num_experts, moe.ffn_hidden_size, moe.expert_bias)
 
     @property
     def tensor_parallel_units(self) -> Mapping[str, int]:

@@ -17,6 +17,7 @@ from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
+from mswift.parallel.megatron.moe import moe_mlp_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import RMSNorm
 from mswift.parallel.rotary import RotaryTable
@@ -38,8 +39,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1.0,),
     "logit_divisor": (1.0,),
     "logit_softcap": (None,),
-    "mtp_layers": ((),),
-    "moe": (None,),
     "mamba": (None,),
     "delta": (None,),
 }
@@ -48,6 +47,12 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 
 def check_computed(spec: ModelSpec) -> None:
     """ConfigError for the first feature of the model that training does not compute; its conversion is not affected."""
+    if spec.mtp_layers:
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute the {len(spec.mtp_layers)} multi-token-"
+            f"prediction layer(s) of this checkpoint (model.layers.{spec.num_layers}.*) yet; the model can be converted. "
+            "To train without, leave their tensors out, as transformers' save_pretrained does"
+        )
     for name, values in COMPUTED.items():
         if name == "attention_scale" and spec.mla is not None:
             continue
@@ -79,7 +84,7 @@ def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable])
             self_attention=_attention_spec(spec, layer, None if layer.rope is None else rotary[layer.rope]),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
-            mlp=dense_mlp_spec(spec),
+            mlp=moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec),
             mlp_bda=add_residual,
             cross_attention=IdentityOp,
         ),

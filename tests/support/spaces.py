@@ -25,11 +25,12 @@ def to_megatron(hf: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Ar
 
 
 def to_hf(megatron: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
-    """The inverse of `to_megatron`."""
+    """The inverse of `to_megatron`, of the tensors that are there."""
     some = next(iter(megatron.values()))
-    out: Arrays = {name: np.zeros(shape, some.dtype) for name, shape in table.hf.items()}
-    for key in table.megatron:
+    out: Arrays = {}
+    for key in megatron:
         for piece in table.pieces(key):
+            out.setdefault(piece.names[0], np.zeros(table.hf[piece.names[0]], some.dtype))
             _view(out[piece.names[0]], piece, 0)[...] = _view(megatron[key], piece, 1)
     return out
 
@@ -44,9 +45,13 @@ class MemoryReader:
     """A `WeightReader` over the weights of a transformers model."""
 
     def __init__(self, config: dict[str, Any], hf: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        self.config, self.table, self.dtype = config, table_for(config), "F32"
+        self.config, self.table, self.dtype = config, table_for(config, hf), "F32"
         self.hf_files = Path("memory")
         self.tensors = to_megatron(hf, self.table)
+
+    def dtype_of(self, key: str) -> str:
+        """Dtype of one Megatron tensor."""
+        return self.dtype
 
     def read(self, key: str, region: Region, out: memoryview) -> None:
         """Bytes of a region, C order."""
@@ -60,8 +65,10 @@ def read_array(array: np.ndarray[Any, Any], region: Region, out: memoryview) -> 
 
 
 def weights_of(model: torch.nn.Module) -> Arrays:
-    """fp32 weights of a transformers model by name; a tied head is left out."""
-    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    """fp32 weights of a transformers model by name, buffers that it saves among them; a tied head is left out."""
+    saved = model.state_dict()
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().numpy() for name, tensor in tensors if name in saved}
 
 
 def gather(shards: Iterable[Any]) -> dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]]:

@@ -117,11 +117,13 @@ def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> 
     )
     count, top_k = moe.num_experts, moe.top_k
     if count % groups:
-        config.refuse("n_group", f"is {groups}, which does not divide the {count} experts")
+        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
     if best > groups:
-        config.refuse("topk_group", f"is {best}; there are {groups} groups")
+        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
     if top_k > best * (count // groups):
-        config.refuse("num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen")
+        raise config.refused(
+            "num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen"
+        )
     return moe
 
 

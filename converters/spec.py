@@ -7,6 +7,7 @@ from typing import Literal
 from mswift.topology import ExpertLayout
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class ModelSpec:
     divided by logit_divisor, then logit_softcap c makes c * tanh(x / c) of them; attention_softcap does so with
     attention scores. attention_sinks: one learnt logit a head that takes part in the softmax. attention_gate: the
     output of attention times a sigmoid gate that is projected beside q. swiglu_limit: clamp of gate and up.
+    rounded_embedding_multiplier: it is rounded to the model's dtype first, as Gemma's code does. dropout: the largest
+    probability in the config.json; it counts in training only.
     """
 
     model_type: str
@@ -152,7 +155,7 @@ class ModelSpec:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     norm: Literal["rms", "layer"] = "rms"
     zero_centered_norm: bool = False
@@ -165,9 +168,11 @@ class ModelSpec:
     attention_gate: bool = False
     swiglu_limit: float | None = None
     embedding_multiplier: float = 1.0
+    rounded_embedding_multiplier: bool = False
     residual_multiplier: float = 1.0
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
+    dropout: float = 0.0
     layers: tuple[LayerSpec, ...] = ()
     mtp_layers: tuple[LayerSpec, ...] = ()
     moe: MoeSpec | None = None

@@ -52,7 +52,8 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm == "head",
-        gated_linear_unit=True,
+        gated_linear_unit=spec.gated,
+        softmax_scale=spec.attention_scale,
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # megatron-core's hook for a module of ours: mswift.parallel.activations
         add_bias_linear=False,  # biases of o_proj, gate, up and down: mswift.parallel.megatron.spec

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mswift.converters.spec import ModelSpec, MoeSpec
-from mswift.parallel.activations import Swiglu
+from mswift.parallel.activations import activation_class
 from mswift.parallel.megatron.linears import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from mswift.parallel.routing import route
 
@@ -64,11 +64,12 @@ def moe_mlp_spec(spec: ModelSpec) -> ModuleSpec:
     assert spec.moe is not None
     column = BiasedColumnParallelLinear if spec.moe.expert_bias else ColumnParallelLinear
     row = BiasedRowParallelLinear if spec.moe.expert_bias else RowParallelLinear
-    shared = MLPSubmodules(ColumnParallelLinear, Swiglu, RowParallelLinear)
+    activation = activation_class(spec)
+    shared = MLPSubmodules(ColumnParallelLinear, activation, RowParallelLinear)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(column, Swiglu, row)),
+            experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(column, activation, row)),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
             router=partial(ExpertRouter, moe=spec.moe),
         ),

@@ -37,9 +37,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A tiny fp32 transformers model; vectors (norms, biases) are random as well."""
+    return model_of(BASE | MODELS[name] | changes, seed)
+
+
+def model_of(fields: Mapping[str, Any], seed: int = 0) -> torch.nn.Module:
+    """The same for any config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = BASE | MODELS[name] | changes
     config = AutoConfig.for_model(**fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

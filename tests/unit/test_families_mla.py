@@ -170,7 +170,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V3_TINY, {"num_key_value_heads": 2}, "'num_key_value_heads' is 2; only 4"),
     (V3_TINY, {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     (V3_TINY, {"q_lora_rank": 0}, "'q_lora_rank' must be a positive integer, not 0"),
-    (V3_TINY, {"first_k_dense_replace": -1}, "'first_k_dense_replace' must be an integer, at least 0, not -1"),
+    (V3_TINY, {"first_k_dense_replace": -1}, "'first_k_dense_replace' must be a positive integer, not -1"),
     (V3_TINY, {"n_group": 3}, "'n_group' is 3, which does not divide the 8 experts"),
     (V3_TINY, {"topk_group": 5}, "'topk_group' is 5; there are 4 groups"),
     (V3_TINY, {"topk_group": 1}, "'num_experts_per_tok' is 3, but 1 groups of 2 experts are chosen"),

@@ -60,9 +60,14 @@ class TensorBytes:
 
 
 @contextmanager
-def opened(source: Source, name: str, files: Descriptors) -> Iterator[TensorBytes]:
-    """The bytes of an HF tensor of a source. (A source that decodes gives its own stream here.)"""
-    with placed(source.places(name), files) as places:
+def opened(
+    source: Source, name: str, files: Descriptors, places_of: Callable[[str], Sequence[Place]] | None = None
+) -> Iterator[TensorBytes]:
+    """The bytes of an HF tensor of a source; `places_of`: the source's places, remembered.
+
+    (A source that decodes gives its own stream here.)
+    """
+    with placed((places_of or source.places)(name), files) as places:
         yield TensorBytes(name, num_bytes(source, name), places)
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -61,7 +61,8 @@ def run(
             advance(done.num_bytes)
             step = span_bytes(total)
             work = _Worker(
-                source, promised, destination, files, sources, done, recorder, step, options.hash_source, advance
+                *(source, promised, destination, files, sources, done, recorder, step, options.hash_source, advance),
+                *(lru_cache(4 * options.num_workers)(side.places) for side in (source, destination)),
             )
             if not options.hash_source:
                 todo = [part for unit in todo for part in _split(unit, step)]
@@ -98,24 +99,26 @@ class _Worker:
     step: int
     hashing: bool
     advance: Callable[[int], None]
+    places_from: Callable[[str], Sequence[Place]]
+    places_to: Callable[[str], Sequence[Place]]
 
     def __call__(self, unit: Unit, buffers: Buffers) -> None:
         if unit.name.startswith(FRAME):
             self._frame(unit)
             return
-        places = self.destination.places(unit.name)
+        places = self.places_to(unit.name)
         names = sorted({place.path.name for place in places})
         finished = set(self.done.spans.get(unit.name, ()))
         digest = hashlib.sha256() if self.hashing else None
-        with opened(self.source, unit.name, self.sources) as tensor, placed(places, self.files) as opened_places:
+        with opened(self.source, unit.name, self.sources, self.places_from) as tensor, placed(places, self.files) as to:
             for low, high in spans(unit.low, unit.high, self.step):
                 if buffers.stop.is_set():
                     return
                 there = (low, high) in finished
                 if digest is not None:
-                    stream(tensor, low, high, () if there else opened_places, buffers, digest)
+                    stream(tensor, low, high, () if there else to, buffers, digest)
                 elif not there:
-                    copy_span(tensor, low, high, opened_places, buffers)
+                    copy_span(tensor, low, high, to, buffers)
                 if not there:
                     sha256 = self._checked(unit.name, digest) if digest and high == unit.high else None
                     self.recorder.done(Record(unit.name, low, high, sha256), names)

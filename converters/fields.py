@@ -26,6 +26,7 @@ WITHOUT_EFFECT = frozenset(
 _ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
@@ -109,7 +110,7 @@ class Fields:
             if values.get(field, value) != value:
                 raise self._error(field, f"is {value}, but {name} has {values[field]}")
         dim = None if share == 1.0 else int(head_dim * share)
-        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved)
+        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved, rotated=dim or head_dim)
 
     def rope_of(
         self,
@@ -119,15 +120,17 @@ class Fields:
         theta: float,
         rotary_dim: int | None = None,
         interleaved: bool = False,
+        rotated: int | None = None,
     ) -> RopeSpec:
-        """One rotary embedding from the keys of the dictionary in field `name`."""
+        """One rotary embedding from the keys of the dictionary in field `name`; `rotated`: dimensions it has."""
         values = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-        kind = values.pop("rope_type", given.get("type", "default"))
+        named = values.pop("rope_type", given.get("type", "default"))
+        kind: Any = "longrope" if named == "su" else named  # its name before it was published
         if kind not in _ROPE_KEYS:
             raise self._error(f"{name}.rope_type", f"is {kind!r}; supported: {', '.join(_ROPE_KEYS)}")
         needed, optional = _ROPE_KEYS[kind]
-        if "original_max_position_embeddings" in needed and "original_max_position_embeddings" not in values:
-            known = self.take("original_max_position_embeddings")
+        if "original_max_position_embeddings" in needed:
+            known = self.take("original_max_position_embeddings", values.get("original_max_position_embeddings"))
             values["original_max_position_embeddings"] = known or self.integer("max_position_embeddings")
         values = {key: value for key, value in values.items() if value is not None or key in needed}
         unknown, missing = sorted(set(values) - needed - optional), sorted(needed - set(values))
@@ -141,6 +144,14 @@ class Fields:
         flat = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,))]
         if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in flat):
             raise self._error(name, f"must hold positive numbers, not {values}")
+        if kind == "longrope" and "factor" not in values:
+            stretched = self.integer("max_position_embeddings")
+            values["factor"] = stretched / values["original_max_position_embeddings"]
+        if kind == "dynamic":
+            values["original_max_position_embeddings"] = self.integer("max_position_embeddings")
+        for key in ("short_factor", "long_factor"):
+            if key in values and rotated is not None and len(values[key]) != rotated // 2:
+                raise self._error(f"{name}.{key}", f"has {len(values[key])} numbers; {rotated // 2} are needed")
         return RopeSpec(theta, kind, rotary_dim=rotary_dim, interleaved=interleaved, truncate=bool(truncate), **values)
 
     def finish(self, architecture: str) -> None:

@@ -91,7 +91,9 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    lines += [f"dropped {name}: {record.reason}" for name, record in planned.dropped.items()]
+    for name, record in planned.dropped.items():
+        how = " (compared when it is converted)" if record.same_as else ""
+        lines.append(f"dropped {name}: {record.reason}{how}")
     return "\n".join(lines)
 
 
@@ -190,6 +192,8 @@ class _Job:
         note = self.partial.begin(identity, part, restart=restart)
         if note:
             print(note, file=sys.stderr)
+        if part == 1:
+            self.planned.source.check_repeats()
         units = part_of(self.units, part, parts)
         journal = self.partial.journal(part, parts)
         with self.worded(keep=parts > 1):

@@ -10,12 +10,13 @@ from mswift.errors import ConfigError
 # fmt: off
 WITHOUT_EFFECT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map",
+        "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id",
+        "dtype", "eos_token_id", "ep_size",
         "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
         "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id",
+        "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux",
         "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
         "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
     }
@@ -61,6 +62,13 @@ class Fields:
             raise self._error(name, f"must be a positive integer, not {value!r}")
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """An integer that is not negative."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self._error(name, f"must be an integer, at least 0, not {value!r}")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
@@ -80,6 +88,13 @@ class Fields:
         value = self.take(name, supported)
         if value != supported:
             raise self._error(name, f"is {value!r}; only {supported!r} is supported")
+
+    def choice(self, name: str, *supported: str) -> str:
+        """One of these values; the first one if the field is absent."""
+        value = self.take(name, supported[0])
+        if value not in supported:
+            raise self._error(name, f"is {value!r}; supported: {', '.join(supported)}")
+        return str(value)
 
     def no_sliding_window(self, *, switch: str | None = None) -> None:
         """Refuses a sliding window that masks anything; `switch` is the field that turns it on, if there is one."""

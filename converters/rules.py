@@ -111,7 +111,12 @@ class Rule:
         them (any range of one where there are none).
         """
         if self.experts == "each":
-            return [p for e in experts for p in self._of_expert(sizes, key, layer, (*lead, e), e, None)]
+            first = self._of_expert(sizes, key, layer, (*lead, 0), 0, None)
+            return [
+                Piece((part.hf.format(l=layer, e=e), key), (at[0], (*lead, e, *at[1][len(lead) + 1 :])), piece.dims)
+                for e in experts
+                for part, piece, at in zip(self.parts, first, (p.starts for p in first), strict=True)
+            ]
         if self.experts == "stacked":
             return self._of_expert(sizes, key, layer, (*lead, experts.start), None, experts)
         return self._of_expert(sizes, key, layer, lead, None, None)

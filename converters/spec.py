@@ -65,7 +65,8 @@ class MoeSpec:
 class MlaSpec:
     """Multi-head latent attention (DeepSeek-V2): keys and values are projected up from a latent vector.
 
-    q_lora_rank None: queries are projected directly.
+    q_lora_rank None: queries are projected directly. norm_eps: of the norms of the latent vectors, which is not
+    the model's (transformers' and DeepSeek's classes leave it at its default).
     """
 
     q_lora_rank: int | None
@@ -73,6 +74,12 @@ class MlaSpec:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    norm_eps: float = 1e-6
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: what has no position, then what is rotated."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)

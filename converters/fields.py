@@ -1,7 +1,7 @@
 """Strict reading of a config.json: a field is mapped, known to have no effect, or refused by name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
@@ -66,6 +66,20 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
+
+    def one_of(self, name: str, value: Any, supported: Iterable[str]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(supported)}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""

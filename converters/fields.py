@@ -1,7 +1,7 @@
 """Strict reading of a config.json: a field is mapped, known to have no effect, or refused by name."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
@@ -10,7 +10,7 @@ from mswift.errors import ConfigError
 # fmt: off
 WITHOUT_EFFECT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
+        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
         "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
         "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
         "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
@@ -67,10 +67,10 @@ class Fields:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
-    def one_of(self, name: str, value: Any, supported: Iterable[str]) -> None:
+    def one_of(self, name: str, value: Any, supported: Collection[Any]) -> None:
         """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
         if value not in supported:
-            raise self._error(name, f"holds {value!r}; supported: {', '.join(supported)}")
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
 
     def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
         """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""

@@ -12,7 +12,7 @@ from mswift.converters.rules import Drop, Rule, columns, experts, qkv, rows, sam
 from mswift.converters.spec import LayerSpec, MoeSpec
 
 MIXER = H + "mixer."
-SHARED = "mlp.shared_experts.linear_fc"
+EXPERTS, SHARED = "mlp.experts.experts.linear_fc", "mlp.shared_experts.linear_fc"
 
 ATTENTION: tuple[Rule, ...] = (
     same(M + "self_attention.linear_qkv.layer_norm_weight", H + "norm.weight", ("hidden",), when="attention"),
@@ -52,7 +52,7 @@ MOE: tuple[Rule, ...] = (
     same(
         M + "mlp.router.expert_bias", MIXER + "gate.e_score_correction_bias", ("experts",), when="moe", own_dtype=True
     ),
-    *(experts(rule, "each") for rule in _up_down("mlp.experts.experts.linear_fc", MIXER + "experts.{e}.", "moe_ffn", "moe")),
+    *(experts(rule, "each") for rule in _up_down(EXPERTS, MIXER + "experts.{e}.", "moe_ffn", "moe")),
     *_up_down(SHARED, MIXER + "shared_experts.", "shared_ffn", "moe"),
 )
 

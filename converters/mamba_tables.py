@@ -87,9 +87,10 @@ def mamba_spec(
     config.require("use_conv_bias", True)
     for name in ("time_step_rank", "time_step_max", "time_step_floor", "rescale_prenorm_residual"):
         config.take(name)  # initialisation
-    groups = config.integer("n_groups", defaults[1])
+    num_heads, groups = config.integer(heads, defaults[0]), config.integer("n_groups", defaults[1])
+    config.one_of("n_groups", groups, [n for n in range(1, num_heads + 1) if num_heads % n == 0])
     return MambaSpec(
-        num_heads=config.integer(heads, defaults[0]),
+        num_heads=num_heads,
         head_dim=config.integer(head_dim, 64),
         state_size=config.integer(state, 128),
         num_groups=groups,

@@ -188,12 +188,12 @@ class _Job:
 
     def copy(self, part: int, parts: int, restart: bool) -> Done:
         """Copies what is missing of a part; what is there now."""
+        if part == 1:
+            self.planned.source.check_repeats()
         identity = Identity(self.identity, parts, str(self.planned.source.path), self.planned.to)
         note = self.partial.begin(identity, part, restart=restart)
         if note:
             print(note, file=sys.stderr)
-        if part == 1:
-            self.planned.source.check_repeats()
         units = part_of(self.units, part, parts)
         journal = self.partial.journal(part, parts)
         with self.worded(keep=parts > 1):

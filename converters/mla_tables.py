@@ -36,7 +36,11 @@ MLA_LAYER: tuple[Rule, ...] = (
     same(A + "linear_q_down_proj.weight", S + "q_a_proj.weight", ("q_rank", "hidden"), when="q_lora"),
     same(A + "q_layernorm.weight", S + "q_a_layernorm.weight", ("q_rank",), when="q_lora"),
     same(
-        A + "linear_q_up_proj.weight", S + "q_b_proj.weight", ("heads*qk_dim", "q_rank"), cut=rows("heads"), when="q_lora"
+        A + "linear_q_up_proj.weight",
+        S + "q_b_proj.weight",
+        ("heads*qk_dim", "q_rank"),
+        cut=rows("heads"),
+        when="q_lora",
     ),
     same(A + "linear_kv_down_proj.weight", S + "kv_a_proj_with_mqa.weight", ("kv_rank+rope_dim", "hidden")),
     same(A + "kv_layernorm.weight", S + "kv_a_layernorm.weight", ("kv_rank",)),
@@ -49,9 +53,7 @@ MLA_LAYER: tuple[Rule, ...] = (
 X = H + "mlp."
 E = X + "experts.{e}."
 MLP: tuple[Rule, ...] = (
-    gate_up(
-        M + "mlp.linear_fc1.weight", X + "gate_proj.weight", X + "up_proj.weight", width=("hidden",), when="dense"
-    ),
+    gate_up(M + "mlp.linear_fc1.weight", X + "gate_proj.weight", X + "up_proj.weight", width=("hidden",), when="dense"),
     same(M + "mlp.linear_fc2.weight", X + "down_proj.weight", ("hidden", "ffn"), cut=columns("ffn"), when="dense"),
     same(M + "mlp.router.weight", X + "gate.weight", ("experts", "hidden"), when="moe"),
     same(

@@ -147,6 +147,4 @@ def latent_attention_spec(spec: ModelSpec, rotary: RotaryTable) -> ModuleSpec:
     """Attention of a layer of a model with `ModelSpec.mla`."""
     assert spec.mla is not None
     scale = spec.attention_scale or spec.mla.qk_head_dim**-0.5
-    return ModuleSpec(
-        module=LatentSelfAttention, params={"mla": spec.mla, "rotary": rotary, "softmax_scale": scale}
-    )
+    return ModuleSpec(module=LatentSelfAttention, params={"mla": spec.mla, "rotary": rotary, "softmax_scale": scale})

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.deepseek import V3, hub_tensors
-from tests.support.sparse import Tensors, write_sparse_model
+from tests.support.sparse import write_sparse_model
 
 SHARD_BYTES = 8_450_000_000
 LARGEST_SECONDS = 10.0

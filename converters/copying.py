@@ -21,15 +21,9 @@ DIRECT_RUN_BYTES = 64 << 10
 _NOT_DIRECT = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.ETXTBSY)
 
 
-def dtype_of(source: Source, name: str) -> str:
-    """The dtype of an HF tensor as the source gives it out."""
-    own: Callable[[str], str] | None = getattr(source, "dtype_of", None)
-    return source.dtype if own is None else own(name)
-
-
 def num_bytes(source: Source, name: str) -> int:
     """Size of an HF tensor as the source gives it out."""
-    return prod(source.table.hf[name]) * DTYPE_BYTES[dtype_of(source, name)]
+    return prod(source.table.hf[name]) * DTYPE_BYTES[source.dtype_of(name)]
 
 
 @dataclass(frozen=True)

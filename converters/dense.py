@@ -1,17 +1,20 @@
 """What dense decoders share: their table, and the reading of the config fields they have in common."""
 
+from typing import Any
+
 from mswift.converters.fields import Fields
-from mswift.converters.rules import Drop, Rule, columns, drop, gate_up, qkv, rows, same
+from mswift.converters.rules import LAYERS, Drop, Rule, columns, drop, gate_up, qkv, rows, same
 from mswift.converters.spec import ModelSpec
 
-M = "decoder.layers."
+EMBEDDING = "model.embed_tokens.weight"
+M = LAYERS
 H = "model.layers.{l}."
 Q, K, V = (H + f"self_attn.{p}_proj." for p in "qkv")
 
 DECODER: tuple[Rule | Drop, ...] = (
     same(
         "embedding.word_embeddings.weight",
-        "model.embed_tokens.weight",
+        EMBEDDING,
         ("vocab", "hidden"),
         cut=rows("vocab", uneven=True),
     ),
@@ -45,6 +48,7 @@ DECODER: tuple[Rule | Drop, ...] = (
         cut=rows("vocab", uneven=True),
         when="untied",
     ),
+    drop("lm_head.weight", "equal to model.embed_tokens.weight (tie_word_embeddings)", same_as=EMBEDDING, when="tied"),
     drop(H + "self_attn.rotary_emb.inv_freq", "recomputed from the rope fields of config.json"),
 )
 
@@ -55,30 +59,32 @@ def dense_spec(
     max_positions: int,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    qkv_bias: bool = False,
-    attention_out_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
+    activation: str = "silu",
+    norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    partial_rotary: float | None = None,
+    interleaved_rotary: bool = False,
+    tied: bool = False,
+    **features: Any,
 ) -> ModelSpec:
-    """Reads the fields every dense decoder has; the keywords are the family's defaults and features."""
-    config.require("hidden_act", "silu")
+    """Reads the fields every decoder has; the keywords are the family's defaults, `features` go to the ModelSpec.
+
+    activation: the value of hidden_act that the family has; norm_eps: name of the field and its default.
+    """
+    config.require("hidden_act", activation)
     config.require("attention_dropout", 0)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", head_dim or hidden // heads)
+    if "rope" not in features:
+        features["rope"] = config.rope(head_dim, partial=partial_rotary, interleaved=interleaved_rotary)
+    values = {
+        "num_layers": config.integer("num_hidden_layers"),
+        "num_kv_heads": config.integer("num_key_value_heads", num_kv_heads or heads),
+        "ffn_hidden_size": config.integer("intermediate_size"),
+        "vocab_size": config.integer("vocab_size"),
+        "max_position_embeddings": config.integer("max_position_embeddings", max_positions),
+        "norm_eps": config.number(*norm_eps),
+        "tied_embeddings": config.flag("tie_word_embeddings", tied),
+    } | features
     return ModelSpec(
-        model_type=config.model_type,
-        num_layers=config.integer("num_hidden_layers"),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or heads),
-        head_dim=config.integer("head_dim", head_dim or hidden // heads),
-        ffn_hidden_size=config.integer("intermediate_size"),
-        vocab_size=config.integer("vocab_size"),
-        max_position_embeddings=config.integer("max_position_embeddings", max_positions),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=config.rope(),
-        tied_embeddings=config.flag("tie_word_embeddings", False),
-        qkv_bias=qkv_bias,
-        attention_out_bias=attention_out_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
+        model_type=config.model_type, hidden_size=hidden, num_attention_heads=heads, head_dim=head_dim, **values
     )

@@ -11,7 +11,7 @@ from mswift.converters.io.files import write_file
 from mswift.converters.io.safetensors import INDEX, SINGLE, encode_header
 from mswift.converters.io.torch_dist import PAGE_BYTES, split_region, write_index_files
 from mswift.converters.io.torch_item import tensor_envelope
-from mswift.converters.layout import Chunks, Piece, Region, tiling_fault
+from mswift.converters.layout import Chunks, Region, tiling_fault
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.converters.sources import HF_FOLDER, Place, chunk_places, run_of_bytes
 from mswift.errors import CheckpointError
@@ -26,12 +26,6 @@ _SMALL_FILE_BYTES = 64 << 20
 
 _NOWHERE = -1
 """Places of a destination name their file; a descriptor is opened when they are used."""
-
-
-def pieces_of(table: ModelTable, name: str) -> tuple[Piece, ...]:
-    """The maps of one HF tensor (side 0) into its Megatron tensors (side 1)."""
-    found = table.hf_pieces[name]
-    return found if isinstance(found, tuple) else (found,)
 
 
 class HfDestination:
@@ -132,7 +126,7 @@ class MegatronDestination:
 
     def _plan_chunks(self) -> None:
         dtype_of = {
-            piece.names[1]: self._dtypes[name] for name in self._table.hf for piece in pieces_of(self._table, name)
+            piece.names[1]: self._dtypes[name] for name in self._table.hf for piece in self._table.hf_pieces[name]
         }
         for key, tensor in self._table.megatron.items():
             item_bytes = DTYPE_BYTES[dtype_of[key]]
@@ -153,7 +147,7 @@ class MegatronDestination:
             if number + 1 < num_files and done >= total * (number + 1) // num_files:
                 number, position = number + 1, 0
             file = f"__{number}_0.distcp"
-            for piece in pieces_of(self._table, name):
+            for piece in self._table.hf_pieces[name]:
                 key = piece.names[1]
                 for chunk, common in self._chunks[key].overlapping(piece.hull(1)):
                     if (key, chunk) not in self._data:
@@ -184,12 +178,12 @@ class MegatronDestination:
     def places(self, name: str) -> list[Place]:
         """Where the bytes of an HF tensor go."""
         result: list[Place] = []
-        for piece in pieces_of(self._table, name):
+        for piece in self._table.hf_pieces[name]:
             key = piece.names[1]
             for chunk, _ in self._chunks[key].overlapping(piece.hull(1)):
                 file, offset = self._data[key, chunk]
                 data = (_NOWHERE, self.directory / file, offset)
-                result += chunk_places(self._table, name, chunk, self._dtypes[name], data)
+                result += chunk_places(piece, self._table.hf[name], chunk, self._dtypes[name], data)
         return result
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from mswift import __version__
 from mswift.converters import execute
-from mswift.converters.copying import dtype_of, num_bytes
+from mswift.converters.copying import num_bytes
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
 from mswift.converters.finish import finish
 from mswift.converters.io.files import in_words
@@ -22,7 +22,7 @@ from mswift.converters.io.side_files import MANIFEST, identity_of
 from mswift.converters.journal import Done
 from mswift.converters.manifest import DroppedRecord, Manifest, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import EMBEDDING, HEAD, Source, open_source
+from mswift.converters.sources import Source, open_source
 from mswift.converters.work import part_of, units_of
 from mswift.converters.workers import default_workers
 from mswift.errors import CheckpointError, MswiftError
@@ -67,7 +67,7 @@ def plan(src: Path, to: Format) -> Plan:
         )
     dropped = dict(recorded.dropped) if recorded else {}
     for name, reason in source.dropped.items():
-        dropped[name] = DroppedRecord(reason, EMBEDDING if name == HEAD else None)
+        dropped[name] = DroppedRecord(reason, source.repeats.get(name))
     return Plan(source, to, recorded, dropped)
 
 
@@ -85,13 +85,15 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     if planned.to == "hf":
         where = f"safetensors files of at most {max_shard_bytes:,} bytes"
     else:
-        where = f"torch_dist, {table.storage_grid} chunks along each tensor-parallel axis"
+        where = "torch_dist"
     elements = sum(prod(table.hf[name]) for name in source.order)
     lines.append(f"{source.format} ({source.dtype}) -> {where}")
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    lines += [f"dropped {name}: {record.reason}" for name, record in planned.dropped.items()]
+    for name, record in planned.dropped.items():
+        how = " (compared when it is converted)" if record.same_as else ""
+        lines.append(f"dropped {name}: {record.reason}{how}")
     return "\n".join(lines)
 
 
@@ -186,6 +188,8 @@ class _Job:
 
     def copy(self, part: int, parts: int, restart: bool) -> Done:
         """Copies what is missing of a part; what is there now."""
+        if part == 1:
+            self.planned.source.check_repeats()
         identity = Identity(self.identity, parts, str(self.planned.source.path), self.planned.to)
         note = self.partial.begin(identity, part, restart=restart)
         if note:
@@ -243,7 +247,7 @@ class _Job:
 
 def _destination(planned: Plan, data: Path, max_shard_bytes: int) -> Destination:
     table = planned.source.table
-    dtypes = {name: dtype_of(planned.source, name) for name in planned.source.order}
+    dtypes = {name: planned.source.dtype_of(name) for name in planned.source.order}
     if planned.to == "hf":
         return HfDestination(data, table, dtypes, planned.restored, max_shard_bytes)
     return MegatronDestination(data, table, dtypes)

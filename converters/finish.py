@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mswift.converters.copying import dtype_of
-from mswift.converters.destinations import Destination, pieces_of
+from mswift.converters.destinations import Destination
 from mswift.converters.execute import Options
 from mswift.converters.io.side_files import carried_files
 from mswift.converters.manifest import DroppedRecord, FileRecord, Manifest, TensorRecord, hash_frame, hash_whole
@@ -56,9 +55,9 @@ def finish(
 
 
 def _record(source: Source, name: str, sha256: str | None) -> TensorRecord:
-    keys = [piece.names[1] for piece in pieces_of(source.table, name)]
+    keys = [piece.names[1] for piece in source.table.hf_pieces[name]]
     rule = source.table.megatron[keys[0]].rule.kind
-    return TensorRecord(dtype_of(source, name), source.table.hf[name], sha256, rule, " ".join(dict.fromkeys(keys)))
+    return TensorRecord(source.dtype_of(name), source.table.hf[name], sha256, rule, " ".join(dict.fromkeys(keys)))
 
 
 def _clear(destination: Destination) -> None:

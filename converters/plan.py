@@ -1,17 +1,17 @@
 """A family table applied to one config.json, and the proof that it moves every element exactly once."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from mswift.converters.catalog import family_for, spec_for
-from mswift.converters.family import Family, features_of, sizes_of
+from mswift.converters.family import Family, features_of, holds, sizes_of
 from mswift.converters.layout import Piece, Region, tiling_fault
-from mswift.converters.rules import Drop, Rule, size_of
+from mswift.converters.rules import LAYERS, MTP_LAYERS, Drop, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError
-from mswift.topology import check_tensor_parallel
+from mswift.topology import check_expert_tensor_parallel, check_tensor_parallel
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
@@ -27,90 +27,189 @@ LARGEST_GRID = 8
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """A global Megatron tensor: its key in torch_dist files, its shape, the rule that makes it."""
+    """A global Megatron tensor: its key in torch_dist files, its shape, the rule that makes it.
+
+    layer: its layer (HF count) where layers are kept apart; None where it holds all layers, or lies outside them.
+    Axes: [layer if stacked] [expert if the rule has experts] rows, width.
+    """
 
     key: str
     shape: tuple[int, ...]
     rule: Rule
+    layer: int | None = None
+    stacked: bool = False
+
+    @property
+    def num_lead_axes(self) -> int:
+        """How many axes come before the rows."""
+        return self.stacked + bool(self.rule.experts)
 
 
 class ModelTable:
-    """What `family_for(config)` says about the tensors of this very model."""
+    """What `family_for(config)` says about the tensors of this very model, in one of the family's spellings."""
 
-    def __init__(self, config: dict[str, Any], family: Family, spec: ModelSpec) -> None:
+    def __init__(self, config: dict[str, Any], family: Family, spec: ModelSpec, spelling: str = "") -> None:
         self.config = config
         self.family = family
         self.spec = spec
+        self.spelling = spelling or next(iter(family.spellings), "")
         self.sizes = sizes_of(spec)
-        features = features_of(spec)
-        rules = [r for r in family.table if isinstance(r, Rule) and r.when in features]
-        self.megatron: Mapping[str, MegatronTensor] = {
-            r.megatron: MegatronTensor(r.megatron, r.megatron_shape(self.sizes), r) for r in rules
-        }
+        self._features = features_of(spec, None, self.spelling)
+        self._layer_features = [
+            features_of(spec, spec.layer(n), self.spelling) for n in range(spec.num_layers + len(spec.mtp_layers))
+        ]
+        megatron: dict[str, MegatronTensor] = {}
+        for rule in family.table:
+            if isinstance(rule, Rule):
+                for tensor in self._tensors(rule):
+                    megatron[tensor.key] = tensor
+        self.megatron: Mapping[str, MegatronTensor] = megatron
         hf: dict[str, tuple[int, ...]] = {}
-        for rule in rules:
-            for layer in self._layers(rule):
-                hf.update({p.hf.format(l=layer): rule.hf_shape(p, self.sizes) for p in rule.parts})
+        self._own_dtype: set[str] = set()
+        for tensor in megatron.values():
+            experts = range(self.sizes["experts"]) if tensor.rule.experts == "each" else range(1)
+            for part in tensor.rule.parts:
+                shape = tensor.rule.hf_shape(part, self.sizes)
+                for layer in self._layers(tensor):
+                    for expert in experts:
+                        name = part.hf.format(l=layer, e=expert)
+                        if hf.setdefault(name, shape) != shape:
+                            raise CheckpointError(f"{name}: the table gives it shapes {hf[name]} and {shape}")
+                        if tensor.rule.own_dtype:
+                            self._own_dtype.add(name)
         self.hf: Mapping[str, tuple[int, ...]] = hf
-        self.dropped: Mapping[str, str] = {
-            d.hf.format(l=layer): d.reason
-            for d in family.table
-            if isinstance(d, Drop)
-            for layer in range(spec.num_layers)
+        self.dropped: Mapping[str, Drop] = {
+            name: d for d in family.table if isinstance(d, Drop) for name in self._drop_names(d)
         }
 
-    def _layers(self, rule: Rule) -> Iterator[int | None]:
-        yield from range(self.spec.num_layers) if rule.stacked else (None,)
+    def _tensors(self, rule: Rule) -> Iterator[MegatronTensor]:
+        """The Megatron tensors of a rule: one, one a layer, or none."""
+        spec = self.spec
+        first = spec.num_layers if rule.in_mtp else 0
+        count = len(spec.mtp_layers) if rule.in_mtp else spec.num_layers
+        if not (rule.in_layer or rule.in_mtp):
+            if holds(rule.when, self._features):
+                yield MegatronTensor(rule.megatron, self._shape(rule), rule)
+            return
+        layers = [n for n in range(first, first + count) if holds(rule.when, self._layer_features[n])]
+        if rule.in_layer and spec.stacked and layers:
+            yield MegatronTensor(rule.megatron, (spec.num_layers, *self._shape(rule)), rule, stacked=True)
+            return
+        prefix = MTP_LAYERS if rule.in_mtp else LAYERS
+        for n in layers:
+            key = f"{prefix}{n - first}.{rule.megatron.removeprefix(prefix)}"
+            yield MegatronTensor(key, self._shape(rule), rule, layer=n)
 
-    def pieces(self, key: str, layer: int | None = None) -> list[Piece]:
-        """Maps HF tensor -> Megatron tensor `key`; of one layer, or (None) of all."""
-        rule = self.megatron[key].rule
-        layers = self._layers(rule) if layer is None else (layer,)
-        return [piece for each in layers for piece in rule.pieces(self.sizes, each)]
+    def _shape(self, rule: Rule) -> tuple[int, ...]:
+        experts = (self.sizes["experts"],) if rule.experts else ()
+        return (*experts, *rule.shape(self.sizes))
+
+    def _drop_names(self, drop: Drop) -> Iterator[str]:
+        if "{l}" not in drop.hf:
+            if holds(drop.when, self._features):
+                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
+                    yield drop.hf.format(e=expert)
+            return
+        for layer, features in enumerate(self._layer_features):
+            if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
+                yield drop.hf.format(l=layer)
+
+    @property
+    def mtp_names(self) -> set[str]:
+        """HF names and Megatron keys of the multi-token-prediction layers."""
+        keys = {key for key, tensor in self.megatron.items() if tensor.rule.in_mtp}
+        return keys | {piece.names[0] for key in keys for piece in self.pieces(key)}
+
+    def key(self, name: str, layer: int | None) -> str:
+        """The key of a layer's tensor, given as "decoder.layers." + its rest; layer in HF's count."""
+        if layer is None or name in self.megatron:
+            return name
+        prefix = LAYERS if name.startswith(LAYERS) else MTP_LAYERS
+        number = layer if prefix == LAYERS else layer - self.spec.num_layers
+        return f"{prefix}{number}.{name.removeprefix(prefix)}"
+
+    def _layers(self, tensor: MegatronTensor) -> Sequence[int | None]:
+        """HF numbers of the layers whose weights the tensor holds; None: of no layer."""
+        return range(self.spec.num_layers) if tensor.stacked else (tensor.layer,)
+
+    def pieces(self, key: str, layers: range | None = None, experts: range | None = None) -> list[Piece]:
+        """Maps HF tensor -> Megatron tensor `key`; of some layers (of a stacked one) and experts, or (None) of all."""
+        tensor = self.megatron[key]
+        chosen = (experts or range(self.sizes["experts"])) if tensor.rule.experts else range(1)
+        if not tensor.stacked:
+            return tensor.rule.pieces(self.sizes, key, tensor.layer, (), chosen)
+        over = range(self.spec.num_layers) if layers is None else layers
+        return [piece for n in over for piece in tensor.rule.pieces(self.sizes, key, n, (n,), chosen)]
+
+    def pieces_in(self, key: str, region: Region) -> list[Piece]:
+        """Maps that may touch the region of the Megatron tensor."""
+        tensor, axis = self.megatron[key], 0
+        layers = experts = None
+        if tensor.stacked:
+            layers = range(region.offsets[0], region.offsets[0] + region.sizes[0])
+            axis = 1
+        if tensor.rule.experts == "each":
+            experts = range(region.offsets[axis], region.offsets[axis] + region.sizes[axis])
+        return self.pieces(key, layers, experts)
 
     @cached_property
-    def hf_pieces(self) -> Mapping[str, Piece]:
-        """HF name -> its map (side 0) into its Megatron tensor (side 1)."""
-        return {piece.names[0]: piece for key in self.megatron for piece in self.pieces(key)}
+    def hf_pieces(self) -> Mapping[str, tuple[Piece, ...]]:
+        """HF name -> its maps (side 0) into Megatron tensors (side 1)."""
+        found: dict[str, list[Piece]] = {}
+        for key in self.megatron:
+            for piece in self.pieces(key):
+                found.setdefault(piece.names[0], []).append(piece)
+        return {name: tuple(pieces) for name, pieces in found.items()}
+
+    def has_own_dtype(self, name: str) -> bool:
+        """Whether an HF tensor may have another dtype than the weights around it (a router's bias in fp32)."""
+        return name in self._own_dtype
 
     @cached_property
     def hf_order(self) -> list[str]:
         """HF names as files hold them: what is before the layers, layer after layer, what is after."""
-        before: list[str] = []
-        inside: list[tuple[int, str]] = []
-        after: list[str] = []
-        for key, tensor in self.megatron.items():
-            for piece in self.pieces(key):
-                if tensor.rule.stacked:
-                    inside.append((piece.starts[1][0], piece.names[0]))
-                else:
-                    (after if inside else before).append(piece.names[0])
-        return [*before, *(name for _, name in sorted(inside, key=lambda pair: pair[0])), *after]
+        order: dict[str, tuple[int, int, int]] = {}
+        inside = False
+        for rank, tensor in enumerate(self.megatron.values()):
+            in_layers = tensor.rule.in_layer or tensor.rule.in_mtp
+            inside = inside or in_layers
+            experts = range(self.sizes["experts"]) if tensor.rule.experts == "each" else range(1)
+            for layer in self._layers(tensor):
+                place = (layer if layer is not None else -1) if in_layers else (1 << 30 if inside else -1)
+                for expert in experts:
+                    for part in tensor.rule.parts:
+                        order.setdefault(part.hf.format(l=layer, e=expert), (place, expert, rank))
+        return sorted(order, key=order.__getitem__)
 
     def hf_modules(self, key: str) -> tuple[str, ...]:
         """Leaf names of the HF modules fused in it, in order: ("q_proj", "k_proj", "v_proj"), ..."""
         return tuple(part.hf.split(".")[-2] for part in self.megatron[key].rule.parts)
 
-    def shard(self, key: str, tp_rank: int, tp_size: int, layer: int | None = None) -> tuple[Region, ...]:
+    def shard(
+        self, key: str, tp_rank: int, tp_size: int, layer: int | None = None, expert: int | None = None
+    ) -> tuple[Region, ...]:
         """Regions of the global tensor whose concatenation along the cut axis is that rank's parameter.
 
         One region, or one per half of [gate; up]. Real vocabulary only: a rank's regions may hold fewer rows
-        than its padded parameter, or be absent. A stacked key needs `layer`; its regions have leading size 1.
+        than its padded parameter, or be absent. A stacked key needs `layer`, one with experts `expert` (tp_rank and
+        tp_size are then those of expert tensor parallelism); its regions have leading size 1.
         LayoutError if tp_size does not divide the unit that is cut.
         """
         tensor = self.megatron[key]
         rule, cut = tensor.rule, tensor.rule.cut
-        if rule.stacked != (layer is not None):
-            raise ValueError(f"{key}: layer {'is missing' if rule.stacked else 'given, but it is not stacked'}")
-        lead = () if layer is None else (layer,)
-        offsets, sizes = (*lead, *(0 for _ in tensor.shape[len(lead) :])), list(tensor.shape)
-        if lead:
-            sizes[0] = 1
+        for given, needed, what in ((layer, tensor.stacked, "layer"), (expert, bool(rule.experts), "expert")):
+            if needed != (given is not None):
+                raise ValueError(
+                    f"{key}: {what} {'is missing' if needed else 'given, but the tensor has no such axis'}"
+                )
+        lead = tuple(n for n in (layer, expert) if n is not None)
+        offsets = (*lead, *(0 for _ in tensor.shape[len(lead) :]))
+        sizes = [*(1 for _ in lead), *tensor.shape[len(lead) :]]
         if cut is None:
             return (Region(offsets, tuple(sizes)),)
         axis, units = cut.axis + len(lead), size_of(cut.unit, self.sizes)
         if not cut.uneven and units % tp_size:
-            self.check_tp(tp_size)
+            self._refuse_cut(key, tp_size, units)
         rows = tensor.shape[axis] // cut.blocks // units  # rows of one unit
         step = -(-units // tp_size)
         first, last = min(units, tp_rank * step), min(units, (tp_rank + 1) * step)
@@ -124,30 +223,38 @@ class ModelTable:
         return tuple(regions)
 
     def check_tp(self, tp_size: int) -> None:
-        """LayoutError if that tensor-parallel size cuts a KV group or the ffn unevenly; names sizes that work."""
-        check_tensor_parallel(
-            tp_size,
-            num_attention_heads=self.spec.num_attention_heads,
-            num_kv_heads=self.spec.num_kv_heads,
-            ffn_hidden_size=self.spec.ffn_hidden_size,
-        )
+        """LayoutError if that tensor-parallel size cuts what must stay whole; names sizes that work."""
+        check_tensor_parallel(tp_size, self.spec.tensor_parallel_units)
 
-    @cached_property
-    def storage_grid(self) -> int:
-        """Chunks per tensor-parallel axis in files we write: the largest power of two up to 8 that fits."""
+    def _refuse_cut(self, key: str, tp_size: int, units: int) -> None:
+        if self.megatron[key].rule.experts:
+            check_expert_tensor_parallel(tp_size, units)
+        self.check_tp(tp_size)
+        raise AssertionError(f"{key}: {units} units do not divide by {tp_size}")
+
+    def storage_grid(self, rule: Rule) -> int:
+        """Chunks along the cut axis in files we write: the largest power of two up to 8 that fits.
+
+        Experts are laid over ranks whole: one chunk each.
+        """
+        if rule.cut is None or rule.experts:
+            return 1
         grid = LARGEST_GRID
-        while self.spec.num_kv_heads % grid or self.spec.ffn_hidden_size % grid:
+        while not rule.cut.uneven and size_of(rule.cut.unit, self.sizes) % grid:
             grid //= 2
         return grid
 
     def storage_regions(self, key: str) -> list[Region]:
         """The chunks in which a converted checkpoint stores that tensor."""
-        rule = self.megatron[key].rule
+        tensor = self.megatron[key]
+        grid = self.storage_grid(tensor.rule)
+        experts = range(self.sizes["experts"]) if tensor.rule.experts else (None,)
         return [
             region
-            for layer in self._layers(rule)
-            for rank in range(self.storage_grid if rule.cut else 1)
-            for region in self.shard(key, rank, self.storage_grid if rule.cut else 1, layer)
+            for layer in (range(self.spec.num_layers) if tensor.stacked else (None,))
+            for expert in experts
+            for rank in range(grid)
+            for region in self.shard(key, rank, grid, layer, expert)
         ]
 
     def prove_coverage(self) -> None:
@@ -168,9 +275,19 @@ class ModelTable:
                     )
 
 
-def table_for(config: dict[str, Any]) -> ModelTable:
-    """The table of the model that this config.json describes; ConfigError if it is not supported."""
+def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTable:
+    """The table of the model that this config.json describes; ConfigError if it is not supported.
+
+    stored: the names of a checkpoint's tensors (HF names or Megatron keys), which decide between spellings of a
+    family, and whether the multi-token-prediction layers of config.json are there: transformers leaves them out.
+    """
     family = family_for(config)
-    table = ModelTable(config, family, spec_for(config, family))
+    spec = spec_for(config, family)
+    names = frozenset(stored)
+    spellings = family.spellings if names else family.spellings[:1]
+    tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
+    table = max(tables, key=lambda each: len(each.hf.keys() & names))
+    if names and spec.mtp_layers and not table.mtp_names & names:
+        table = ModelTable(config, family, replace(spec, mtp_layers=()), table.spelling)
     table.prove_coverage()
     return table

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from mswift.converters.copying import dtype_of, num_bytes, opened
+from mswift.converters.copying import num_bytes, opened
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.sources import Source
@@ -29,7 +29,7 @@ def measure(source: Source, num_workers: int, progress: bool) -> dict[str, Measu
     with progress_bar(sum(sizes.values()), "verify", progress) as advance:
 
         def work(name: str, buffers: Buffers) -> None:
-            dtype, digest, count = dtype_of(source, name), hashlib.sha256(), 0
+            dtype, digest, count = source.dtype_of(name), hashlib.sha256(), 0
             with opened(source, name, files) as tensor:
                 for low in range(0, tensor.size, PIECE_BYTES):
                     if buffers.stop.is_set():

@@ -7,7 +7,7 @@ from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import gather
 from mswift.converters.layout import Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
-from mswift.converters.sources import HfSource, MegatronSource, open_source
+from mswift.converters.sources import HEAD, HfSource, MegatronSource, open_source
 from mswift.errors import CheckpointError
 
 
@@ -15,16 +15,22 @@ class WeightReader:
     """A model directory in Megatron space; one thread.
 
     Strict at construction: every tensor of the table, none extra, right shapes, one dtype; else CheckpointError.
+    A tied model's own lm_head.weight is compared with the embedding.
     """
 
     def __init__(self, path: Path) -> None:
         self._source = open_source(Path(path))
+        self._source.check_repeats((HEAD,))
         self.table: ModelTable = self._source.table
         self.config: dict[str, Any] = self._source.config
         self.dtype: str = self._source.dtype
         self.hf_files: Path = self._source.hf_files
         self._hf_bytes = 0
         self._tile = memoryview(bytearray(PIECE_BYTES))
+
+    def dtype_of(self, key: str) -> str:
+        """Dtype of one Megatron tensor; `dtype` but for the few that may have their own."""
+        return self._source.dtype_of(self.table.pieces(key, range(1), range(1))[0].names[0])
 
     @property
     def bytes_read(self) -> int:
@@ -39,16 +45,14 @@ class WeightReader:
             self._read_hf(self._source, key, region, out.cast("B"))
 
     def _read_hf(self, source: HfSource, key: str, region: Region, out: memoryview) -> None:
-        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype]
+        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype_of(key)]
         if region.intersect(Region.full(tensor.shape)) != region:
             raise CheckpointError(f"{source.path}: {key} has shape {list(tensor.shape)}; {region} lies outside")
         if len(out) != region.num_elements * item_bytes:
             raise ValueError(f"{key}{region}: {len(out)} bytes given, {region.num_elements * item_bytes} needed")
-        layers = range(region.offsets[0], region.offsets[0] + region.sizes[0]) if tensor.rule.stacked else (None,)
-        for layer in layers:
-            for whole in self.table.pieces(key, layer):
-                for piece in restrict(whole, region, 1):
-                    self._hf_bytes += self._gather(source, piece, region, item_bytes, out)
+        for whole in self.table.pieces_in(key, region):
+            for piece in restrict(whole, region, 1):
+                self._hf_bytes += self._gather(source, piece, region, item_bytes, out)
 
     def _gather(self, source: HfSource, piece: Piece, region: Region, item_bytes: int, out: memoryview) -> int:
         name, start = piece.names[0], piece.starts[1]

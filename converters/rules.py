@@ -1,42 +1,63 @@
 """The vocabulary of the family tables: how Hugging Face (HF) tensors lie in Megatron tensors.
 
-A rule is a frozen value. Its Megatron tensor is a sequence of `units` along axis 0 (KV groups for qkv, one unit
-otherwise), each unit holding the rows of every part in turn; trailing axes are shared. Sizes are names or
-products of names ("groups*head_dim") looked up in the model's sizes, so that one table serves every model of a
-family. `{l}` stands for the layer number in HF names; Megatron keys of layers are stacked: no number, leading
-axis of length `layers`. Only indices move: no rule does arithmetic on weights.
+A rule is a frozen value. Its Megatron tensor is a sequence of `units` along its row axis (KV groups for qkv, one
+unit otherwise), each unit holding the rows of every part in turn; trailing axes are shared. Sizes are sums of
+products of names and numbers ("heads*head_dim+2*groups*head_dim") looked up in the model's sizes, so that one table
+serves every model of a family. In HF names `{l}` stands for the layer number and `{e}` for the expert.
+
+Megatron keys are written without the layer: `decoder.layers.` + the rest. Where all layers hold the same tensors
+megatron-core stores them as one, with a leading layer axis; else one for each layer, `decoder.layers.3.` + the rest.
+Keys of `mtp.layers.` (multi-token prediction) are never stacked. Tensors of experts have an expert axis before the
+rows, behind the layer axis if there is one. Only indices move: no rule does arithmetic on weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from mswift.converters.layout import Dim, Piece
 
 Sizes = Mapping[str, int]
 
-STACK = "decoder.layers."
-"""Megatron keys with this prefix hold all layers, one per index of axis 0."""
+LAYERS = "decoder.layers."
+"""Megatron keys with this prefix belong to a layer."""
+
+MTP_LAYERS = "mtp.layers."
+"""Megatron keys with this prefix belong to a multi-token-prediction layer, which HF counts behind the others."""
 
 
 def size_of(expression: str, sizes: Sizes) -> int:
-    """Value of "name" or "name*name"."""
-    value = 1
-    for name in expression.split("*"):
-        value *= sizes[name]
-    return value
+    """Value of "name", "name*name", "2*name+name*name"."""
+    total = 0
+    for term in expression.split("+"):
+        value = 1
+        for name in term.split("*"):
+            value *= int(name) if name.isdigit() else sizes[name]
+        total += value
+    return total
 
 
 @dataclass(frozen=True)
 class Part:
-    """One HF tensor: `rows` rows of it in every unit."""
+    """Rows of one HF tensor: `rows` of them in every unit.
+
+    Where they are not the whole tensor: the first one is `start`, the next one `step` rows on, and the tensor has
+    `of` rows in all. Where other rows lie between them: they come in runs of `run` (a divisor of `rows`), each
+    starting `every` rows behind the one before, from unit to unit as well.
+    """
 
     hf: str
     rows: str
+    start: str = "0"
+    step: int = 1
+    of: str = ""
+    run: str = ""
+    every: str = ""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Tensor parallelism cuts `axis` (layer axis not counted) in units of `unit`, in `blocks` equal blocks.
+    """Tensor parallelism cuts `axis` (layer and expert axes not counted) in units of `unit`, in `blocks` equal blocks.
 
     uneven: the count need not divide; a rank takes ceil(count / ranks) and the last ones less.
     """
@@ -49,7 +70,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Rule:
-    """`when`: name of the model feature without which the rule does not exist ("" = always)."""
+    """`when`: names, separated by blanks, of model or layer features without which the rule does not exist.
+
+    experts: "each": one HF tensor an expert; "stacked": the HF tensor has an expert axis first. transposed: the
+    HF tensor has the width before the rows. own_dtype: the tensor may have another dtype than the model's weights.
+    """
 
     kind: str
     megatron: str
@@ -58,50 +83,93 @@ class Rule:
     width: tuple[str, ...] = ()
     cut: Cut | None = None
     when: str = ""
+    experts: Literal["", "each", "stacked"] = ""
+    transposed: bool = False
+    own_dtype: bool = False
 
     @property
-    def stacked(self) -> bool:
-        return self.megatron.startswith(STACK)
+    def in_layer(self) -> bool:
+        return self.megatron.startswith(LAYERS)
+
+    @property
+    def in_mtp(self) -> bool:
+        return self.megatron.startswith(MTP_LAYERS)
 
     def hf_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
         """Shape of one HF tensor of this rule."""
-        return (
-            size_of(self.units, sizes) * size_of(part.rows, sizes),
-            *(size_of(w, sizes) for w in self.width),
-        )
+        rows = size_of(part.of, sizes) if part.of else size_of(self.units, sizes) * size_of(part.rows, sizes)
+        width = tuple(size_of(w, sizes) for w in self.width)
+        lead = (sizes["experts"],) if self.experts == "stacked" else ()
+        return (*lead, *width, rows) if self.transposed else (*lead, rows, *width)
 
-    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of the Megatron tensor; stacked ones have the layer axis first."""
-        rows = sum(self.hf_shape(part, sizes)[0] for part in self.parts)
-        layer = (sizes["layers"],) if self.stacked else ()
-        return (*layer, rows, *(size_of(w, sizes) for w in self.width))
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Shape of the Megatron tensor of one layer (of one expert)."""
+        rows = size_of(self.units, sizes) * sum(size_of(part.rows, sizes) for part in self.parts)
+        return (rows, *(size_of(w, sizes) for w in self.width))
 
-    def pieces(self, sizes: Sizes, layer: int | None) -> list[Piece]:
-        """One map per HF tensor (side 0) into the Megatron tensor (side 1), for one layer of a stacked rule."""
+    def pieces(self, sizes: Sizes, key: str, layer: int | None, lead: tuple[int, ...], experts: range) -> list[Piece]:
+        """Maps HF tensor (side 0) -> Megatron tensor `key` (side 1).
+
+        layer: its number in HF names; lead: index on the layer axis, () where there is none; experts: which of
+        them (any range of one where there are none).
+        """
+        if self.experts == "each":
+            first = self._of_expert(sizes, key, layer, (*lead, 0), 0, None)
+            return [
+                Piece((part.hf.format(l=layer, e=e), key), (at[0], (*lead, e, *at[1][len(lead) + 1 :])), piece.dims)
+                for e in experts
+                for part, piece, at in zip(self.parts, first, (p.starts for p in first), strict=True)
+            ]
+        if self.experts == "stacked":
+            return self._of_expert(sizes, key, layer, (*lead, experts.start), None, experts)
+        return self._of_expert(sizes, key, layer, lead, None, None)
+
+    def _of_expert(
+        self,
+        sizes: Sizes,
+        key: str,
+        layer: int | None,
+        lead: tuple[int, ...],
+        expert: int | None,
+        stacked: range | None,
+    ) -> list[Piece]:
         units = size_of(self.units, sizes)
         width = [size_of(w, sizes) for w in self.width]
         unit_rows = sum(size_of(part.rows, sizes) for part in self.parts)
-        lead = () if layer is None else (layer,)
-        row_axis = len(lead)
-        pieces, start = [], 0
+        hf_lead = () if stacked is None else (stacked.start,)
+        hf_row = len(hf_lead) + (len(width) if self.transposed else 0)
+        hf_width = len(hf_lead) + (0 if self.transposed else 1)
+        row = len(lead)
+        pieces, at = [], 0
         for part in self.parts:
             rows = size_of(part.rows, sizes)
-            dims = [Dim(units, (0, row_axis), (rows, unit_rows)), Dim(rows, (0, row_axis), (1, 1))]
-            dims += [Dim(n, (1 + i, row_axis + 1 + i), (1, 1)) for i, n in enumerate(width)]
-            starts = ((0,) * (1 + len(width)), (*lead, start, *(0 for _ in width)))
-            pieces.append(
-                Piece((part.hf.format(l=layer), self.megatron), starts, tuple(d for d in dims if d.size != 1))
-            )
-            start += rows
+            run = size_of(part.run, sizes) if part.run else rows
+            every = size_of(part.every, sizes) if part.every else run * part.step
+            steps = ((units, rows // run * every, unit_rows), (rows // run, every, run), (run, part.step, 1))
+            dims = [Dim(count, (hf_row, row), (there, here)) for count, there, here in steps]
+            dims += [Dim(n, (hf_width + i, row + 1 + i), (1, 1)) for i, n in enumerate(width)]
+            if stacked is not None:
+                dims.append(Dim(len(stacked), (0, row - 1), (1, 1)))
+            hf_start = [*hf_lead, *(0 for _ in range(1 + len(width)))]
+            hf_start[hf_row] = size_of(part.start, sizes)
+            starts = (tuple(hf_start), (*lead, at, *(0 for _ in width)))
+            names = (part.hf.format(l=layer, e=expert), key)
+            pieces.append(Piece(names, starts, tuple(d for d in dims if d.size != 1)))
+            at += rows
         return pieces
 
 
 @dataclass(frozen=True)
 class Drop:
-    """HF tensors that some checkpoints hold and no model reads; recorded in the manifest with the reason."""
+    """HF tensors that some checkpoints hold and no model reads; recorded in the manifest with the reason.
+
+    same_as: their bytes must equal that tensor's (and come back from it).
+    """
 
     hf: str
     reason: str
+    same_as: str = ""
+    when: str = ""
 
 
 def rows(unit: str, *, blocks: int = 1, uneven: bool = False) -> Cut:
@@ -114,9 +182,34 @@ def columns(unit: str) -> Cut:
     return Cut(1, unit)
 
 
-def same(megatron: str, hf: str, shape: tuple[str, ...], *, cut: Cut | None = None, when: str = "") -> Rule:
+def same(
+    megatron: str, hf: str, shape: tuple[str, ...], *, cut: Cut | None = None, when: str = "", own_dtype: bool = False
+) -> Rule:
     """The same tensor under another name (stacked over layers if the key is)."""
-    return Rule("same", megatron, (Part(hf, shape[0]),), "one", shape[1:], cut, when)
+    return Rule("same", megatron, (Part(hf, shape[0]),), "one", shape[1:], cut, when, own_dtype=own_dtype)
+
+
+def rows_of(
+    megatron: str,
+    hf: str,
+    shape: tuple[str, ...],
+    *,
+    start: str,
+    of: str,
+    cut: Cut | None = None,
+    when: str = "",
+) -> Rule:
+    """shape[0] rows of an HF tensor of `of` rows, from row `start`; the other rows belong to other rules."""
+    return Rule("rows_of", megatron, (Part(hf, shape[0], start, 1, of),), "one", shape[1:], cut, when)
+
+
+def unit_rows_of(
+    megatron: str, hf: str, shape: tuple[str, ...], *, units: str, start: str, every: str, cut: Cut, when: str = ""
+) -> Rule:
+    """Of an HF tensor that holds `units` times `every` rows: shape[0] of each of these, from row `start`."""
+    of = "+".join(f"{units}*{term}" for term in every.split("+"))
+    part = Part(hf, shape[0], start, 1, of, run=shape[0], every=every)
+    return Rule("unit_rows_of", megatron, (part,), units, shape[1:], cut, when)
 
 
 def qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: str = "") -> Rule:
@@ -125,12 +218,60 @@ def qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: 
     return Rule("qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
-def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+def fused_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, from one HF tensor that holds all of q, then all of k, then all of v."""
+    q, kv = "heads*head_dim", "groups*head_dim"
+    of = f"{q}+2*{kv}"
+    parts = (
+        Part(hf, "heads_per_group*head_dim", of=of),
+        Part(hf, "head_dim", start=q, of=of),
+        Part(hf, "head_dim", start=f"{q}+{kv}", of=of),
+    )
+    return Rule("fused_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, with a gate for each query head; q holds a head's query rows, then its gate rows.
+
+    Per KV group: its query heads, their gates, its key head, its value head.
+    """
+    query = Part(q, "heads_per_group*head_dim", of="2*heads*head_dim", run="head_dim", every="2*head_dim")
+    parts = (query, replace(query, start="head_dim"), Part(k, "head_dim"), Part(v, "head_dim"))
+    return Rule("gated_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:
     """[gate; up], whatever the tensor-parallel size; a rank takes its slice of each half."""
-    parts = (Part(gate, "ffn"), Part(up, "ffn"))
-    return Rule("gate_up", megatron, parts, "one", width, rows("ffn", blocks=2), when)
+    parts = (Part(gate, ffn), Part(up, ffn))
+    return Rule("gate_up", megatron, parts, "one", width, rows(ffn, blocks=2), when)
 
 
-def drop(hf: str, reason: str) -> Drop:
+def fused_gate_up(
+    megatron: str, hf: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn", up_first: bool = False
+) -> Rule:
+    """[gate; up] from one HF tensor that holds gate, then up (or up, then gate)."""
+    gate, up = ("0", ffn) if not up_first else (ffn, "0")
+    parts = (Part(hf, ffn, gate, 1, f"2*{ffn}"), Part(hf, ffn, up, 1, f"2*{ffn}"))
+    return Rule("fused_gate_up", megatron, parts, "one", width, rows(ffn, blocks=2), when)
+
+
+def experts(rule: Rule, how: Literal["each", "stacked"], *, transposed: bool = False) -> Rule:
+    """The rule for every expert of a layer: one HF tensor each (`{e}` in its name), or one with an expert axis."""
+    return replace(rule, kind=f"{rule.kind}, experts {how}", experts=how, transposed=transposed)
+
+
+def interleaved_gate_up(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:
+    """[gate; up] from one HF tensor whose rows are gate and up in turn."""
+    parts = (Part(hf, ffn, "0", 2, f"2*{ffn}"), Part(hf, ffn, "1", 2, f"2*{ffn}"))
+    return Rule("interleaved_gate_up", megatron, parts, "one", width, rows(ffn, blocks=2), when)
+
+
+def in_mtp(rule: Rule) -> Rule:
+    """The rule of a decoder layer, for the same tensor inside a multi-token-prediction layer."""
+    key = MTP_LAYERS + "transformer_layer." + rule.megatron.removeprefix(LAYERS)
+    return replace(rule, megatron=key)
+
+
+def drop(hf: str, reason: str, *, same_as: str = "", when: str = "") -> Drop:
     """An HF tensor that is left out for a stated reason."""
-    return Drop(hf, reason)
+    return Drop(hf, reason, same_as, when)

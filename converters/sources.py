@@ -1,7 +1,7 @@
 """Where a model's weights come from: a Hugging Face directory, or a torch_dist one (converted, or a checkpoint)."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from mswift.converters.io.files import open_read, read_exactly
 from mswift.converters.io.safetensors import StoredTensor, read_directory
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
+from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.errors import CheckpointError
 
 HF_FOLDER = "hf"
 _NOT_WEIGHTS = ("optimizer.", "rng.")
 _ADAPTER = "adapter."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,22 @@ def run_of_bytes(name: str, size: int, offset: int) -> Piece:
 
 
 def chunk_places(
-    table: ModelTable, name: str, chunk: Region, dtype: str, data: tuple[int, Path, int]
+    piece: Piece, hf_shape: tuple[int, ...], chunk: Region, dtype: str, data: tuple[int, Path, int]
 ) -> Iterator[Place]:
-    """The bytes of HF tensor `name` that lie in one chunk of its Megatron tensor; data: (fd, path, offset)."""
+    """The bytes of a piece of an HF tensor that lie in one chunk of its Megatron tensor; data: (fd, path, offset)."""
     fd, path, offset = data
-    for part in restrict(table.hf_pieces[name], chunk, 1):
+    for part in restrict(piece, chunk, 1):
         local = tuple(s - o for s, o in zip(part.starts[1], chunk.offsets, strict=True))
         inside = Piece(part.names, (part.starts[0], local), part.dims)
-        copy = flatten(inside, (table.hf[name], chunk.sizes), DTYPE_BYTES[dtype])
+        copy = flatten(inside, (hf_shape, chunk.sizes), DTYPE_BYTES[dtype])
         yield Place(fd, path, copy.moved(1, offset))
 
 
 class HfSource:
     """The tensors of a Hugging Face directory, checked against the table of its config.json.
 
-    `dropped`: tensors that no model reads, with the reason; a tied checkpoint's own `lm_head.weight` is one of
-    them if its bytes equal the embedding's.
+    `dropped`: tensors that no model reads, with the reason; `repeats`: those among them whose bytes must equal
+    another tensor's (a tied checkpoint's own `lm_head.weight`), which `check_repeats` reads and compares.
     """
 
     format = "safetensors"
@@ -58,18 +59,21 @@ class HfSource:
     def __init__(self, path: Path) -> None:
         self.path = self.hf_files = path
         self.config = read_config(path)
-        self.table: ModelTable = table_for(self.config)
         stored = read_directory(path)
+        self.table: ModelTable = table_for(self.config, stored)
         self.fds: dict[Path, int] = {}
-        self.dropped = {name: self.table.dropped[name] for name in stored if name in self.table.dropped}
-        if self.table.spec.tied_embeddings and HEAD in stored and EMBEDDING in stored:
-            self._check_tied(stored[EMBEDDING], stored[HEAD])
-            self.dropped[HEAD] = f"equal to {EMBEDDING} (tie_word_embeddings)"
         self.all_tensors: Mapping[str, StoredTensor] = stored
+        drops = {name: self.table.dropped[name] for name in stored if name in self.table.dropped}
+        self.dropped = {name: drop.reason for name, drop in drops.items()}
+        self.repeats = {name: drop.same_as for name, drop in drops.items() if drop.same_as}
         self.tensors = {name: tensor for name, tensor in stored.items() if name not in self.dropped}
         check_shapes(str(path), {n: t.shape for n, t in self.tensors.items()}, self.table.hf)
-        self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()})
+        self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()}, self.table.has_own_dtype)
         self.order = sorted(self.tensors, key=lambda n: (self.tensors[n].path, self.tensors[n].offset))
+
+    def dtype_of(self, name: str) -> str:
+        """Dtype of one HF tensor; `dtype` but for the few that may have their own."""
+        return self.tensors[name].dtype
 
     def places(self, name: str) -> list[Place]:
         """Where the bytes of an HF tensor lie."""
@@ -101,19 +105,27 @@ class HfSource:
         if hasattr(self, "fds"):
             self.close()
 
-    def _check_tied(self, embedding: StoredTensor, head: StoredTensor) -> None:
-        where = f"{head.path}: {HEAD} of a model with tie_word_embeddings"
-        if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        """CheckpointError unless the repeats (some of them, or all) have the bytes of their originals."""
+        for name, original in self.repeats.items():
+            if original in self.all_tensors and (names is None or name in names):
+                self._check_repeat(original, name, self.dropped[name])
+
+    def _check_repeat(self, original: str, name: str, reason: str) -> None:
+        first, second = self.all_tensors[original], self.all_tensors[name]
+        where = f"{second.path}: {name} ({reason})"
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
             raise CheckpointError(
-                f"{where} is {head.dtype} {list(head.shape)}, the embedding {embedding.dtype} {list(embedding.shape)}"
+                f"{where} is {second.dtype} {list(second.shape)}, but {original} is {first.dtype} {list(first.shape)}"
             )
         a, b = (memoryview(bytearray(1 << 20)) for _ in range(2))
-        for start in range(0, head.nbytes, 1 << 20):
-            size = min(1 << 20, head.nbytes - start)
-            for tensor, buffer in ((embedding, a), (head, b)):
+        for start in range(0, second.nbytes, 1 << 20):
+            size = min(1 << 20, second.nbytes - start)
+            for tensor, buffer in ((first, a), (second, b)):
                 read_exactly(self.fd(tensor.path), buffer[:size], tensor.offset + start, tensor.path)
             if a[:size] != b[:size]:
-                raise CheckpointError(f"{where} differs from {EMBEDDING}; set tie_word_embeddings to false to keep it")
+                hint = "; set tie_word_embeddings to false to keep it" if name == HEAD else ""
+                raise CheckpointError(f"{where} differs from {original}{hint}")
 
 
 class MegatronSource:
@@ -131,7 +143,8 @@ class MegatronSource:
                 "put the Hugging Face config.json and tokenizer there"
             )
         self.config = read_config(self.hf_files)
-        self.table: ModelTable = table_for(self.config)
+        recorded = read_manifest(path)
+        self.table: ModelTable = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
         shapes = {n: t.shape for n, t in self.files.tensors.items() if not n.startswith(_NOT_WEIGHTS)}
         if shapes and all(name.startswith(_ADAPTER) for name in shapes):
             raise CheckpointError(
@@ -139,19 +152,29 @@ class MegatronSource:
                 "--adapters (mswift export writes it, mswift merge folds it in)"
             )
         check_shapes(str(path), shapes, {key: t.shape for key, t in self.table.megatron.items()})
-        self.dtype = one_dtype(str(path), {n: self.files.tensors[n].dtype for n in shapes})
+        own = self.table.megatron
+        self.dtype = one_dtype(
+            str(path), {n: self.files.tensors[n].dtype for n in shapes}, lambda key: own[key].rule.own_dtype
+        )
         self.order = self.table.hf_order
         self.dropped: dict[str, str] = {}
+        self.repeats: dict[str, str] = {}
+
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        """There are none here."""
+
+    def dtype_of(self, name: str) -> str:
+        """Dtype of one HF tensor; `dtype` but for the few that may have their own."""
+        return self.files.tensors[self.table.hf_pieces[name][0].names[1]].dtype
 
     def places(self, name: str) -> list[Place]:
         """Where the bytes of an HF tensor lie."""
-        piece = self.table.hf_pieces[name]
-        chunks = self.files.chunks(piece.names[1])
-        return [
-            place
-            for chunk, _ in chunks.overlapping(piece.hull(1))
-            for place in chunk_places(self.table, name, chunk, self.dtype, self.files.chunk_data(piece.names[1], chunk))
-        ]
+        shape, result = self.table.hf[name], list[Place]()
+        for piece in self.table.hf_pieces[name]:
+            key = piece.names[1]
+            for chunk, _ in self.files.chunks(key).overlapping(piece.hull(1)):
+                result += chunk_places(piece, shape, chunk, self.dtype_of(name), self.files.chunk_data(key, chunk))
+        return result
 
     def extents(self) -> dict[str, list[tuple[int, int]]]:
         """File name -> (offset, size) of every chunk of a model tensor in it."""
@@ -159,7 +182,8 @@ class MegatronSource:
         for key, tensor in self.table.megatron.items():
             for chunk, _ in self.files.chunks(key).overlapping(Region.full(tensor.shape)):
                 _, path, offset = self.files.chunk_data(key, chunk)
-                result.setdefault(path.name, []).append((offset, chunk.num_elements * DTYPE_BYTES[self.dtype]))
+                item_bytes = DTYPE_BYTES[self.files.tensors[key].dtype]
+                result.setdefault(path.name, []).append((offset, chunk.num_elements * item_bytes))
         return result
 
     def close(self) -> None:
@@ -195,12 +219,14 @@ def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Map
             raise CheckpointError(f"{where}: {name} has shape {list(found[name])}; config.json says {list(shape)}")
 
 
-def one_dtype(where: str, dtypes: Mapping[str, str]) -> str:
-    """The one floating dtype of all tensors; CheckpointError naming the first that differs."""
-    first_name, first = next(iter(dtypes.items()))
+def one_dtype(where: str, dtypes: Mapping[str, str], has_own: Callable[[str], bool]) -> str:
+    """The one floating dtype of all tensors but those that may have their own; CheckpointError naming the first
+    that differs.
+    """
+    first_name, first = next(((n, d) for n, d in dtypes.items() if not has_own(n)), ("", ""))
     for name, dtype in dtypes.items():
         if dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{where}: {name} is {dtype}; weights must be one of {', '.join(WEIGHT_DTYPES)}")
-        if dtype != first:
+        if dtype != first and not has_own(name):
             raise CheckpointError(f"{where}: {name} is {dtype}, but {first_name} is {first}; one dtype is expected")
     return first

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from mswift import rundir
-from mswift.converters.copying import dtype_of, num_bytes, opened
+from mswift.converters.copying import num_bytes, opened
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import MANIFEST
@@ -59,7 +59,7 @@ def verify(a: Path, b: Path, *, progress: bool = False, num_workers: int | None 
     report = Report(f"{a} ({left.format}) and {b} ({right.format})")
     report.differences += _model_differences(left, right)
     same_shape = [name for name in left.table.hf_order if left.table.hf[name] == right.table.hf.get(name)]
-    dtypes = {name: (dtype_of(left, name), dtype_of(right, name)) for name in same_shape}
+    dtypes = {name: (left.dtype_of(name), right.dtype_of(name)) for name in same_shape}
     report.differences += _dtype_differences(dtypes, a, b)
     comparison = _Comparison(left, right, [name for name in same_shape if len(set(dtypes[name])) == 1])
     report.differences += comparison.run(progress, num_workers or default_workers())
@@ -119,7 +119,7 @@ class _Comparison:
     def _span(self, name: str, low: int, high: int, buffers: Buffers) -> None:
         import numpy as np
 
-        item_bytes = DTYPE_BYTES[dtype_of(self.left, name)]
+        item_bytes = DTYPE_BYTES[self.left.dtype_of(name)]
         with opened(self.left, name, self._files) as mine, opened(self.right, name, self._files) as other:
             for start in range(low, high, PIECE_BYTES):
                 end = min(high, start + PIECE_BYTES)
@@ -137,7 +137,7 @@ class _Comparison:
 
     def _words(self, name: str) -> str:
         """The first differing element and how many differ."""
-        dtype, shape = dtype_of(self.left, name), self.left.table.hf[name]
+        dtype, shape = self.left.dtype_of(name), self.left.table.hf[name]
         position, mine, theirs = self._first[name]
         at = position // DTYPE_BYTES[dtype]
         index = [at // s % n for s, n in zip(strides(shape), shape, strict=True)]

@@ -55,12 +55,7 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
 def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
     """LayoutError when tensor or pipeline parallelism would cut what cannot be cut."""
     if config.tensor_model_parallel_size >= 1:
-        check_tensor_parallel(
-            config.tensor_model_parallel_size,
-            num_attention_heads=spec.num_attention_heads,
-            num_kv_heads=spec.num_kv_heads,
-            ffn_hidden_size=spec.ffn_hidden_size,
-        )
+        check_tensor_parallel(config.tensor_model_parallel_size, spec.tensor_parallel_units)
     if config.pipeline_model_parallel_size >= 1:
         check_stages(spec.num_layers, config.pipeline_model_parallel_size)
 

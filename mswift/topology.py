@@ -177,17 +177,31 @@ def check_stages(num_layers: int, pp: int, vpp: int = 1) -> None:
     raise LayoutError(f"{FLAGS['pp']} {pp} {why} the {num_layers} layers of the model: {FLAGS['pp']} can be {fitting}")
 
 
-def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_kv_heads: int, ffn_hidden_size: int) -> None:
-    """LayoutError unless each tensor-parallel rank gets whole KV groups, heads and MLP columns; names sizes that do."""
-    units = {
-        "key/value heads (KV groups)": num_kv_heads,
-        "attention heads": num_attention_heads,
-        "MLP columns": ffn_hidden_size,
-    }
+def check_tensor_parallel(tp: int, units: Mapping[str, int]) -> None:
+    """LayoutError unless every tensor-parallel rank gets whole units; names sizes that do.
+
+    units: what must not be cut, by its name ("attention heads"), and how many of it the model has.
+    """
     for unit, number in units.items():
         if number % tp:
             fitting = ", ".join(str(size) for size in divisors(math.gcd(*units.values())))
             raise LayoutError(f"{FLAGS['tp']} {tp} does not divide the model's {number} {unit}: it can be {fitting}")
+
+
+def check_expert_parallel(ep: int, num_experts: int) -> None:
+    """LayoutError unless every expert-parallel rank gets as many experts."""
+    if num_experts % ep:
+        fitting = ", ".join(map(str, divisors(num_experts)))
+        raise LayoutError(f"{FLAGS['ep']} {ep} does not divide the model's {num_experts} experts: it can be {fitting}")
+
+
+def check_expert_tensor_parallel(etp: int, columns: int) -> None:
+    """LayoutError unless every expert-tensor-parallel rank gets as many columns of each expert."""
+    if columns % etp:
+        fitting = ", ".join(map(str, divisors(columns)))
+        raise LayoutError(
+            f"{FLAGS['etp']} {etp} does not divide the {columns} columns of an expert: it can be {fitting}"
+        )
 
 
 def divisors(number: int) -> list[int]:

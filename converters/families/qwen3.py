@@ -17,7 +17,7 @@ def _spec(config: Fields) -> ModelSpec:
         head_dim=128,
         qkv_bias=bias,
         attention_out_bias=bias,
-        qk_norm=True,
+        qk_norm="head",
     )
 
 

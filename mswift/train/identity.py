@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift import rundir
-from mswift.converters.layout import Region
+from mswift.converters.layout import Piece, Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError
@@ -33,17 +33,17 @@ def base_fingerprint(reader: WeightReader) -> dict[str, str]:
     for name in table.hf_order:
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         digest = digests.setdefault(kind, hashlib.sha256())
-        key = table.hf_pieces[name].names[1]
-        for region in _first_and_last(table, name):
-            data = bytearray(region.num_elements * DTYPE_BYTES[reader.dtype])
-            reader.read(key, region, memoryview(data))
-            digest.update(data)
+        for piece in table.hf_pieces[name]:
+            for region in _first_and_last(table, piece):
+                data = bytearray(region.num_elements * DTYPE_BYTES[reader.dtype])
+                reader.read(piece.names[1], region, memoryview(data))
+                digest.update(data)
     return result | {kind: digest.hexdigest()[:32] for kind, digest in digests.items()}
 
 
-def _first_and_last(table: ModelTable, name: str) -> Iterator[Region]:
+def _first_and_last(table: ModelTable, piece: Piece) -> Iterator[Region]:
     """The first and the last row of an HF tensor as they lie in its Megatron tensor (of a fused vector: elements)."""
-    shape, hull = table.hf[name], table.hf_pieces[name].hull(1)
+    shape, hull = table.hf[piece.names[0]], piece.hull(1)
     *rows, last = (o + s - 1 for o, s in zip(hull.offsets, hull.sizes, strict=True))
     single = (1,) * len(rows)
     if len(shape) > 1 or hull.num_elements == prod(shape):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import LoraConfig, adapter_shapes, expand_modules_to_save
 from mswift.converters.plan import MegatronTensor, ModelTable
+from mswift.converters.rules import size_of
 from mswift.topology import ParallelDims
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -49,25 +50,30 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
 
 def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int) -> int:
     """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy."""
-    num_layers = len(dims.stage_layers(table.spec.num_layers, pp_rank))
+    layers = dims.stage_layers(table.spec.num_layers, pp_rank)
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
     elements = 0
     for key, tensor in table.megatron.items():
-        if tensor.rule.stacked:
-            elements += _local_elements(tensor, dims.tp, table) // table.spec.num_layers * num_layers
+        mine = _local_elements(tensor, dims, table)
+        if tensor.stacked:
+            elements += mine // table.spec.num_layers * len(layers)
+        elif tensor.rule.in_layer:
+            elements += mine * (tensor.layer in layers)
         elif key == EMBEDDING:
-            elements += _local_elements(tensor, dims.tp, table) * (first or (last and table.spec.tied_embeddings))
+            elements += mine * (first or (last and table.spec.tied_embeddings))
         elif last:
-            elements += _local_elements(tensor, dims.tp, table)
+            elements += mine
     return elements
 
 
-def _local_elements(tensor: MegatronTensor, tp: int, table: ModelTable) -> int:
-    """Elements of the tensor on one tensor-parallel rank; an uneven cut is padded to the largest part."""
-    elements = math.prod(tensor.shape)
+def _local_elements(tensor: MegatronTensor, dims: ParallelDims, table: ModelTable) -> int:
+    """Elements of the tensor on one rank of a stage that holds all its layers; an uneven cut is padded."""
+    tp, elements = dims.sizes["tp"], math.prod(tensor.shape)
+    if tensor.rule.experts:
+        tp, elements = dims.sizes["etp"], elements // dims.ep
     if tensor.rule.cut is None:
         return elements
-    units = table.sizes[tensor.rule.cut.unit]
+    units = size_of(tensor.rule.cut.unit, table.sizes)
     return elements // units * -(-units // tp)
 
 

@@ -50,7 +50,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         ffn_hidden_size=spec.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # megatron-core's hook for a module of ours: mswift.parallel.activations

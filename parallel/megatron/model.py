@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mswift.converters.spec import ModelSpec
 from mswift.parallel.loss import vocab_parallel_cross_entropy
-from mswift.parallel.megatron.spec import block_spec, rotary_table
+from mswift.parallel.megatron.spec import block_spec, check_computed, rotary_tables
 from mswift.topology import ParallelDims
 
 
@@ -48,10 +48,11 @@ def build_model(
     spec: ModelSpec, dims: ParallelDims, config: TransformerConfig, device: torch.device
 ) -> list[DenseModel]:
     """The chunks of this pipeline stage (one without virtual stages), weights allocated and not yet set."""
+    check_computed(spec)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model = DenseModel(
         config,
-        block_spec(spec, len(dims.stage_layers(spec.num_layers, stage)), rotary_table(spec, device)),
+        block_spec(spec, dims.stage_layers(spec.num_layers, stage), rotary_tables(spec, device)),
         vocab_size=padded_vocab_size(spec.vocab_size, dims.tp),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=stage == 0,

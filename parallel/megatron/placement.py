@@ -56,12 +56,13 @@ def place_parameters(
 ) -> Iterator[Placed]:
     """Every parameter of a chunk that holds the global `layers`. To be called before adapters are added."""
     for name, parameter in chunk.named_parameters():
-        key, layer = megatron_key(name)
-        copied = key == OUTPUT and table.spec.tied_embeddings
-        key = EMBEDDING if copied else key
-        regions = table.shard(key, tp_rank, tp_size, None if layer is None else layers[layer])
+        name, local = megatron_key(name)
+        layer = None if local is None else layers[local]
+        copied = name == OUTPUT and table.spec.tied_embeddings
+        key = table.key(EMBEDDING if copied else name, layer)
+        regions = table.shard(key, tp_rank, tp_size, layer if table.megatron[key].stacked else None)
         is_cut = getattr(parameter, "tensor_model_parallel", False)
-        parts = _parts(regions, tuple(parameter.shape), stacked=layer is not None)
+        parts = _parts(regions, tuple(parameter.shape), lead=table.megatron[key].num_lead_axes)
         yield Placed(key, table.megatron[key].shape, parameter, parts, not copied and (is_cut or tp_rank == 0))
 
 
@@ -73,11 +74,11 @@ def place_adapter(name: str, shape: Sequence[int], region: Region, parameter: nn
     return Placed(f"adapter.{name}", tuple(shape), parameter, parts, not is_copy and (is_cut or tp_rank == 0))
 
 
-def _parts(regions: Sequence[Region], local: tuple[int, ...], *, stacked: bool) -> tuple[Part, ...]:
+def _parts(regions: Sequence[Region], local: tuple[int, ...], *, lead: int) -> tuple[Part, ...]:
     """Lay regions one after the other along axis 0 of the local tensor."""
     parts, row = [], 0
     for region in regions:
-        sizes = region.sizes[1:] if stacked else region.sizes
+        sizes = region.sizes[lead:]
         assert sizes[1:] == local[1:], (region, local)
         parts.append(Part(row, region))
         row += sizes[0]

@@ -1,66 +1,61 @@
-"""The layers of a dense decoder for megatron-core, on PyTorch alone (no Transformer Engine, no apex).
+"""The layers of a decoder for megatron-core, put together from the parts beside this file.
 
-Shapes: s sequence, b batch, g KV groups of this rank, r query heads per group, d head dimension, f ffn columns.
+What a model needs and no part computes is refused here, by the name of the field.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from mswift.converters.spec import ModelSpec
-from mswift.parallel.activations import Swiglu
-from mswift.parallel.attention import SdpaAttention
+from mswift.converters.spec import LayerSpec, ModelSpec
+from mswift.errors import ConfigError
+from mswift.parallel.megatron.mlp import dense_mlp_spec
+from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import RMSNorm
-from mswift.parallel.rotary import RotaryTable, rotate
+from mswift.parallel.rotary import RotaryTable
+
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation": ("silu",),
+    "gated": (True,),
+    "norm": ("rms",),
+    "zero_centered_norm": (False,),
+    "pre_norm": (True,),
+    "post_norm": (False,),
+    "qk_norm": ("none", "head"),
+    "attention_scale": (None,),
+    "attention_softcap": (None,),
+    "attention_sinks": (False,),
+    "attention_gate": (False,),
+    "swiglu_limit": (None,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logit_divisor": (1.0,),
+    "logit_softcap": (None,),
+    "mtp_layers": ((),),
+    "moe": (None,),
+    "mla": (None,),
+    "mamba": (None,),
+    "delta": (None,),
+}
+"""Fields of ModelSpec and the values with which training computes the model's function."""
 
 
-class BiasedColumnParallelLinear(ColumnParallelLinear):
-    """A column-parallel linear with a bias, whatever megatron-core's single `add_bias_linear` says."""
-
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class BiasedRowParallelLinear(RowParallelLinear):
-    """A row-parallel linear with a bias, whatever megatron-core's single `add_bias_linear` says."""
-
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class RotarySelfAttention(SelfAttention):
-    """megatron-core's self-attention; q and k are rotated with a table that all layers share."""
-
-    def __init__(self, *args: Any, rotary: RotaryTable, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._rotary = rotary
-
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
-        output_gate: bool = False,
-        split_qkv: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, hidden] -> rotated query [s, b, g * r, d], rotated key [s, b, g, d], value [s, b, g, d]."""
-        mixed, _ = self.linear_qkv(hidden_states)
-        groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        s, b, width = mixed.shape
-        heads = width // (groups * head_dim)
-        query, key, value = mixed.view(s, b, groups, heads, head_dim).split([heads - 2, 1, 1], dim=-2)
-        if self.q_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
-        return rotate(query, cos, sin).flatten(2, 3), rotate(key, cos, sin).flatten(2, 3), value.squeeze(-2)
+def check_computed(spec: ModelSpec) -> None:
+    """ConfigError for the first feature of the model that training does not compute; its conversion is not affected."""
+    for name, values in COMPUTED.items():
+        if getattr(spec, name) not in values:
+            raise ConfigError(
+                f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
+                "the model can be converted"
+            )
+    if any(layer.window is not None for layer in spec.layers):
+        raise ConfigError(f"model_type {spec.model_type!r}: training does not compute sliding windows yet")
 
 
 def add_residual(_training: bool, _fused: bool) -> Any:
@@ -73,41 +68,29 @@ def add_residual(_training: bool, _fused: bool) -> Any:
     return add
 
 
-def layer_spec(spec: ModelSpec, rotary: RotaryTable) -> ModuleSpec:
+def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable]) -> ModuleSpec:
     """One decoder layer."""
-    qk_norm = RMSNorm if spec.qk_norm else None
-    column = BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear
-    row = BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=SdpaAttention,
-        linear_proj=BiasedRowParallelLinear if spec.attention_out_bias else RowParallelLinear,
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=RotarySelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},
-                submodules=attention,
-            ),
+            self_attention=self_attention_spec(spec, layer, None if layer.rope is None else rotary[layer.rope]),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(column, Swiglu, row)),
+            mlp=dense_mlp_spec(spec),
             mlp_bda=add_residual,
             cross_attention=IdentityOp,
         ),
     )
 
 
-def block_spec(spec: ModelSpec, num_layers: int, rotary: RotaryTable) -> TransformerBlockSubmodules:
+def block_spec(spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable]) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the norm behind the last of them."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec, rotary)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(spec, spec.layer(n), rotary) for n in layers], layer_norm=RMSNorm
+    )
 
 
-def rotary_table(spec: ModelSpec, device: torch.device) -> RotaryTable:
-    """The table that all layers of one rank share."""
-    return RotaryTable(spec.rope, spec.head_dim, device)
+def rotary_tables(spec: ModelSpec, device: torch.device) -> list[RotaryTable]:
+    """One for each of `spec.ropes`; all layers of one rank share them."""
+    return [RotaryTable(rope, spec.head_dim, device) for rope in spec.ropes]

@@ -211,7 +211,7 @@ def test_shards_of_several_ranks_are_one_checkpoint_for_torch(ranks: int, tmp_pa
         for key, tensor in table.megatron.items():
             if tensor.rule.cut is None and rank:
                 continue
-            for layer in range(5) if tensor.rule.stacked else (None,):
+            for layer in range(5) if tensor.stacked else (None,):
                 for region in table.shard(key, rank, ranks, layer):
                     index = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
                     data = np.ascontiguousarray(expected[key][index]).data

@@ -50,8 +50,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, suffix: str, change: Callable[[Piece]
     """From now on the rule that moves the HF tensor with that suffix is wrong."""
     right = Rule.pieces
 
-    def wrong(self: Rule, sizes: Any, layer: int | None) -> list[Piece]:
-        return [change(p) if p.names[0].endswith(suffix) else p for p in right(self, sizes, layer)]
+    def wrong(self: Rule, *args: Any) -> list[Piece]:
+        return [change(p) if p.names[0].endswith(suffix) else p for p in right(self, *args)]
 
     monkeypatch.setattr(Rule, "pieces", wrong)
 
@@ -70,9 +70,7 @@ def test_a_planted_fault_is_refused_by_name(name: str, monkeypatch: pytest.Monke
 
 def test_a_rule_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ModelTable.pieces
-    monkeypatch.setattr(
-        ModelTable, "pieces", lambda self, key, layer=None: [] if key == FC1 else right(self, key, layer)
-    )
+    monkeypatch.setattr(ModelTable, "pieces", lambda self, key, *rest: [] if key == FC1 else right(self, key, *rest))
     with pytest.raises(CheckpointError, match=r"gate_proj.weight of shape .* are covered 0 times"):
         table_for(tiny_config())
 

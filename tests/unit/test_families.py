@@ -54,7 +54,7 @@ def test_shards_of_all_ranks_tile_every_tensor(family: str, changes: dict[str, A
         return
     table.check_tp(tp)
     for key, tensor in table.megatron.items():
-        layers = range(config["num_hidden_layers"]) if tensor.rule.stacked else (None,)
+        layers = range(config["num_hidden_layers"]) if tensor.stacked else (None,)
         ranks = range(tp if tensor.rule.cut else 1)
         boxes: list[Region] = [r for layer in layers for rank in ranks for r in table.shard(key, rank, tp, layer)]
         assert tiling_fault(boxes, tensor.shape) is None
@@ -107,12 +107,12 @@ def test_rope_in_both_spellings(changes: dict[str, Any], rope: RopeSpec) -> None
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 32}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type' is 'yarn'"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+    ("llama", {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_scaling.rope_type' is 'ntk'"),
+    ("llama", {"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks ['high_freq_factor'"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "unknown ['beta_fast']"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "positive numbers"),
-    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "another value"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters has 500000.0"),
     ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
     ("llama", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; only 'silu'"),
     ("llama", {"attention_dropout": 0.1}, "'attention_dropout' is 0.1"),

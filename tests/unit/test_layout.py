@@ -43,8 +43,14 @@ def positions(piece: Piece, side: int) -> list[tuple[int, ...]]:
 
 
 def pieces_of(rule: Rule, sizes: dict[str, int]) -> list[Piece]:
-    layers = range(sizes["layers"]) if rule.stacked else [None]
-    return [piece for layer in layers for piece in rule.pieces(sizes, layer)]
+    one = range(1)
+    if not rule.in_layer:
+        return rule.pieces(sizes, rule.megatron, None, (), one)
+    return [p for layer in range(sizes["layers"]) for p in rule.pieces(sizes, rule.megatron, layer, (layer,), one)]
+
+
+def megatron_shape(rule: Rule, sizes: dict[str, int]) -> tuple[int, ...]:
+    return (*((sizes["layers"],) if rule.in_layer else ()), *rule.shape(sizes))
 
 
 def apply(pieces: list[Piece], source: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -62,13 +68,13 @@ def apply(pieces: list[Piece], source: dict[str, Any], shapes: dict[str, tuple[i
 def test_every_rule_and_its_inverse_are_a_round_trip(name: str, sizes: dict[str, int]) -> None:
     rule, count = RULES[name], 0
     hf: dict[str, Any] = {}
-    for layer in range(sizes["layers"]) if rule.stacked else [None]:
+    for layer in range(sizes["layers"]) if rule.in_layer else [None]:
         for part in rule.parts:
             shape = rule.hf_shape(part, sizes)
             hf[part.hf.format(l=layer)] = count + np.arange(np.prod(shape)).reshape(shape)
             count += int(np.prod(shape))
     pieces = pieces_of(rule, sizes)
-    there = apply(pieces, hf, {rule.megatron: rule.megatron_shape(sizes)})
+    there = apply(pieces, hf, {rule.megatron: megatron_shape(rule, sizes)})
     assert sorted(there[rule.megatron].ravel()) == list(range(count))
     back = apply([p.inverse() for p in pieces], there, {n: a.shape for n, a in hf.items()})
     assert all((back[n] == hf[n]).all() for n in hf)
@@ -109,7 +115,7 @@ def test_restriction_keeps_exactly_the_elements_inside(
 ) -> None:
     rule = RULES[name]
     whole = data.draw(st.sampled_from(pieces_of(rule, sizes)))
-    shape = rule.megatron_shape(sizes) if side else whole.hull(0).sizes
+    shape = megatron_shape(rule, sizes) if side else whole.hull(0).sizes
     region = regions(data.draw, shape)
     inside = {
         (a, b)
@@ -127,7 +133,7 @@ def test_restriction_keeps_exactly_the_elements_inside(
 def test_flat_byte_maps_are_the_same_map(name: str, sizes: dict[str, int], item_bytes: int) -> None:
     rule = RULES[name]
     for piece in pieces_of(rule, sizes)[:2]:
-        shapes = (piece.hull(0).sizes, rule.megatron_shape(sizes))
+        shapes = (piece.hull(0).sizes, megatron_shape(rule, sizes))
         flat = flatten(piece, shapes, item_bytes)
         expected = set()
         for a, b in zip(positions(piece, 0), positions(piece, 1), strict=True):

@@ -188,10 +188,16 @@ class MegatronDestination:
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of what a file holds besides tensors."""
+        before, ending = 0, b""  # the end of one item and the beginning of the next are one write
         for start, dtype, sizes in self._framed[file]:
             prefix, suffix = tensor_envelope(dtype, sizes)
-            yield start, prefix
-            yield start + len(prefix) + prod(sizes) * DTYPE_BYTES[dtype], suffix
+            if before + len(ending) == start:
+                yield before, ending + prefix
+            else:
+                yield before, ending
+                yield start, prefix
+            before, ending = start + len(prefix) + prod(sizes) * DTYPE_BYTES[dtype], suffix
+        yield before, ending
 
     def finish(self) -> None:
         """Writes .metadata, common.pt, metadata.json and the empty objects that megatron-core asks for."""

@@ -122,7 +122,7 @@ class Manifest:
             "num_bytes": self.num_bytes,
             "seconds": round(self.seconds, 3),
             "non_finite": self.non_finite,
-            "tensors": {name: asdict(t) for name, t in self.tensors.items()},
+            "tensors": {name: vars(t) for name, t in self.tensors.items()},
             "dropped": {name: asdict(d) for name, d in self.dropped.items()},
             "files": {name: asdict(f) for name, f in self.files.items()},
         }

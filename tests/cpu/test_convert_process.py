@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.conversion.processes import command, run_until
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.verify import verify, verify_record
 from tests.support.checkpoints import hf_shapes, random_model, tiny_config, write_model
-from tests.support.killing import command, run_until
 
 BIG: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 256, "vocab_size": 16000}
 

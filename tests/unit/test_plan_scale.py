@@ -11,7 +11,8 @@ from tests.support.deepseek import V3, hub_tensors
 from tests.support.sparse import write_sparse_model
 
 SHARD_BYTES = 8_450_000_000
-LARGEST_SECONDS = 10.0
+LARGEST_SECONDS = 5.0
+"""Of CPU; 0.9 on one idle core of an EPYC, and 10 are promised."""
 LARGEST_BYTES = 1 << 30
 
 PROGRAM = """

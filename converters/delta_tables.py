@@ -97,7 +97,7 @@ def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
 
     megatron-core builds it of Transformer Engine's layers alone, where the norm before experts is a module.
     """
-    table = []
+    table: list[Rule | Drop] = []
     for rule in rules:
         if isinstance(rule, Rule) and rule.megatron.startswith(M):
             rule = replace(rule, when=f"{rule.when} attention".strip())

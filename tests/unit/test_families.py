@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_a_family_is_a_module() -> None:
-    assert family_names() == sorted(FAMILIES)
+    assert set(FAMILIES) <= set(family_names())
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)

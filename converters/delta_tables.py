@@ -113,7 +113,7 @@ def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
 def delta_spec(config: Fields) -> DeltaSpec:
     """Reads the `linear_` fields."""
     keys, values = config.integer("linear_num_key_heads", 16), config.integer("linear_num_value_heads", 32)
-    config.one_of("linear_num_value_heads", values, range(keys, values + 1, keys))
+    config.check("linear_num_value_heads", values, range(keys, values + 1, keys))
     return DeltaSpec(
         num_key_heads=keys,
         num_value_heads=values,

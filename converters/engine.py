@@ -92,7 +92,9 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    lines += [f"dropped {name}: {record.reason}" for name, record in planned.dropped.items()]
+    for name, record in planned.dropped.items():
+        how = " (compared when it is converted)" if record.same_as else ""
+        lines.append(f"dropped {name}: {record.reason}{how}")
     return "\n".join(lines)
 
 
@@ -112,6 +114,7 @@ def convert(
     """
     started = time.perf_counter()
     planned = plan(Path(src), to)
+    planned.source.check_repeats()
     workers = num_workers or default_workers()
     with new_directory(Path(dst)) as directory:
         _check_space(planned, directory)

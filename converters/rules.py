@@ -114,7 +114,12 @@ class Rule:
         them (any range of one where there are none).
         """
         if self.experts == "each":
-            return [p for e in experts for p in self._of_expert(sizes, key, layer, (*lead, e), e, None)]
+            first = self._of_expert(sizes, key, layer, (*lead, 0), 0, None)
+            return [
+                Piece((part.hf.format(l=layer, e=e), key), (at[0], (*lead, e, *at[1][len(lead) + 1 :])), piece.dims)
+                for e in experts
+                for part, piece, at in zip(self.parts, first, (p.starts for p in first), strict=True)
+            ]
         if self.experts == "stacked":
             return self._of_expert(sizes, key, layer, (*lead, experts.start), None, experts)
         return self._of_expert(sizes, key, layer, lead, None, None)
@@ -233,6 +238,12 @@ def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], 
     query = Part(q, "heads_per_group*head_dim", of="2*heads*head_dim", run="head_dim", every="2*head_dim")
     parts = (query, replace(query, start="head_dim"), Part(k, "head_dim"), Part(v, "head_dim"))
     return Rule("gated_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def grouped_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, from one HF tensor that has the same order: per KV group its query heads, key head and value head."""
+    parts = (Part(hf, "heads_per_group*head_dim+2*head_dim"),)
+    return Rule("grouped_qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
 def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:

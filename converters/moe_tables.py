@@ -27,7 +27,7 @@ def without_dense_mlp(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
     """The table of a dense decoder, in which the rules of the MLP hold in dense layers only."""
     return tuple(
         replace(rule, when=f"{rule.when} dense".strip())
-        if isinstance(rule, Rule) and rule.megatron.startswith(M + "mlp.") and "layer_norm" not in rule.megatron
+        if isinstance(rule, Rule) and rule.megatron.startswith(M + "mlp.") and "norm" not in rule.megatron
         else rule
         for rule in rules
     )

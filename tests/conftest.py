@@ -23,6 +23,7 @@ BUDGET_SECONDS = {
     "unit": 60,
     "cpu/test_bad": 60,
     "cpu/test_convert": 45,
+    "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 50,
     "cpu/test_state": 20,
     "cpu/test_train": 320,

@@ -37,9 +37,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A tiny fp32 transformers model; vectors (norms, biases) are random as well."""
+    return model_of(BASE | MODELS[name] | changes, seed)
+
+
+def model_of(fields: Mapping[str, Any], seed: int = 0) -> torch.nn.Module:
+    """The same for any config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = BASE | MODELS[name] | changes
     config = AutoConfig.for_model(**fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -207,15 +211,16 @@ def _break_model(engine: Any, name: str | None) -> None:
         weight = model.decoder.layers[0].self_attention.linear_qkv.weight
         weight.copy_(weight.roll(weight.shape[0] // 2, 0))
     elif name == "tp mark":
-        for group in engine._optimizer._inner.optimizer.param_groups:
+        for group in engine._optimizer._chained.param_groups:
             for parameter in group["params"]:
                 parameter.tensor_model_parallel = False
 
 
 def _optimizer(model: torch.nn.Module, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith("bias")}
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.get("weight_decay", 0.1)},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": settings.get("weight_decay", 0.1)},
+        {"params": [p for n, p in model.named_parameters() if n not in matrices], "weight_decay": 0.0},
     ]
     if settings.get("optimizer") == "sgd":
         return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings.get("sgd_momentum", 0.9))

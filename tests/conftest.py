@@ -24,6 +24,7 @@ BUDGET_SECONDS = {
     "cpu/test_bad": 60,
     "cpu/test_convert": 20,
     "cpu/test_parity": 50,
+    "cpu/test_parity_families": 60,
     "cpu/test_state": 20,
     "cpu/test_train": 320,
     "cpu/test_data": 20,

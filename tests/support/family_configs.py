@@ -21,7 +21,17 @@ REMOTE_CODE = frozenset({"internlm2", "internlm3", "qwen"})
 GEMMA: dict[str, Any] = {"head_dim": 12, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 LONGROPE: dict[str, Any] = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0]}
 
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8, "q_lora_rank": 12, "kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 10, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 4,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "topk_group": 2, "routed_scaling_factor": 1.7,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32,
+                     "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7},
+}  # fmt: skip
+
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": BASE | LATENT | {"topk_method": "group_limited_greedy"},
+    "deepseek_v3": BASE | LATENT | {"num_nextn_predict_layers": 1},
     "gemma": BASE | GEMMA,
     "gemma2": BASE | GEMMA | {"sliding_window": 16, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 3.0,
                               "final_logit_softcapping": 5.0, "num_hidden_layers": 4},

@@ -27,6 +27,7 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_ADAPTER_MODULES = (".linear_in", ".linear_out")  # Megatron-Bridge's, made of megatron-core's linears
 _WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -254,13 +255,18 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
     return write_index_files(Path(directory), index)
 
 
+def _has_extra_state(module: str) -> bool:
+    """Whether megatron-core asks for the state of that module of a (stacked) layer."""
+    return module in _WITH_EXTRA_STATE or module.endswith(_ADAPTER_MODULES)
+
+
 def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     """.metadata, common.pt, metadata.json, and the empty objects of layers; fsynced."""
     empty = object_item([None])
     written = {}
     for key, (_, shape, _) in sorted(index.tensors.items()):
         module, _, leaf = key.removeprefix("decoder.layers.").rpartition(".")
-        if key.startswith("decoder.layers.") and leaf == "weight" and module in _WITH_EXTRA_STATE:
+        if key.startswith("decoder.layers.") and leaf == "weight" and _has_extra_state(module):
             for layer in range(shape[0]):
                 name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape[0]}"
                 index.objects[name] = Item(OBJECTS, 0, len(empty))

@@ -31,7 +31,7 @@ _BACKEND = {
 }
 _LINEAR = re.compile(
     r"(?P<module>decoder\.layers\.(?P<layer>\d+\.)?.*\."
-    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj))\.weight(\.\w+)?"
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out))\.weight(\.\w+)?"
 )
 _MAMBA_MODEL_NORM = "decoder.final_norm.weight"
 

@@ -82,6 +82,20 @@ class Fields:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
+    def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
+
     def optional_number(self, name: str, default: float | None = None) -> float | None:
         """A positive number or null, which turns off what an absent field leaves at its default."""
         if name in self._config and self._config[name] is None:

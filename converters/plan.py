@@ -107,7 +107,8 @@ class ModelTable:
     def _drop_names(self, drop: Drop) -> Iterator[str]:
         if "{l}" not in drop.hf:
             if holds(drop.when, self._features):
-                yield drop.hf
+                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
+                    yield drop.hf.format(e=expert)
             return
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):

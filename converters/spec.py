@@ -87,18 +87,19 @@ class MlaSpec:
 
 @dataclass(frozen=True)
 class MambaSpec:
-    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba")."""
+    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba"); its convolution has a bias, its projections have none.
+
+    num_groups: of heads that share B and C; norm_groups: in how many equal parts the gated output is normalised.
+    """
 
     num_heads: int
     head_dim: int
     state_size: int
     num_groups: int
+    norm_groups: int
     conv_kernel: int
     chunk_size: int
-    conv_bias: bool = True
-    proj_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    norm_before_gate: bool = False
 
 
 @dataclass(frozen=True)

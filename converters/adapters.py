@@ -86,7 +86,7 @@ class HfLinear:
         return {a: (rank, self.in_features), b: (self.out_features, rank)}
 
 
-def _is_linear(rule: Rule) -> bool:
+def is_linear(rule: Rule) -> bool:
     """Whether the HF tensors of a rule are weights of linears inside layers (one an expert, where there are any).
 
     A router is none: transformers 5 makes it a module of its own with a parameter.
@@ -100,7 +100,7 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
 
     Example: {"self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.linear_fc2": ("down_proj",), ...}
     """
-    rules = [tensor.rule for tensor in table.megatron.values() if _is_linear(tensor.rule) and not tensor.rule.experts]
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule) and not tensor.rule.experts]
     return {
         rule.megatron.removeprefix(LAYERS).removesuffix(".weight"): tuple(
             dict.fromkeys(part.hf.split(".")[-2] for part in rule.parts)
@@ -119,7 +119,7 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
     found: dict[str, HfLinear] = {}
     for tensor in table.megatron.values():
         rule = tensor.rule
-        if not _is_linear(rule):
+        if not is_linear(rule):
             continue
         experts = range(table.spec.moe.num_experts) if rule.experts and table.spec.moe else (None,)
         for layer in range(table.spec.num_layers) if tensor.layer is None else (tensor.layer,):

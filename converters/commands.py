@@ -9,6 +9,7 @@ from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.errors import ConfigError
+from mswift.tuners.detect import is_adapter
 
 LARGEST_PARTS = 10_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -27,6 +28,10 @@ def convert(config: ConvertConfig) -> int:
     check_workers(config.num_workers)
     part = _part(config)
     source = locate(config.model, "--model")
+    if is_adapter(source):
+        from mswift.tuners import convert as adapters  # imports numpy
+
+        return adapters.convert(config, source)
     if config.dry_run:
         print(engine.describe(engine.plan(source, config.to), max_shard_bytes))
         return 0
@@ -59,7 +64,11 @@ def verify(config: VerifyConfig) -> int:
 
     check_workers(config.num_workers)
     a = locate(config.a, "A")
-    if config.b is None:
+    if is_adapter(a):
+        from mswift.tuners.verify import verify_adapters
+
+        report = verify_adapters(a, None if config.b is None else locate(config.b, "B"), config.base_model)
+    elif config.b is None:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)
     else:
         report = verification.verify(a, locate(config.b, "B"), progress=True, num_workers=config.num_workers)

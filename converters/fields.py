@@ -11,13 +11,15 @@ from mswift.errors import ConfigError
 WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
-        "cache_implementation", "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype",
-        "eos_token_id", "ep_size", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range",
-        "is_decoder", "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-        "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux", "task_specific_params", "tokenizer_class",
-        "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
-        "use_return_dict",
+        "cache_implementation",
+        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+        "ep_size",
+        "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
+        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux",
+        "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+        "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
     }
 )
 # fmt: on
@@ -80,6 +82,20 @@ class Fields:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
+    def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
+
     def optional_number(self, name: str, default: float | None = None) -> float | None:
         """A positive number or null, which turns off what an absent field leaves at its default."""
         if name in self._config and self._config[name] is None:
@@ -93,20 +109,6 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise self._error(name, f"must be a number from 0 to below 1, not {value!r}")
         return float(value)
-
-    def check_entry(self, name: str, value: Any, supported: Collection[Any]) -> None:
-        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
-        if value not in supported:
-            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
-
-    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
-        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
-        value = self.take(name, default)
-        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
-        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
-        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
-            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
-        return float(numbers[0]), float(numbers[1])
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""

@@ -230,12 +230,6 @@ def fused_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "")
     return Rule("fused_qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
-def grouped_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
-    """Like qkv, from one HF tensor that has the same order: per KV group its query heads, key head and value head."""
-    parts = (Part(hf, "heads_per_group*head_dim+2*head_dim"),)
-    return Rule("grouped_qkv", megatron, parts, "groups", width, rows("groups"), when)
-
-
 def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: str = "") -> Rule:
     """Like qkv, with a gate for each query head; q holds a head's query rows, then its gate rows.
 
@@ -244,6 +238,12 @@ def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], 
     query = Part(q, "heads_per_group*head_dim", of="2*heads*head_dim", run="head_dim", every="2*head_dim")
     parts = (query, replace(query, start="head_dim"), Part(k, "head_dim"), Part(v, "head_dim"))
     return Rule("gated_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def grouped_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, from one HF tensor that has the same order: per KV group its query heads, key head and value head."""
+    parts = (Part(hf, "heads_per_group*head_dim+2*head_dim"),)
+    return Rule("grouped_qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
 def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:

@@ -149,7 +149,11 @@ def read_peft_config(adapter: Path) -> PeftSettings:
 
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
-    path, data = adapter / CONFIG_FILE, read_adapter_json(adapter)
+    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE)
+
+
+def parse_peft_config(data: Mapping[str, Any], path: Path) -> PeftSettings:
+    """The content of an adapter_config.json; `path` is its name in errors, which are those of `read_peft_config`."""
     _refuse_unsupported(data, path)
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if not _is_rank(rank) or not _is_number(alpha):

@@ -186,7 +186,8 @@ def broken_rule(name: str | None) -> Iterator[None]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import layers
 
-    from mswift.parallel.megatron import engine
+    from mswift.parallel import activations, norms
+    from mswift.parallel.megatron import engine, self_attention, width_norm
 
     finalize = import_module("megatron.core.distributed.finalize_model_grads")  # a function hides the module
     places: dict[str, tuple[Any, str, Any]] = {
@@ -194,6 +195,16 @@ def broken_rule(name: str | None) -> Iterator[None]:
         "tied embedding reduce": (finalize, "_allreduce_word_embedding_grads", lambda *_, **__: None),
         "dp reduce": (DistributedDataParallel, "finish_grad_sync", lambda *_, **__: None),
         "sp norm reduce": (finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None),
+        "sp norm reduce of biases": (finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None),
+        "width norm's sum": (width_norm, "_summed", lambda x, _group: x.clone()),
+        "width norm's gradient sum": (
+            width_norm._SumOverRanks,
+            "backward",
+            staticmethod(lambda _ctx, gradient: (gradient, None)),
+        ),
+        "1 + w": (norms.ZeroCenteredRMSNorm, "forward", norms.RMSNorm.forward),
+        "neighbours": (self_attention, "rotate", _rotate_halves),
+        "tanh": (activations.GeluTanh, "approximate", "none"),
         "token weights": (engine.schedule, "_weighted_loss", _unweighted),
     }
     if name not in places:
@@ -206,6 +217,12 @@ def broken_rule(name: str | None) -> Iterator[None]:
 def _unweighted(losses: torch.Tensor, _weights: torch.Tensor) -> Any:
     total = losses.sum()
     return total, torch.zeros((), dtype=torch.int), total.detach()
+
+
+def _rotate_halves(x: Any, cos: Any, sin: Any, **_interleaved: bool) -> Any:
+    from mswift.parallel.rotary import rotate
+
+    return rotate(x, cos, sin)
 
 
 @torch.no_grad()

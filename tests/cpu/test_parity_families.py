@@ -77,6 +77,13 @@ def test_three_steps_of_sgd_equal_transformers(family: str, layout: str) -> None
     assert loss_sum / weight_sum == pytest.approx(truth["loss"][0], rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "starcoder2"])
+def test_bf16_gives_the_loss_of_fp32_to_its_precision(family: str) -> None:
+    config, start, truth = expected(family)
+    found = megatron_run(config, start, random_steps(), {**SGD, "dtype": "BF16"}, 2, LAYOUTS["tp2-sp"][1])
+    assert found["loss"] == pytest.approx(truth["loss"], rel=1e-2)
+
+
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {"sliding_window": 17}),
     "windows of the upper layers": ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}),

@@ -1,13 +1,19 @@
 """`mswift convert` and `mswift verify`."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
 from mswift.converters import verify as verification
+from mswift.converters.catalog import config_path, read_config
+from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.source import SourceOptions, dtype_option
 from mswift.errors import ConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -18,8 +24,11 @@ def convert(config: ConvertConfig) -> int:
     max_shard_bytes = parse_size(config.max_shard_size)
     check_workers(config.num_workers)
     source = locate(config.model, "--model")
+    options = source_options(config.model_config, config.ignore_config_fields, config.dtype, config.complete_config)
     if config.dry_run:
-        print(engine.describe(engine.plan(source, config.to), max_shard_bytes))
+        planned = engine.plan(source, config.to, options)
+        print(engine.describe(planned, max_shard_bytes))
+        print_notes(planned.source.config, planned.source.config_edits)
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)
@@ -30,8 +39,11 @@ def convert(config: ConvertConfig) -> int:
         progress=True,
         max_shard_bytes=max_shard_bytes,
         num_workers=config.num_workers,
+        options=options,
     )
     print(f"{config.output_dir}: {manifest}")
+    if config.to == "hf":
+        print_notes(read_config(Path(config.output_dir)), {})
     return 0
 
 
@@ -39,12 +51,31 @@ def verify(config: VerifyConfig) -> int:
     """0 if equal, 1 if not."""
     check_workers(config.num_workers)
     a = locate(config.a, "A")
+    options = source_options(config.model_config, config.ignore_config_fields, config.dtype, False)
     if config.b is None:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)
     else:
-        report = verification.verify(a, locate(config.b, "B"), progress=True, num_workers=config.num_workers)
+        b = locate(config.b, "B")
+        report = verification.verify(a, b, progress=True, num_workers=config.num_workers, options=options)
     print(report)
     return 0 if report.equal else 1
+
+
+def source_options(model_config: str | None, ignored: str, dtype: str | None, complete: bool) -> SourceOptions:
+    """The flags that say how a source is read; ConfigError for wrong values."""
+    home = None if model_config is None else Path(model_config)
+    if home is not None and not config_path(home).is_file():
+        raise ConfigError(f"--model_config {home}: is neither a config.json nor a directory with one")
+    names = tuple(name.strip() for name in ignored.split(",") if name.strip())
+    return SourceOptions(home, names, dtype_option(dtype), complete)
+
+
+def print_notes(config: Mapping[str, Any], edits: Mapping[str, Any]) -> None:
+    """What an exported config.json lacks for vLLM."""
+    missing = {name: value for name, value in missing_for_vllm(config).items() if name not in edits}
+    if missing:
+        fields = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in missing.items())
+        print(f"note: vLLM needs fields that config.json lacks: {fields}; --complete_config true adds them")
 
 
 def locate(name: str, flag: str) -> Path:

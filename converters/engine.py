@@ -1,6 +1,7 @@
 """plan -> execute -> prove: weights moved between formats, file to file, with bounded memory and no model."""
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -12,8 +13,8 @@ from typing import Literal
 
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
 from mswift.converters.io.files import PIECE_BYTES, new_directory
-from mswift.converters.io.side_files import MANIFEST, carried_files
-from mswift.converters.io.strided import cut, gather, scatter
+from mswift.converters.io.side_files import MANIFEST
+from mswift.converters.io.strided import Read, cut, scatter
 from mswift.converters.manifest import (
     DroppedRecord,
     FileRecord,
@@ -24,12 +25,13 @@ from mswift.converters.manifest import (
     read_manifest,
 )
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Place, Source, open_source
+from mswift.converters.sources import Place, Source, SourceOptions, open_source
 from mswift.converters.workers import Buffers, default_workers, early_writeback, progress_bar, run_all
 from mswift.errors import CheckpointError
 
 Format = Literal["megatron", "hf"]
 MAX_SHARD_BYTES = 5_000_000_000
+_DEFAULTS = SourceOptions()
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ class Plan:
 
     def num_bytes(self, name: str) -> int:
         """Size of one HF tensor."""
-        return prod(self.source.table.hf[name]) * DTYPE_BYTES[self.source.dtype]
+        return prod(self.source.table.hf[name]) * DTYPE_BYTES[self.source.dtype_of(name)]
 
     @property
     def total_bytes(self) -> int:
         return sum(map(self.num_bytes, self.source.order))
 
 
-def plan(src: Path, to: Format) -> Plan:
+def plan(src: Path, to: Format, options: SourceOptions = _DEFAULTS) -> Plan:
     """Reads config.json and headers only; refuses what the table of the family does not cover exactly once."""
-    source = open_source(src)
-    recorded = read_manifest(src)
+    source = open_source(src, options)
+    recorded = read_manifest(source.path)
     if recorded is not None and set(recorded.tensors) != set(source.table.hf):
         raise CheckpointError(
             f"{src / MANIFEST}: lists {len(recorded.tensors)} tensors, the model has {len(source.table.hf)}: the "
@@ -92,8 +94,25 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    lines += [f"dropped {name}: {record.reason}" for name, record in planned.dropped.items()]
+    for reason, names in grouped({name: record.reason for name, record in planned.dropped.items()}).items():
+        lines.append(f"dropped {names}: {reason}")
+    lines += [f"decoded {names}: {rule}" for rule, names in grouped(source.decoded).items()]
+    for name, value in source.config_edits.items():
+        lines.append(f"config.json: {name} " + ("is left out" if value is None else f"becomes {json.dumps(value)}"))
+    if source.ignored:
+        lines.append(f"config.json: ignored as asked: {', '.join(source.ignored)}")
     return "\n".join(lines)
+
+
+def grouped(said: Mapping[str, str]) -> dict[str, str]:
+    """What is said of names -> the names, in short."""
+    groups: dict[str, list[str]] = {}
+    for name, text in said.items():
+        groups.setdefault(text, []).append(name)
+    return {
+        text: names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names):,} tensors)"
+        for text, names in groups.items()
+    }
 
 
 def convert(
@@ -104,6 +123,7 @@ def convert(
     progress: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
+    options: SourceOptions = _DEFAULTS,
 ) -> Manifest:
     """Writes the model in `src` (HF directory, converted directory or checkpoint) to the new directory `dst`.
 
@@ -111,14 +131,14 @@ def convert(
     damaged or the disk full. Memory: 3 MiB a worker plus O(number of tensors).
     """
     started = time.perf_counter()
-    planned = plan(Path(src), to)
+    planned = plan(Path(src), to, options)
     workers = num_workers or default_workers()
     with new_directory(Path(dst)) as directory:
         _check_space(planned, directory)
         destination = _destination(planned, directory, max_shard_bytes, workers)
         with early_writeback(list(destination.fds.values())):
             hashes = _execute(planned, destination, workers, progress)
-        side_files = _carry(planned.source.hf_files, directory / destination.side_folder)
+        side_files = _carry(planned.source.side_files(), directory / destination.side_folder)
         manifest = Manifest(
             planned.source.format,
             destination.format,
@@ -127,6 +147,8 @@ def convert(
             planned.dropped,
             _finish(destination, side_files, workers),
             time.perf_counter() - started,
+            tuple(dict.fromkeys(planned.source.ignored)),
+            planned.source.config_edits,
         )
         manifest.write(directory)
     planned.source.close()
@@ -157,8 +179,10 @@ def _execute(planned: Plan, destination: Destination, workers: int, progress: bo
 
         def work(name: str, buffers: Buffers) -> None:
             size = planned.num_bytes(name)
-            digest = copy_tensor(name, size, planned.source.places(name), destination.places(name), buffers)
-            if planned.recorded is not None and digest != planned.recorded.tensors[name].sha256:
+            read = planned.source.stream(name, buffers.tile)
+            digest = copy_tensor(name, size, read, destination.places(name), buffers)
+            as_stored = planned.source.decoding(name) is None
+            if planned.recorded is not None and as_stored and digest != planned.recorded.tensors[name].sha256:
                 raise CheckpointError(
                     f"{planned.source.path}: {name} has sha256 {digest}, but the manifest there says "
                     f"{planned.recorded.tensors[name].sha256}: the files were damaged, or changed (if that was meant, "
@@ -171,12 +195,12 @@ def _execute(planned: Plan, destination: Destination, workers: int, progress: bo
     return hashes
 
 
-def copy_tensor(name: str, size: int, sources: Sequence[Place], places: Sequence[Place], buffers: Buffers) -> str:
+def copy_tensor(name: str, size: int, read: Read, places: Sequence[Place], buffers: Buffers) -> str:
     """Streams one HF tensor in the order of its bytes; returns their sha256."""
     digest = hashlib.sha256()
     repeats = sum(prod(d.size for d in place.copy.dims) for place in places)
     for low in range(0, size, PIECE_BYTES):
-        view = read_block(name, low, min(size, low + PIECE_BYTES), sources, buffers.block, buffers.tile)
+        view = read(low, min(size, low + PIECE_BYTES), buffers.block)
         digest.update(view)
         for place in places:
             for part in cut(place.copy, low, low + len(view)):
@@ -186,37 +210,30 @@ def copy_tensor(name: str, size: int, sources: Sequence[Place], places: Sequence
     return digest.hexdigest()
 
 
-def read_block(
-    name: str, low: int, high: int, sources: Sequence[Place], block: memoryview, tile: memoryview
-) -> memoryview:
-    """Bytes [low, high) of an HF tensor, in `block`."""
-    view, count = block[: high - low], 0
-    for place in sources:
-        for part in cut(place.copy, low, high):
-            count += gather(place.fd, place.path, part, view, low, tile)
-    if count != high - low:
-        raise CheckpointError(f"{name}: the source has {count} of the bytes {low}:{high}")
-    return view
-
-
-def _carry(source: Path, folder: Path) -> list[Path]:
-    """Copies what is not weights, byte for byte; returns the copies."""
+def _carry(files: Mapping[str, Path | bytes], folder: Path) -> list[Path]:
+    """Copies what is not weights; returns the copies."""
     folder.mkdir(exist_ok=True)
     copies = []
-    for path in carried_files(source):
-        copies.append(folder / path.name)
-        shutil.copyfile(path, copies[-1])
+    for name, content in files.items():
+        copies.append(folder / name)
+        if isinstance(content, bytes):
+            copies[-1].write_bytes(content)
+        else:
+            shutil.copyfile(content, copies[-1])
         with open(copies[-1], "rb+") as file:
             os.fsync(file.fileno())
     return copies
 
 
 def _records(planned: Plan, hashes: Mapping[str, str]) -> dict[str, TensorRecord]:
-    table, dtype = planned.source.table, planned.source.dtype
-    records = {}
+    source, table = planned.source, planned.source.table
+    decoded, records = source.decoded, {}
     for name in table.hf_order:
         key = table.hf_pieces[name][0].names[1]
-        records[name] = TensorRecord(dtype, table.hf[name], hashes[name], table.megatron[key].rule.kind, key)
+        kind = table.megatron[key].rule.kind
+        records[name] = TensorRecord(
+            source.dtype_of(name), table.hf[name], hashes[name], kind, key, decoded.get(name, "")
+        )
     return records
 
 

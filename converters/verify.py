@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from mswift import rundir
-from mswift.converters.engine import read_block
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import MANIFEST
+from mswift.converters.io.strided import Read
 from mswift.converters.layout import strides
 from mswift.converters.manifest import Manifest, hash_frame, hash_whole, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Place, Source, open_source
+from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.workers import Buffers, default_workers, progress_bar, run_all
 from mswift.errors import CheckpointError, ConfigError
 
 SHOWN_DIFFERENCES = 10
+_DEFAULTS = SourceOptions()
 
 
 @dataclass
@@ -45,17 +46,21 @@ class Report:
         return "\n".join([f"DIFFERENT: {self.subject}", *shown, *tail])
 
 
-def verify(a: Path, b: Path, *, progress: bool = False, num_workers: int | None = None) -> Report:
+def verify(
+    a: Path, b: Path, *, progress: bool = False, num_workers: int | None = None, options: SourceOptions = _DEFAULTS
+) -> Report:
     """Compares every element of the model in `a` with that in `b`, whatever their formats and sharding.
 
     CheckpointError if one of them cannot be read; differences are in the report, in the model's order.
     """
-    left, right = open_source(Path(a)), open_source(Path(b))
+    left, right = open_source(Path(a), options), open_source(Path(b), options)
     report = Report(f"{a} ({left.format}) and {b} ({right.format})")
     report.differences += _model_differences(left, right)
     names = [name for name in left.table.hf_order if left.table.hf[name] == right.table.hf.get(name)]
     if left.dtype != right.dtype:
-        report.differences.append(f"dtype: {left.dtype} in {a}, {right.dtype} in {b}")
+        report.differences.append(
+            f"dtype: {left.dtype} in {a}, {right.dtype} in {b} (--dtype compares what they are in one dtype)"
+        )
         return report
     found: dict[str, str] = {}
     item_bytes = DTYPE_BYTES[left.dtype]
@@ -63,7 +68,7 @@ def verify(a: Path, b: Path, *, progress: bool = False, num_workers: int | None 
     with progress_bar(sum(sizes.values()), "verify", progress) as advance:
 
         def work(name: str, buffers: Buffers) -> None:
-            sides = (left.places(name), right.places(name))
+            sides = (left.stream(name, buffers.tile), right.stream(name, buffers.tile))
             difference = _compare(name, left.table.hf[name], left.dtype, sides, buffers)
             if difference is not None:
                 found[name] = difference
@@ -88,17 +93,15 @@ def _model_differences(left: Source, right: Source) -> Iterable[str]:
             yield f"{name}: shape {list(shape)} and {list(other)}"
 
 
-def _compare(
-    name: str, shape: Sequence[int], dtype: str, sides: tuple[list[Place], list[Place]], buffers: Buffers
-) -> str | None:
+def _compare(name: str, shape: Sequence[int], dtype: str, sides: tuple[Read, Read], buffers: Buffers) -> str | None:
     """The first differing element and how many differ, in words."""
     item_bytes = DTYPE_BYTES[dtype]
     first: tuple[int, str, str] | None = None
     count, size = 0, prod(shape) * item_bytes
     for low in range(0, size, PIECE_BYTES):
         high = min(size, low + PIECE_BYTES)
-        a = read_block(name, low, high, sides[0], buffers.block, buffers.tile)
-        b = read_block(name, low, high, sides[1], buffers.other, buffers.tile)
+        a = sides[0](low, high, buffers.block)
+        b = sides[1](low, high, buffers.other)
         x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
         if np.array_equal(x, y):
             continue
@@ -159,10 +162,10 @@ def _verify_manifest(path: Path, manifest: Manifest, progress: bool, workers: in
 
         def work(name: str, buffers: Buffers) -> None:
             size, digest = prod(source.table.hf[name]) * DTYPE_BYTES[source.dtype], hashlib.sha256()
-            places = source.places(name)
+            read = source.stream(name, buffers.tile)
             for low in range(0, size, PIECE_BYTES):
                 high = min(size, low + PIECE_BYTES)
-                digest.update(read_block(name, low, high, places, buffers.block, buffers.tile))
+                digest.update(read(low, high, buffers.block))
             recorded = manifest.tensors.get(name)
             if recorded is None or recorded.sha256 != digest.hexdigest():
                 said = recorded.sha256 if recorded else "nothing"

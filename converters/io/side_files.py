@@ -1,6 +1,9 @@
 """The files of a model directory that are not weights."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mswift.errors import CheckpointError
 
@@ -30,3 +33,11 @@ def carried_files(model_dir: Path) -> list[Path]:
             )
         files.append(path)
     return files
+
+
+def edited_json(path: Path, edits: Mapping[str, Any]) -> bytes:
+    """A JSON object with other values for some fields; None leaves a field out."""
+    value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    value |= edits
+    kept = {name: item for name, item in value.items() if not (name in edits and item is None)}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()

@@ -27,6 +27,9 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_COMMON = {"checkpoint_version": 3.0, "iteration": 0}
+"""Megatron-LM takes a checkpoint without version for one from before 2.0, and reorders its query, key and value."""
+
 _WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -52,6 +55,11 @@ class TorchDistSource:
         self._data: dict[tuple[str, Region], int] = {}
         self._chunks: dict[str, Chunks] = {}
         self._scratch = local()
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether megatron-core's dist_checkpointing (or mswift) wrote it, not torch.distributed.checkpoint alone."""
+        return (self.path / BACKEND).is_file() or any("decoder." in name for name in self.tensors)
 
     def close(self) -> None:
         """Closes the files."""
@@ -266,7 +274,7 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
                 index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
-    written[COMMON] = object_item({})
+    written[COMMON] = object_item(_COMMON)
     written[BACKEND] = json.dumps(_BACKEND).encode()
     written[METADATA] = encode_metadata(index)
     for name, data in written.items():

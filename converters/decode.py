@@ -1,30 +1,22 @@
-"""Bytes that are made while reading: dequantised FP8 and MXFP4 weights, and casts that were asked for.
+"""Tensors whose bytes are made while reading: what is decoded, out of which stored tensors, by which rule.
 
-Every decoder works on a range of the elements of its tensor in C order, so memory is bounded by the range. Values
-are float32 (exact for every format read here but for the product with an FP8 scale, which is rounded once, as
-DeepSeek's own kernel does) and then rounded to the wanted dtype, to nearest, ties to even.
+No arithmetic here (decoders.py has it), so that a conversion without decodings does not import numpy.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES
 from mswift.converters.quantization import Quantization
 from mswift.errors import CheckpointError
 
-Floats = npt.NDArray[np.float32]
 Fetch = Callable[[int, int, int], memoryview]
 """(number of a stored tensor, low, high) -> its bytes [low, high)."""
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-LARGEST: Mapping[str, float] = {"F32": 3.4028235e38, "BF16": 3.3895314e38, "F16": 65504.0}
-_SLAB_BYTES = 16 << 20
+_LARGEST: Mapping[str, float] = {"F32": 3.4028235e38, "BF16": 3.3895314e38, "F16": 65504.0}
 _SCALES = ("F32", "BF16")
 
 
@@ -37,37 +29,11 @@ class HasShape(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-class Values(Protocol):
-    """Makes elements [first, last) of a tensor, in C order, out of stored bytes."""
-
-    def __call__(self, first: int, last: int, fetch: Fetch) -> Floats: ...
-
-
-def widen(dtype: str, data: memoryview) -> Floats:
-    """F32, BF16 or F16 bytes as float32, exactly."""
-    if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
-
-
-def narrow(values: Floats, dtype: str) -> npt.NDArray[Any]:
-    """float32 rounded to a dtype, to nearest, ties to even; a NaN stays one (BF16: 0x7fc0)."""
-    if dtype == "F32":
-        return values
-    if dtype == "F16":
-        with np.errstate(over="ignore", under="ignore"):
-            return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = 0x7FC0
-    return rounded
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How an HF tensor is made: from which stored tensors, by which rule (for the manifest), into which dtype.
 
-    start: makes what computes the values; one for each reader, as it may keep what it read last.
+    decoder: class in decoders.py and its arguments; an instance makes elements [first, last) as float32.
     """
 
     name: str
@@ -75,7 +41,7 @@ class Decoding:
     shape: tuple[int, ...]
     inputs: tuple[str, ...]
     rule: str
-    start: Callable[[], Values]
+    decoder: tuple[str, tuple[Any, ...]]
 
     @property
     def nbytes(self) -> int:
@@ -86,159 +52,33 @@ class DecodedBytes:
     """An HF tensor as a stream of bytes that are made while reading; one thread."""
 
     def __init__(self, decoding: Decoding, fetch: Fetch) -> None:
-        self.name, self.size = decoding.name, decoding.nbytes
-        self._decoding, self._fetch, self._values = decoding, fetch, decoding.start()
+        self._decoding, self._fetch = decoding, fetch
+        from mswift.converters import decoders  # numpy: only where it is needed
 
-    def direct(self) -> None:
-        """The bytes lie in no file."""
+        self._decoders = decoders
+        name, arguments = decoding.decoder
+        self._values = getattr(self._decoders, name)(*arguments)
 
-    def read(self, low: int, high: int, block: memoryview, tile: memoryview) -> memoryview:
+    def read(self, low: int, high: int, block: memoryview) -> memoryview:
         """Bytes [low, high), in `block`; CheckpointError for a finite value that the dtype cannot hold."""
-        decoding = self._decoding
-        item = DTYPE_BYTES[decoding.dtype]
+        decoding, item = self._decoding, DTYPE_BYTES[self._decoding.dtype]
         if low % item or high % item:
-            raise ValueError(f"{self.name}: bytes {low}:{high} cut an element of {item} bytes")
+            raise ValueError(f"{decoding.name}: bytes {low}:{high} cut an element of {item} bytes")
         values = self._values(low // item, high // item, self._fetch)
-        result = narrow(values, decoding.dtype)
         view = block[: high - low]
-        view[:] = memoryview(np.ascontiguousarray(result).view(np.uint8))
-        lost = np.flatnonzero(np.isinf(widen(decoding.dtype, view)) & np.isfinite(values))
+        self._decoders.encode(values, decoding.dtype, view)
+        lost = self._decoders.lost(values, decoding.dtype, view)
         if len(lost):
-            at = np.unravel_index(low // item + int(lost[0]), decoding.shape)
+            at, index = low // item + int(lost[0]), list[int]()
+            for n in reversed(decoding.shape):
+                at, i = divmod(at, n)
+                index.insert(0, i)
             raise CheckpointError(
-                f"{self.name}{[int(i) for i in at]} is {float(values[lost[0]]):.9g}: {decoding.dtype} holds at most "
-                f"{LARGEST[decoding.dtype]:.9g} ({len(lost):,} of the {len(values):,} elements around it would become "
+                f"{decoding.name}{index} is {float(values[lost[0]]):.9g}: {decoding.dtype} holds at most "
+                f"{_LARGEST[decoding.dtype]:.9g} ({len(lost):,} of the {len(values):,} elements around it would become "
                 "infinite); give --dtype bfloat16 or float32"
             )
         return view
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A tensor in another dtype."""
-
-    dtype: str
-
-    def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
-        item = DTYPE_BYTES[self.dtype]
-        return widen(self.dtype, fetch(0, first * item, last * item))
-
-
-def _e4m3() -> Floats:
-    """Value of every byte as float8_e4m3fn (OCP 8-bit floating point, E4M3: bias 7, no infinities)."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    size[(exponent == 15) & (mantissa == 7)] = np.nan
-    return np.where(code & 128, -size, size).astype(np.float32)
-
-
-E4M3 = _e4m3()
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_E2M1_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
-
-
-@dataclass(frozen=True)
-class Fp8Blocks:
-    """[rows, columns] F8_E4M3 (input 0) times the scale of its block (input 1: [rows / block, columns / block])."""
-
-    name: str
-    columns: int
-    block: tuple[int, int]
-    scale_dtype: str
-
-    def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
-        values = E4M3[np.frombuffer(fetch(0, first, last), np.uint8)]
-        if first == last:
-            return values
-        across = -(-self.columns // self.block[1])
-        item = DTYPE_BYTES[self.scale_dtype] * across
-        top, bottom = (first // self.columns) // self.block[0], ((last - 1) // self.columns) // self.block[0] + 1
-        scales = widen(self.scale_dtype, fetch(1, top * item, bottom * item)).reshape(-1, across)
-        if not np.isfinite(scales).all():
-            raise CheckpointError(f"{self.name}_scale_inv: holds a scale that is not finite")
-        with np.errstate(over="ignore"):
-            for band in range(top, bottom):
-                wide = np.repeat(scales[band - top], self.block[1])[: self.columns]
-                start = max(first, band * self.block[0] * self.columns)
-                end = min(last, (band + 1) * self.block[0] * self.columns)
-                self._scale(values[start - first : end - first], start % self.columns, wide)
-        if np.isinf(values).any():
-            raise CheckpointError(f"{self.name}: a weight times its scale is beyond float32")
-        return values
-
-    def _scale(self, values: Floats, column: int, wide: Floats) -> None:
-        """In place; values begin in that column and run over rows."""
-        head = min(len(values), (self.columns - column) % self.columns)
-        values[:head] *= wide[column : column + head]
-        rows = (len(values) - head) // self.columns
-        body = values[head : head + rows * self.columns].reshape(rows, self.columns)
-        body *= wide
-        tail = values[head + rows * self.columns :]
-        tail *= wide[: len(tail)]
-
-
-@dataclass
-class Mxfp4:
-    """[experts, 32 * groups, rows] from blocks [experts, rows, groups, 16] (input 0; low nibble first) and scales
-    [experts, rows, groups] (input 1; 2 ** (byte - 127)): the transpose of what is stored.
-
-    Keeps one band of one expert's blocks (at most 16 MiB), so that reading in order fetches every byte once.
-    """
-
-    name: str
-    rows: int
-    groups: int
-    _at: tuple[int, int, int] = (-1, 0, 0)
-    _blocks: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
-    _scales: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
-
-    def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
-        result = np.empty(last - first, np.float32)
-        columns = 32 * self.groups
-        done = first
-        while done < last:
-            expert, inside = divmod(done, columns * self.rows)
-            group = inside // self.rows // 32
-            self._load(expert, group, fetch)
-            end_group = min(self._at[2], -(-(last - done + inside) // (32 * self.rows)))
-            origin = (expert * columns + 32 * group) * self.rows
-            end = min(last, (expert * columns + 32 * end_group) * self.rows)
-            result[done - first : end - first] = self._decode(group, end_group)[done - origin : end - origin]
-            done = end
-        return result
-
-    def _load(self, expert: int, group: int, fetch: Fetch) -> None:
-        held, low, high = self._at
-        if held == expert and low <= group < high:
-            return
-        width = max(1, min(self.groups, _SLAB_BYTES // (16 * self.rows)))
-        low = group // width * width
-        high = min(self.groups, low + width)
-        starts = [(expert * self.rows + r) * self.groups for r in range(self.rows)]
-        parts: list[npt.NDArray[np.uint8]] = []
-        for number, size in ((0, 16), (1, 1)):
-            if width == self.groups:
-                data = fetch(number, starts[0] * size, (starts[-1] + self.groups) * size)
-            else:
-                data = memoryview(b"".join(fetch(number, (s + low) * size, (s + high) * size) for s in starts))
-            parts.append(np.frombuffer(data, np.uint8))
-        self._at = (expert, low, high)
-        self._blocks = parts[0].reshape(self.rows, high - low, 16)
-        self._scales = parts[1].reshape(self.rows, high - low)
-
-    def _decode(self, group: int, end: int) -> Floats:
-        """Columns of groups [group, end): [32 * groups * rows], column after column."""
-        low = self._at[1]
-        scales = self._scales[:, group - low : end - low]
-        if (scales == 255).any():
-            raise CheckpointError(f"{self.name}_scales: holds 255, which is not a number in e8m0")
-        values = _E2M1_PAIRS[self._blocks[:, group - low : end - low]].reshape(self.rows, end - group, 32)
-        with np.errstate(over="ignore"):
-            values = values * np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[:, :, None]
-        if np.isinf(values).any():
-            raise CheckpointError(f"{self.name}: a value times its scale is beyond float32")
-        return values.reshape(self.rows, -1).T.reshape(-1)
 
 
 def dequantised(stored: Mapping[str, HasShape], how: Quantization, dtype: str) -> dict[str, Decoding]:
@@ -261,8 +101,8 @@ def _fp8(name: str, stored: Mapping[str, HasShape], block: tuple[int, int], dtyp
             f"needs F32 {list(expected)}"
         )
     rule = f"F8_E4M3 times {scale.dtype} scale of each {block[0]}x{block[1]} block, rounded to {dtype}"
-    start = partial(Fp8Blocks, name, shape[1], block, scale.dtype)
-    return Decoding(name, dtype, shape, (name, name + "_scale_inv"), rule, start)
+    decoder = ("Fp8Blocks", (name, shape[1], block, scale.dtype))
+    return Decoding(name, dtype, shape, (name, name + "_scale_inv"), rule, decoder)
 
 
 def _mxfp4(blocks_name: str, stored: Mapping[str, HasShape], dtype: str) -> Decoding:
@@ -277,8 +117,8 @@ def _mxfp4(blocks_name: str, stored: Mapping[str, HasShape], dtype: str) -> Deco
         )
     experts, rows, groups, _ = blocks.shape
     rule = f"MXFP4 (e2m1 times the e8m0 scale of each 32), transposed, rounded to {dtype}"
-    start = partial(Mxfp4, name, rows, groups)
-    return Decoding(name, dtype, (experts, 32 * groups, rows), (blocks_name, name + "_scales"), rule, start)
+    shape, inputs = (experts, 32 * groups, rows), (blocks_name, name + "_scales")
+    return Decoding(name, dtype, shape, inputs, rule, ("Mxfp4", (name, rows, groups)))
 
 
 def cast(name: str, stored: HasShape, dtype: str) -> Decoding:
@@ -286,4 +126,4 @@ def cast(name: str, stored: HasShape, dtype: str) -> Decoding:
     if stored.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"{name} is {stored.dtype}; only {', '.join(WEIGHT_DTYPES)} can be cast")
     rule = f"{stored.dtype} cast to {dtype}"
-    return Decoding(name, dtype, stored.shape, (name,), rule, partial(Plain, stored.dtype))
+    return Decoding(name, dtype, stored.shape, (name,), rule, ("Plain", (stored.dtype,)))

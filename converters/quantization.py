@@ -27,26 +27,26 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ConfigError(f"config.json: {FIELD} is a JSON {type(value).__name__}, not an object")
+        raise ConfigError(f"config.json: field {FIELD!r} is a JSON {type(value).__name__}, not an object")
     method = value.get("quant_method")
     known = _WITHOUT_EFFECT | ({*_FP8, "weight_block_size"} if method == "fp8" else set())
     if method not in ("fp8", "mxfp4"):
         raise ConfigError(
-            f"config.json: {FIELD}.quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3) and mxfp4 are "
+            f"config.json: field {FIELD!r}: quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3) and mxfp4 are "
             "dequantised, others are not: give the checkpoint from before quantisation"
         )
     for name in value:
         if name not in known:
-            raise ConfigError(f"config.json: {FIELD}.{name} of quant_method {method!r} is not known")
+            raise ConfigError(f"config.json: field {FIELD!r}: {name} of quant_method {method!r} is not known")
     if method == "mxfp4":
         return Quantization("mxfp4")
     for name, supported in _FP8.items():
         if value.get(name) not in supported:
-            raise ConfigError(f"config.json: {FIELD}.{name} is {value[name]!r}; supported: {supported[0]!r}")
+            raise ConfigError(f"config.json: field {FIELD!r}: {name} is {value[name]!r}; supported: {supported[0]!r}")
     block = value.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise ConfigError(
-            f"config.json: {FIELD}.weight_block_size is {block!r}; two positive integers are needed (DeepSeek-V3 "
+            f"config.json: field {FIELD!r}: weight_block_size is {block!r}; two positive integers are needed (DeepSeek-V3 "
             "has [128, 128]): only block-scaled fp8 is dequantised"
         )
     return Quantization("fp8", (block[0], block[1]))

@@ -7,15 +7,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from mswift.converters.catalog import config_path, ignored_fields, read_config
 from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, Fetch, cast
 from mswift.converters.export_config import config_edits
-from mswift.converters.io.files import open_read
+from mswift.converters.io.files import PIECE_BYTES, open_read
 from mswift.converters.io.side_files import carried_files, edited_json
-from mswift.converters.io.strided import cut, gather
+from mswift.converters.io.strided import Read, cut, gather
 from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable
 from mswift.errors import CheckpointError, ConfigError
@@ -113,27 +114,15 @@ class Source(ABC):
         """HF name -> rule, of all tensors that are made while reading."""
         return {name: decoding.rule for name, decoding in self._decodings.items()}
 
-    def fetch(self, names: Sequence[str], tile: memoryview) -> Fetch:
-        """Reads bytes of the stored tensors of these names."""
-        places = [self.places(name) for name in names]
+    def num_bytes(self, name: str) -> int:
+        """Size of one HF tensor."""
+        return prod(self.table.hf[name]) * DTYPE_BYTES[self.dtype_of(name)]
 
-        def read(number: int, low: int, high: int) -> memoryview:
-            view = memoryview(bytearray(high - low))
-            read_places(names[number], places[number], low, high, view, tile)
-            return view
-
-        return read
-
-    def read_block(self, name: str, low: int, high: int, block: memoryview, tile: memoryview) -> memoryview:
-        """Bytes [low, high) of an HF tensor, in `block`. For many calls on one tensor use `stream`."""
-        return self.stream(name, tile)(low, high, block)
-
-    def stream(self, name: str, tile: memoryview) -> Callable[[int, int, memoryview], memoryview]:
-        """(low, high, block) -> bytes [low, high) of an HF tensor, in block; one thread."""
+    def stream(self, name: str, tile: memoryview) -> Read:
+        """The bytes of an HF tensor; one thread."""
         decoding = self.decoding(name)
         if decoding is not None:
-            made = DecodedBytes(decoding, self.fetch(decoding.inputs, tile))
-            return lambda low, high, block: made.read(low, high, block, tile)
+            return DecodedBytes(decoding, fetch_from([(each, self.places(each)) for each in decoding.inputs])).read
         places = self.places(name)
 
         def read(low: int, high: int, block: memoryview) -> memoryview:
@@ -190,6 +179,18 @@ class Source(ABC):
 
     def _one_dtype(self, has_own: Callable[[str], bool]) -> str:
         return one_dtype(str(self.path), {name: self.dtype_of(name) for name in self.table.hf}, has_own)
+
+
+def fetch_from(inputs: Sequence[tuple[str, Sequence[Place]]]) -> Fetch:
+    """Reads bytes of stored tensors, given by name and places."""
+    tile = memoryview(bytearray(PIECE_BYTES))
+
+    def fetch(number: int, low: int, high: int) -> memoryview:
+        view = memoryview(bytearray(high - low))
+        read_places(*inputs[number], low, high, view, tile)
+        return view
+
+    return fetch
 
 
 @dataclass(frozen=True)

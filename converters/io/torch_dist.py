@@ -27,9 +27,6 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_COMMON = {"checkpoint_version": 3.0, "iteration": 0}
-"""Megatron-LM takes a checkpoint without version for one from before 2.0, and reorders its query, key and value."""
-
 _WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -274,7 +271,7 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
                 index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
-    written[COMMON] = object_item(_COMMON)
+    written[COMMON] = object_item({})  # what it holds, dist_checkpointing.load adds to every state dict
     written[BACKEND] = json.dumps(_BACKEND).encode()
     written[METADATA] = encode_metadata(index)
     for name, data in written.items():

@@ -59,6 +59,11 @@ class TorchDistSource:
         self._chunks: dict[str, Chunks] = {}
         self._scratch = local()
 
+    @property
+    def is_megatron(self) -> bool:
+        """Whether megatron-core's dist_checkpointing (or mswift) wrote it, not torch.distributed.checkpoint alone."""
+        return (self.path / BACKEND).is_file() or any("decoder." in name for name in self.tensors)
+
     def close(self) -> None:
         """Closes the files."""
         while self._fds:
@@ -269,7 +274,7 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
             index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
-    written[COMMON] = object_item({})
+    written[COMMON] = object_item({})  # what it holds, dist_checkpointing.load adds to every state dict
     written[BACKEND] = json.dumps(_BACKEND).encode()
     written[METADATA] = encode_metadata(index)
     for name, data in written.items():

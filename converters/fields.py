@@ -13,10 +13,11 @@ WITHOUT_EFFECT = frozenset(
         "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
         "cache_implementation",
         "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+        "ep_size",
         "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
         "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
         "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id",
+        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux",
         "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
         "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
     }
@@ -81,6 +82,20 @@ class Fields:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
+    def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
+
     def optional_number(self, name: str, default: float | None = None) -> float | None:
         """A positive number or null, which turns off what an absent field leaves at its default."""
         if name in self._config and self._config[name] is None:
@@ -108,6 +123,13 @@ class Fields:
         if value != supported:
             raise self._error(name, f"is {value!r}; only {supported!r} is supported")
 
+    def choice(self, name: str, *supported: str) -> str:
+        """One of these values; the first one if the field is absent."""
+        value = self.take(name, supported[0])
+        if value not in supported:
+            raise self._error(name, f"is {value!r}; supported: {', '.join(supported)}")
+        return str(value)
+
     def no_sliding_window(self, *, switch: str | None = None) -> None:
         """Refuses a sliding window that masks anything; `switch` is the field that turns it on, if there is one."""
         window, positions = self.take("sliding_window"), self.take("max_position_embeddings")
@@ -127,7 +149,14 @@ class Fields:
             raise self._error(name, f"is {value!r}; supported: {', '.join(map(repr, supported))}")
         return value
 
-    def rope(self, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> RopeSpec:
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        partial: float | None = None,
+        interleaved: bool = False,
+        default_theta: float = 10000.0,
+    ) -> RopeSpec:
         """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5).
 
         partial: the family's default of partial_rotary_factor, the share of a head's dimensions that is rotated
@@ -136,7 +165,7 @@ class Fields:
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
-        theta = self.number("rope_theta", values.get("rope_theta", 10000.0))
+        theta = self.number("rope_theta", values.get("rope_theta", default_theta))
         share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
         if partial is None and share != 1.0:
             raise self._error("partial_rotary_factor", f"is {share}; only 1.0 is supported")

@@ -1,7 +1,7 @@
 """Core attention on PyTorch's SDPA: flash kernels on GPU and CPU, no score matrix in memory.
 
-Shapes: s sequence, b batch, h query heads, g KV heads (h a multiple of g), d head dimension; t queries and u keys of
-a block.
+Shapes: s sequence, b batch, h query heads, g KV heads (h a multiple of g), d head dimension (v: of values);
+t queries and u keys of a block.
 """
 
 from functools import partial
@@ -48,10 +48,10 @@ class SdpaAttention(nn.Module):
         packed_seq_params: object | None = None,
         **_unused: object,
     ) -> Tensor:
-        """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h * d]; position t sees positions 0..t."""
+        """query [s, b, h, d], key [s, b, g, d], value [s, b, g, v] -> [s, b, h * v]; position t sees positions 0..t."""
         if attention_mask is not None or packed_seq_params is not None:
             raise NotImplementedError("SdpaAttention is causal; it takes neither a mask nor packed sequences")
-        s, b, h, d = query.shape
+        s, b, h = query.shape[:3]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         windowed = self.window is not None and s > self.window
         if windowed or self.softcap is not None or self.sinks is not None:
@@ -65,7 +65,7 @@ class SdpaAttention(nn.Module):
                 scale=self.scale,
                 enable_gqa=key.shape[2] != h,
             )
-        return out.permute(2, 0, 1, 3).reshape(s, b, h * d)
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Blocks of queries, each with the keys that it may see: [b, h, s, d].

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -27,7 +29,11 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEAR = re.compile(
+    r"(?P<module>decoder\.layers\.(?P<layer>\d+\.)?.*\."
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out))\.weight(\.\w+)?"
+)
+_MAMBA_MODEL_NORM = "decoder.final_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,11 @@ class TorchDistSource:
         self._data: dict[tuple[str, Region], int] = {}
         self._chunks: dict[str, Chunks] = {}
         self._scratch = local()
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether megatron-core's dist_checkpointing (or mswift) wrote it, not torch.distributed.checkpoint alone."""
+        return (self.path / BACKEND).is_file() or any("decoder." in name for name in self.tensors)
 
     def close(self) -> None:
         """Closes the files."""
@@ -259,17 +270,30 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     empty = object_item([None])
     written = {}
     for key, (_, shape, _) in sorted(index.tensors.items()):
-        module, _, leaf = key.removeprefix("decoder.layers.").rpartition(".")
-        if key.startswith("decoder.layers.") and leaf == "weight" and module in _WITH_EXTRA_STATE:
-            for layer in range(shape[0]):
-                name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape[0]}"
-                index.objects[name] = Item(OBJECTS, 0, len(empty))
+        for name in _extra_states(key, shape):
+            index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
-    written[COMMON] = object_item({})
+    written[COMMON] = object_item({})  # what it holds, dist_checkpointing.load adds to every state dict
     written[BACKEND] = json.dumps(_BACKEND).encode()
     written[METADATA] = encode_metadata(index)
     for name, data in written.items():
         write_file(directory / name, data)
     sync_directory(directory)
     return [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()]
+
+
+def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The `_extra_state` objects that megatron-core's linears ask for beside this weight: one a layer, one an expert.
+
+    Its MambaModel, other than its GPTModel, asks for that of the output layer as well.
+    """
+    if key == _MAMBA_MODEL_NORM:
+        yield "output_layer._extra_state/shard_0_1"
+    linear = _LINEAR.fullmatch(key)
+    if linear is not None:
+        axes = (linear["layer"] is None) + (".experts.experts." in key)
+        sizes = shape[:axes] or (1,)
+        of = ".".join(map(str, sizes))
+        for place in product(*map(range, sizes)):
+            yield f"{linear['module']}._extra_state/shard_{'.'.join(map(str, place))}_{of}"

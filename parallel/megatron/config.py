@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mswift.converters.adapters import LoraConfig
 from mswift.converters.spec import ModelSpec
+from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -67,6 +68,8 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         pipeline_model_parallel_size=dims.pp,
         context_parallel_size=dims.cp,
         sequence_parallel=dims.sequence_parallel,
+        expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.sizes["etp"],
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,  # apex
         apply_rope_fusion=False,  # Transformer Engine
@@ -74,6 +77,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **moe_options(spec.moe),
     )
 
 

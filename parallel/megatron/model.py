@@ -18,6 +18,7 @@ from torch import Tensor
 from mswift.converters.spec import ModelSpec
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
+from mswift.parallel.megatron.moe import mark_experts
 from mswift.parallel.megatron.spec import block_spec, check_computed, rotary_tables
 from mswift.topology import ParallelDims
 
@@ -64,6 +65,7 @@ def build_model(
     )
     model.num_real_rows = spec.vocab_size
     _mark_cut_parameters(model)
+    mark_experts(model)
     scale_ends(model, spec)
     return [model]
 

@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.activations import ACTIVATIONS
+from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
+from mswift.parallel.megatron.moe import moe_mlp_spec
 from mswift.parallel.megatron.residual import residual_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import norm_class
@@ -28,14 +30,16 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "swiglu_limit": (None,),
     "dropout": (0.0,),
     "mtp_layers": ((),),
-    "moe": (None,),
-    "mla": (None,),
     "mamba": (None,),
     "delta": (None,),
 }
 """Fields of ModelSpec and the values with which training computes the model's function."""
 
-REMEDIES = {"dropout": ", and trained without dropout once its config.json says 0"}
+REMEDIES = {
+    "dropout": ", and trained without dropout once its config.json says 0",
+    "mtp_layers": ", and trained without these layers once their tensors are left out, as transformers' "
+    "save_pretrained does",
+}
 
 
 def check_computed(spec: ModelSpec) -> None:
@@ -64,14 +68,18 @@ def layer_spec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=self_attention_spec(spec, layer, table),
+            self_attention=_attention_spec(spec, layer, table),
             self_attn_bda=residual_spec(spec, config),
             pre_mlp_layernorm=norm,
-            mlp=dense_mlp_spec(spec),
+            mlp=moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec),
             mlp_bda=residual_spec(spec, config),
             cross_attention=IdentityOp,
         ),
     )
+
+
+def _attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
+    return self_attention_spec(spec, layer, rotary) if spec.mla is None else latent_attention_spec(spec, rotary)
 
 
 def block_spec(
@@ -85,4 +93,5 @@ def block_spec(
 
 def rotary_tables(spec: ModelSpec, device: torch.device) -> list[RotaryTable]:
     """One for each of `spec.ropes`; all layers of one rank share them."""
-    return [RotaryTable(rope, spec.head_dim, device) for rope in spec.ropes]
+    width = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
+    return [RotaryTable(rope, width, device) for rope in spec.ropes]

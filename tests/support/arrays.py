@@ -23,11 +23,12 @@ def to_megatron(hf: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Ar
 
 
 def to_hf(megatron: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
-    """The inverse of `to_megatron`."""
+    """The inverse of `to_megatron`, of the tensors that are there."""
     some = next(iter(megatron.values()))
-    out: Arrays = {name: np.zeros(shape, some.dtype) for name, shape in table.hf.items()}
-    for key in table.megatron:
+    out: Arrays = {}
+    for key in megatron:
         for piece in table.pieces(key):
+            out.setdefault(piece.names[0], np.zeros(table.hf[piece.names[0]], some.dtype))
             _view(out[piece.names[0]], piece, 0)[...] = _view(megatron[key], piece, 1)
     return out
 

@@ -18,9 +18,13 @@ class MemoryReader:
     """A `WeightReader` over the weights of a transformers model."""
 
     def __init__(self, config: dict[str, Any], hf: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        self.config, self.table, self.dtype = config, table_for(config), "F32"
+        self.config, self.table, self.dtype = config, table_for(config, hf), "F32"
         self.hf_files = Path("memory")
         self.tensors = to_megatron(hf, self.table)
+
+    def dtype_of(self, key: str) -> str:
+        """Dtype of one Megatron tensor."""
+        return self.dtype
 
     def read(self, key: str, region: Region, out: memoryview) -> None:
         """Bytes of a region, C order."""
@@ -34,8 +38,10 @@ def read_array(array: np.ndarray[Any, Any], region: Region, out: memoryview) -> 
 
 
 def weights_of(model: torch.nn.Module) -> Arrays:
-    """fp32 weights of a transformers model by name; a tied head is left out."""
-    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    """fp32 weights of a transformers model by name, buffers that it saves among them; a tied head is left out."""
+    saved = model.state_dict()
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().numpy() for name, tensor in tensors if name in saved}
 
 
 def gather(shards: Iterable[Any]) -> dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]]:

@@ -74,12 +74,24 @@ class GegluTanh(Geglu):
     approximate = "tanh"
 
 
+class SquaredRelu(nn.Module):
+    """max(x, 0) ** 2 (So et al. 2021)."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return F.relu(x).square()
+
+
 ACTIVATIONS: dict[tuple[str, bool], type[nn.Module]] = {
     ("silu", True): Swiglu,
     ("gelu", True): Geglu,
     ("gelu_tanh", True): GegluTanh,
     ("gelu", False): Gelu,
     ("gelu_tanh", False): GeluTanh,
+    ("relu2", False): SquaredRelu,
 }
 """By (`ModelSpec.activation`, `ModelSpec.gated`): those that training computes."""
 

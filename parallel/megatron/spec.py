@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.activations import ACTIVATIONS
+from mswift.parallel.megatron.delta import delta_net_spec
 from mswift.parallel.megatron.mamba import mamba_mixer_spec
 from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
@@ -27,11 +28,9 @@ from mswift.parallel.rotary import RotaryTable
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "attention_sinks": (False,),
-    "attention_gate": (False,),
     "swiglu_limit": (None,),
     "dropout": (0.0,),
     "mtp_layers": ((),),
-    "delta": (None,),
 }
 """Fields of ModelSpec and the values with which training computes the model's function."""
 
@@ -78,6 +77,9 @@ def _mixer_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -
     if layer.mixer == "mamba":
         assert spec.mamba is not None
         return mamba_mixer_spec(spec.mamba)
+    if layer.mixer == "delta":
+        assert spec.delta is not None
+        return delta_net_spec(spec.delta)
     return self_attention_spec(spec, layer, rotary) if spec.mla is None else latent_attention_spec(spec, rotary)
 
 

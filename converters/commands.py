@@ -2,44 +2,73 @@
 
 import re
 from pathlib import Path
+from typing import TypedDict
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
-from mswift.converters import verify as verification
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.errors import ConfigError
+from mswift.tuners.detect import is_adapter
 
+LARGEST_PARTS = 10_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Common(TypedDict):
+    progress: bool
+    max_shard_bytes: int
+    num_workers: int | None
+    hash_source: bool
 
 
 def convert(config: ConvertConfig) -> int:
     """Converts and prints the proof; 0 when it is done."""
     max_shard_bytes = parse_size(config.max_shard_size)
     check_workers(config.num_workers)
+    part = _part(config)
     source = locate(config.model, "--model")
+    if is_adapter(source):
+        from mswift.tuners import convert as adapters  # imports numpy
+
+        return adapters.convert(config, source)
     if config.dry_run:
         print(engine.describe(engine.plan(source, config.to), max_shard_bytes))
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)
-    manifest = engine.convert(
-        source,
-        Path(config.output_dir),
-        config.to,
+    common = _Common(
         progress=True,
         max_shard_bytes=max_shard_bytes,
         num_workers=config.num_workers,
+        hash_source=config.hash_source,
     )
+    target = Path(config.output_dir)
+    if part is not None:
+        size = engine.convert_part(source, target, config.to, *part, restart=config.restart, **common)
+        print(f"{config.output_dir}: part {config.part} is copied, {size:,} bytes; when all are: --finish")
+        return 0
+    if config.finish:
+        manifest = engine.finish_parts(source, target, config.to, hash_output=config.hash_output, **common)
+    else:
+        manifest = engine.convert(
+            source, target, config.to, hash_output=config.hash_output, restart=config.restart, **common
+        )
     print(f"{config.output_dir}: {manifest}")
     return 0
 
 
 def verify(config: VerifyConfig) -> int:
     """0 if equal, 1 if not."""
+    from mswift.converters import verify as verification  # imports numpy, which a conversion seldom needs
+
     check_workers(config.num_workers)
     a = locate(config.a, "A")
-    if config.b is None:
+    if is_adapter(a):
+        from mswift.tuners.verify import verify_adapters
+
+        report = verify_adapters(a, None if config.b is None else locate(config.b, "B"), config.base_model)
+    elif config.b is None:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)
     else:
         report = verification.verify(a, locate(config.b, "B"), progress=True, num_workers=config.num_workers)
@@ -55,6 +84,25 @@ def locate(name: str, flag: str) -> Path:
     if not (path / "config.json").exists() and not (path / METADATA).exists() and rundir.committed_steps(path):
         return rundir.resolve_checkpoint(path)
     return path
+
+
+def _part(config: ConvertConfig) -> tuple[int, int] | None:
+    """(part, parts) of --part; ConfigError unless it is I/N, and where other flags contradict it."""
+    if config.part is None:
+        if config.finish and config.restart:
+            raise ConfigError("--finish publishes what the parts have copied, --restart removes it; give one of them")
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", config.part.strip())
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= parts <= LARGEST_PARTS:
+        raise ConfigError(
+            f"--part {config.part!r} is not I/N with 1 <= I <= N <= {LARGEST_PARTS:,}; the parts of 4 are 1/4 to 4/4"
+        )
+    if config.finish:
+        raise ConfigError("--part and --finish are two commands: first all parts, then --finish")
+    if config.hash_output:
+        raise ConfigError("--hash_output reads the whole result; give it to --finish, not to --part")
+    return part, parts
 
 
 def parse_size(text: str) -> int:

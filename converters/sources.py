@@ -9,7 +9,7 @@ from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.files import open_read, read_exactly
 from mswift.converters.io.safetensors import StoredTensor, read_directory
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist import TorchDistSource, other_name
 from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
@@ -145,6 +145,8 @@ class MegatronSource:
         self.config = read_config(self.hf_files)
         recorded = read_manifest(path)
         self.table: ModelTable = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
+        others = {other_name(key): key for key in self.table.megatron}
+        self.files.rename({name: key for name, key in others.items() if name in self.files.tensors})
         shapes = {n: t.shape for n, t in self.files.tensors.items() if not n.startswith(_NOT_WEIGHTS)}
         if shapes and all(name.startswith(_ADAPTER) for name in shapes):
             raise CheckpointError(

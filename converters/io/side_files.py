@@ -1,5 +1,7 @@
 """The files of a model directory that are not weights."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from mswift.errors import CheckpointError
@@ -30,3 +32,18 @@ def carried_files(model_dir: Path) -> list[Path]:
             )
         files.append(path)
     return files
+
+
+def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
+    """(name, size, time of change or sha256) of all files of a model that a conversion reads, by name.
+
+    Weights are known by their time of change, in nanoseconds; small files by what they hold.
+    """
+    found = []
+    for folder in folders:
+        for path in carried_files(folder):
+            found.append((path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and (path.suffix in _WEIGHTS or path.name == MANIFEST or path.name == ".metadata"):
+                found.append((path.name, path.stat().st_size, str(path.stat().st_mtime_ns)))
+    return found

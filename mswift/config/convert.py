@@ -15,7 +15,7 @@ class ConvertConfig:
     """
 
     model: str
-    """Source: Hugging Face directory, converted directory, run directory or checkpoint-N."""
+    """Source: Hugging Face directory, converted directory, run directory or checkpoint-N; or an adapter."""
     to: Literal["megatron", "hf"]
     """Format of the destination."""
     output_dir: str
@@ -24,6 +24,22 @@ class ConvertConfig:
     """Largest safetensors file (--to hf): bytes, or a number with KB, MB, GB, KiB, MiB or GiB."""
     num_workers: int | None = None
     """Threads that copy. Default: one more than the processors, at most 8."""
+    hash_source: bool = True
+    """Take the sha256 of every tensor while it is read. false is faster, but `mswift verify DIR` needs hashes."""
+    hash_output: bool = False
+    """Read the result again before it is published: prove its hashes, count infinities and NaNs."""
+    restart: bool = False
+    """Begin anew where a conversion was interrupted; without it the same command continues."""
+    part: str | None = None
+    """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
+    finish: bool = False
+    """Prove that all parts are there and publish the destination."""
+    base_model: str | None = None
+    """Of an adapter: directory of its base, of which only config.json is read. Default: what the adapter names."""
+    adapter_layout: Literal["mswift", "fused", "canonical"] = "mswift"
+    """Of an adapter (--to megatron): mswift's own names, or Megatron-Bridge's LoRA (fused) or CanonicalLoRA."""
+    fuse_adapters: Literal["equal", "stack"] = "equal"
+    """With --adapter_layout fused: refuse linears that do not share one A (equal), or stack their ranks (stack)."""
     dry_run: bool = False
     """Print the plan as a table, write nothing."""
 
@@ -42,3 +58,5 @@ class VerifyConfig:
     """The other one."""
     num_workers: int | None = None
     """Threads that compare. Default: one more than the processors, at most 8."""
+    base_model: str | None = None
+    """Of an adapter: directory of its base model, of which only config.json is read."""

@@ -27,8 +27,6 @@ from mswift.parallel.norms import norm_class
 from mswift.parallel.rotary import RotaryTable
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
-    "attention_sinks": (False,),
-    "swiglu_limit": (None,),
     "dropout": (0.0,),
     "mtp_layers": ((),),
 }
@@ -49,6 +47,11 @@ def check_computed(spec: ModelSpec) -> None:
                 f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
                 f"the model can be converted{REMEDIES.get(name, '')}"
             )
+    if spec.swiglu_limit is not None and spec.activation != "quick_gelu":
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute swiglu_limit {spec.swiglu_limit} of "
+            f"activation {spec.activation!r} yet; the model can be converted"
+        )
     if (spec.activation, spec.gated) not in ACTIVATIONS:
         kind = "gated" if spec.gated else "without a gate"
         raise ConfigError(

@@ -3,8 +3,11 @@
 fp32; logits, loss, gradient norm and every gradient at most 1e-5 apart (max|a - b| / max|b| per tensor).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -19,7 +22,7 @@ LATENT = {
     "num_hidden_layers": 2, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8, "v_head_dim": 10, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "moe_intermediate_size": 40, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-3,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
 MODELS |= {
@@ -71,3 +74,82 @@ def test_three_steps_of_sgd_equal_transformers(name: str, layout: str) -> None:
     found, truth = run(name, layout)
     apart = differences(found, truth, (*FIRST, "weights", "momentum_buffer"))
     assert {n: d for n, d in apart.items() if not d <= TOLERANCE} == {}
+
+
+BREAKS = {
+    "without_sum_of_shared_key": ("dense", "tp2", "gradients"),
+    "without_sum_of_shared_key_of_a_sequence": ("v3", "tp2-sp", "gradients"),
+    "without_marks_on_down_projections": ("dense", "tp2-sp", "gradients"),
+    "without_yarn_in_the_softmax": ("v3", "one", "logits"),
+    "with_the_norm_of_the_model": ("v3", "one", "logits"),
+    "with_halves_for_pairs": ("v3-direct", "one", "logits"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_rule_is_seen(broken: str) -> None:
+    name, layout, what = BREAKS[broken]
+    found, truth = run(name, layout, f"tests/cpu/test_parity_mla.py:{broken}")
+    assert max(differences(found, truth, (what,)).values()) > 10 * TOLERANCE
+
+
+@contextmanager
+def without_sum_of_shared_key() -> Iterator[None]:
+    from mswift.parallel.megatron import mla
+
+    with patch.object(mla, "copy_to_tensor_model_parallel_region", lambda x, group: x):
+        yield
+
+
+@contextmanager
+def without_sum_of_shared_key_of_a_sequence() -> Iterator[None]:
+    from mswift.parallel.megatron import mla
+
+    gather = mla.gather_from_sequence_parallel_region
+    with patch.object(
+        mla,
+        "gather_from_sequence_parallel_region",
+        lambda x, group: gather(x, tensor_parallel_output_grad=False, group=group),
+    ):
+        yield
+
+
+@contextmanager
+def without_marks_on_down_projections() -> Iterator[None]:
+    from mswift.parallel.megatron.mla import DuplicatedLinear
+
+    make = DuplicatedLinear.__init__
+
+    def unmarked(self: Any, *args: Any) -> None:
+        make(self, *args)
+        self.weight.sequence_parallel = False
+
+    with patch.object(DuplicatedLinear, "__init__", unmarked):
+        yield
+
+
+@contextmanager
+def without_yarn_in_the_softmax() -> Iterator[None]:
+    from mswift.parallel.megatron import mla
+
+    make = mla.SdpaAttention
+    with patch.object(mla, "SdpaAttention", lambda config, softmax_scale: make(config)):
+        yield
+
+
+@contextmanager
+def with_the_norm_of_the_model() -> Iterator[None]:
+    from mswift.parallel.megatron import mla
+
+    make = mla.RMSNorm
+    with patch.object(mla, "RMSNorm", lambda config, hidden_size, eps: make(config, hidden_size, 1e-3)):
+        yield
+
+
+@contextmanager
+def with_halves_for_pairs() -> Iterator[None]:
+    from mswift.parallel.megatron import mla
+
+    rotate = mla.rotate
+    with patch.object(mla, "rotate", lambda x, cos, sin, interleaved: rotate(x, cos, sin)):
+        yield

@@ -123,13 +123,6 @@ class Fields:
         if value != supported:
             raise self._error(name, f"is {value!r}; only {supported!r} is supported")
 
-    def choice(self, name: str, *supported: str) -> str:
-        """One of these values; the first one if the field is absent."""
-        value = self.take(name, supported[0])
-        if value not in supported:
-            raise self._error(name, f"is {value!r}; supported: {', '.join(supported)}")
-        return str(value)
-
     def no_sliding_window(self, *, switch: str | None = None) -> None:
         """Refuses a sliding window that masks anything; `switch` is the field that turns it on, if there is one."""
         window, positions = self.take("sliding_window"), self.take("max_position_embeddings")

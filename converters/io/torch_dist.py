@@ -30,8 +30,9 @@ _BACKEND = {
     "common_backend_version": 1,
 }
 _LINEAR = re.compile(
-    r"(?P<module>decoder\.layers\.(?P<layer>\d+\.)?.*\."
-    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out))\.weight(\.\w+)?"
+    r"(?P<module>(decoder\.layers\.(?P<layer>\d+\.)?|mtp\.layers\.(?P<mtp>\d+\.))(.*\.)?"
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out|eh_proj|linear_q_proj|"
+    r"linear_q_down_proj|linear_q_up_proj|linear_kv_down_proj|linear_kv_up_proj))\.weight(\.\w+)?"
 )
 _LAYERS, _NORM, _ROUTER = "decoder.layers.", "mlp.linear_fc1.layer_norm_weight", "mlp.router.weight"
 _MAMBA_MODEL_NORM = "decoder.final_norm.weight"
@@ -314,7 +315,7 @@ def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:
         yield "output_layer._extra_state/shard_0_1"
     linear = _LINEAR.fullmatch(key)
     if linear is not None:
-        axes = (linear["layer"] is None) + (".experts.experts." in key)
+        axes = (linear["layer"] is None and linear["mtp"] is None) + (".experts.experts." in key)
         sizes = shape[:axes] or (1,)
         of = ".".join(map(str, sizes))
         for place in product(*map(range, sizes)):

@@ -128,6 +128,16 @@ class ModelTable:
         keys = {key for key, tensor in self.megatron.items() if tensor.rule.in_mtp}
         return keys | {piece.names[0] for key in keys for piece in self.pieces(key)}
 
+    @cached_property
+    def slices(self) -> Mapping[str, tuple[str, ...]]:
+        """Name of a parameter that checkpoints hold in slices (`<name>.z`, `<name>.x`) -> their keys, in its order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for key in self.megatron:
+            name = key.rpartition(".")[0]
+            if name.endswith((".weight", ".bias")):
+                found[name] = (*found.get(name, ()), key)
+        return found
+
     def key(self, name: str, layer: int | None) -> str:
         """The key of a layer's tensor, given as "decoder.layers." + its rest; layer in HF's count."""
         if layer is None or name in self.megatron:

@@ -116,7 +116,7 @@ def without_sum_of_shared_key_of_a_sequence() -> Iterator[None]:
 
 @contextmanager
 def without_marks_on_down_projections() -> Iterator[None]:
-    from mswift.parallel.megatron.mla import DuplicatedLinear
+    from mswift.parallel.megatron.linears import DuplicatedLinear
 
     make = DuplicatedLinear.__init__
 

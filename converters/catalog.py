@@ -17,6 +17,8 @@ from mswift.errors import CheckpointError, ConfigError
 
 _MANIFEST = "mswift_manifest.json"
 LARGEST_CONFIG_BYTES = 64 << 20
+MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "num_nextn_predict_layers")
 
 
 def config_path(model: Path) -> Path:
@@ -123,6 +125,9 @@ def family_for(config: dict[str, Any]) -> Family:
 def spec_for(config: dict[str, Any], family: Family) -> ModelSpec:
     """The model's numbers; ConfigError for a field that is unknown or not supported."""
     quantization_of(config)
+    for name in _LAYERS:
+        if isinstance(config.get(name), int) and config[name] > MOST_LAYERS:
+            raise ConfigError(f"config.json: field {name!r} is {config[name]}; at most {MOST_LAYERS:,} layers are read")
     fields = Fields({name: value for name, value in config.items() if name != FIELD})
     spec = family.spec(fields)
     fields.finish(family.architecture)

@@ -5,23 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
+from mswift.converters.without_effect import HARMLESS_AT, WITHOUT_EFFECT
 from mswift.errors import ConfigError
 
-# fmt: off
-WITHOUT_EFFECT = frozenset(
-    {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-        "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
-        "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
-    }
-)
-# fmt: on
-"""Fields that change neither the weights' layout nor the function computed from tokens to logits."""
+_LARGEST = 1 << 40
 
 _ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -56,15 +43,15 @@ class Fields:
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(name, f"must be a positive integer, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
+            raise self._error(name, f"must be a positive integer below 2^40, not {value!r:.100}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self._error(name, f"must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self._error(name, f"must be a positive number, not {value!r:.100}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -145,11 +132,20 @@ class Fields:
 
     def finish(self, architecture: str) -> None:
         """Refuses fields that nobody read, and other heads than the causal language model."""
-        for name in self._config:
-            if name not in self._read and name not in WITHOUT_EFFECT:
+        for name, value in self._config.items():
+            if name in self._read or name in WITHOUT_EFFECT:
+                continue
+            if name in HARMLESS_AT:
+                if value not in HARMLESS_AT[name]:
+                    raise self._error(name, f"is {value!r}; only {HARMLESS_AT[name][0]!r} is supported")
+            else:
                 near = difflib.get_close_matches(name, [*self._read, *WITHOUT_EFFECT], 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise self._error(name, f"is not known to have no effect on the model{hint}")
+                raise self._error(
+                    name,
+                    f"is not known to have no effect on the model{hint}; if it has none, mswift convert "
+                    f"--ignore_config_fields {name} leaves it aside",
+                )
         heads = self._config.get("architectures")
         if heads is not None and heads != [architecture]:
             raise self._error("architectures", f"is {heads}; only ['{architecture}'] is supported")

@@ -14,7 +14,7 @@ from typing import Any
 
 from mswift.converters.io.files import open_read, read_bytes
 from mswift.converters.io.safe_pickle import PickledTensor, brief, load_state_dict
-from mswift.converters.io.stored import FileFormat, StoredTensor
+from mswift.converters.io.stored import FileFormat, StoredTensor, check_names
 from mswift.converters.io.torch_item import LARGEST_PICKLE_BYTES, STORAGES, zip_records
 from mswift.converters.layout import strides
 from mswift.converters.plan import DTYPE_BYTES
@@ -66,6 +66,7 @@ def read_bin(path: Path) -> dict[str, StoredTensor]:
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: {brief(name)} is not the name of a tensor")
+    check_names(path, [name])
     return name
 
 

@@ -32,11 +32,13 @@ class Fields:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._read: set[str] = set()
+        self._last = ""
         self.model_type = str(config.get("model_type"))
 
     def take(self, name: str, default: Any = None) -> Any:
         """The raw value; null counts as absent."""
         self._read.add(name)
+        self._last = name
         value = self._config.get(name)
         return default if value is None else value
 
@@ -149,6 +151,11 @@ class Fields:
         heads = self._config.get("architectures")
         if heads is not None and heads != [architecture]:
             raise self._error("architectures", f"is {heads}; only ['{architecture}'] is supported")
+
+    def wrong_kind(self, error: Exception) -> ConfigError:
+        """The error for a value that is no number, list or object where one is needed; names the field read last."""
+        what = f"or one read before it, has a value of the wrong kind ({type(error).__name__}: {error})"
+        return self._error(self._last, what)
 
     def _error(self, name: str, what: str) -> ConfigError:
         return ConfigError(f"config.json of model_type {self.model_type!r}: field {name!r} {what}")

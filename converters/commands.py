@@ -2,46 +2,86 @@
 
 import re
 from pathlib import Path
+from typing import TypedDict
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
-from mswift.converters import verify as verification
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.side_files import OPTIMIZER_RECORD
 from mswift.errors import ConfigError
 from mswift.tuners.detect import is_adapter
 
+LARGEST_PARTS = 10_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Common(TypedDict):
+    progress: bool
+    max_shard_bytes: int
+    num_workers: int | None
+    hash_source: bool
 
 
 def convert(config: ConvertConfig) -> int:
     """Converts and prints the proof; 0 when it is done."""
     max_shard_bytes = parse_size(config.max_shard_size)
     check_workers(config.num_workers)
+    part = _part(config)
     source = locate(config.model, "--model")
     if is_adapter(source):
         from mswift.tuners import convert as adapters  # imports numpy
 
         return adapters.convert(config, source)
+    if config.optimizer:
+        check_optimizer_flags(config)
     if config.dry_run:
         print(engine.describe(engine.plan(source, config.to), max_shard_bytes))
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)
-    manifest = engine.convert(
-        source,
-        Path(config.output_dir),
-        config.to,
+    common = _Common(
         progress=True,
         max_shard_bytes=max_shard_bytes,
         num_workers=config.num_workers,
+        hash_source=config.hash_source,
     )
+    target = Path(config.output_dir)
+    if config.optimizer:
+        from mswift.converters.optimizer_state import convert_with_optimizer  # imports numpy
+
+        with_states = convert_with_optimizer(
+            source, target, config.to, lambda place: engine.convert(source, place, config.to, **common)
+        )
+        print(f"{config.output_dir}: {with_states}")
+        return 0
+    if part is not None:
+        size = engine.convert_part(source, target, config.to, *part, restart=config.restart, **common)
+        print(f"{config.output_dir}: part {config.part} is copied, {size:,} bytes; when all are: --finish")
+        return 0
+    if config.finish:
+        manifest = engine.finish_parts(source, target, config.to, hash_output=config.hash_output, **common)
+    else:
+        manifest = engine.convert(
+            source, target, config.to, hash_output=config.hash_output, restart=config.restart, **common
+        )
     print(f"{config.output_dir}: {manifest}")
     return 0
 
 
+def check_optimizer_flags(config: ConvertConfig) -> None:
+    """ConfigError for what goes with weights alone."""
+    for name in ("part", "finish", "restart", "dry_run", "hash_output"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} is for weights alone; leave out --optimizer, or --{name}")
+    if not config.hash_source:
+        raise ConfigError("--hash_source false: states are proved by their hashes; leave it out, or --optimizer")
+
+
 def verify(config: VerifyConfig) -> int:
     """0 if equal, 1 if not."""
+    from mswift.converters import verify as verification  # imports numpy, which a conversion seldom needs
+
     check_workers(config.num_workers)
     a = locate(config.a, "A")
     if is_adapter(a):
@@ -52,6 +92,11 @@ def verify(config: VerifyConfig) -> int:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)
     else:
         report = verification.verify(a, locate(config.b, "B"), progress=True, num_workers=config.num_workers)
+    both = [a] if config.b is None else [a, locate(config.b, "B")]
+    if not is_adapter(a) and any((path / OPTIMIZER_RECORD).is_file() for path in both):
+        from mswift.converters.optimizer_state import verify_states
+
+        report.differences += verify_states(*both)
     print(report)
     return 0 if report.equal else 1
 
@@ -64,6 +109,25 @@ def locate(name: str, flag: str) -> Path:
     if not (path / "config.json").exists() and not (path / METADATA).exists() and rundir.committed_steps(path):
         return rundir.resolve_checkpoint(path)
     return path
+
+
+def _part(config: ConvertConfig) -> tuple[int, int] | None:
+    """(part, parts) of --part; ConfigError unless it is I/N, and where other flags contradict it."""
+    if config.part is None:
+        if config.finish and config.restart:
+            raise ConfigError("--finish publishes what the parts have copied, --restart removes it; give one of them")
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", config.part.strip())
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= parts <= LARGEST_PARTS:
+        raise ConfigError(
+            f"--part {config.part!r} is not I/N with 1 <= I <= N <= {LARGEST_PARTS:,}; the parts of 4 are 1/4 to 4/4"
+        )
+    if config.finish:
+        raise ConfigError("--part and --finish are two commands: first all parts, then --finish")
+    if config.hash_output:
+        raise ConfigError("--hash_output reads the whole result; give it to --finish, not to --part")
+    return part, parts
 
 
 def parse_size(text: str) -> int:

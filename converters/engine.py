@@ -1,32 +1,31 @@
 """plan -> execute -> prove: weights moved between formats, file to file, with bounded memory and no model."""
 
 import hashlib
-import os
-import shutil
+import json
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
 
+from mswift import __version__
+from mswift.converters import execute
+from mswift.converters.copying import num_bytes
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
-from mswift.converters.io.files import PIECE_BYTES, new_directory
-from mswift.converters.io.side_files import MANIFEST, carried_files
-from mswift.converters.io.strided import cut, gather, scatter
-from mswift.converters.manifest import (
-    DroppedRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    hash_frame,
-    hash_whole,
-    read_manifest,
-)
+from mswift.converters.finish import finish
+from mswift.converters.io.files import in_words
+from mswift.converters.io.partial import Identity, Partial
+from mswift.converters.io.side_files import MANIFEST, identity_of
+from mswift.converters.journal import Done
+from mswift.converters.manifest import DroppedRecord, Manifest, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Place, Source, open_source
-from mswift.converters.workers import Buffers, default_workers, early_writeback, progress_bar, run_all
-from mswift.errors import CheckpointError
+from mswift.converters.sources import Source, open_source
+from mswift.converters.work import part_of, units_of
+from mswift.converters.workers import default_workers
+from mswift.errors import CheckpointError, MswiftError
 
 Format = Literal["megatron", "hf"]
 MAX_SHARD_BYTES = 5_000_000_000
@@ -50,7 +49,7 @@ class Plan:
 
     def num_bytes(self, name: str) -> int:
         """Size of one HF tensor."""
-        return prod(self.source.table.hf[name]) * DTYPE_BYTES[self.source.dtype]
+        return num_bytes(self.source, name)
 
     @property
     def total_bytes(self) -> int:
@@ -87,12 +86,14 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
         where = f"safetensors files of at most {max_shard_bytes:,} bytes"
     else:
         where = "torch_dist"
-    elements = total // DTYPE_BYTES[source.dtype]
+    elements = sum(prod(table.hf[name]) for name in source.order)
     lines.append(f"{source.format} ({source.dtype}) -> {where}")
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    lines += [f"dropped {name}: {record.reason}" for name, record in planned.dropped.items()]
+    for name, record in planned.dropped.items():
+        how = " (compared when it is converted)" if record.same_as else ""
+        lines.append(f"dropped {name}: {record.reason}{how}")
     return "\n".join(lines)
 
 
@@ -104,136 +105,149 @@ def convert(
     progress: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
+    hash_source: bool = True,
+    hash_output: bool = False,
+    restart: bool = False,
 ) -> Manifest:
     """Writes the model in `src` (HF directory, converted directory or checkpoint) to the new directory `dst`.
 
-    `dst` appears whole, by rename, or not at all. ConfigError if it exists; CheckpointError if the source is
-    damaged or the disk full. Memory: 3 MiB a worker plus O(number of tensors).
+    `dst` appears whole, by rename, or not at all. After a kill or a full disk the same call continues where that one
+    was (`restart`: begins anew). ConfigError if `dst` exists; CheckpointError if the source is damaged or the disk
+    full. Memory: 3 MiB a worker plus O(number of tensors).
     """
-    started = time.perf_counter()
-    planned = plan(Path(src), to)
-    workers = num_workers or default_workers()
-    with new_directory(Path(dst)) as directory:
-        _check_space(planned, directory)
-        destination = _destination(planned, directory, max_shard_bytes, workers)
-        with early_writeback(list(destination.fds.values())):
-            hashes = _execute(planned, destination, workers, progress)
-        side_files = _carry(planned.source.hf_files, directory / destination.side_folder)
-        manifest = Manifest(
-            planned.source.format,
-            destination.format,
-            planned.source.table.family.model_type,
-            _records(planned, hashes),
-            planned.dropped,
-            _finish(destination, side_files, workers),
-            time.perf_counter() - started,
-        )
-        manifest.write(directory)
-    planned.source.close()
-    return manifest
+    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    done = job.copy(1, 1, restart)
+    return job.publish(done, hash_output)
 
 
-def _destination(planned: Plan, directory: Path, max_shard_bytes: int, workers: int) -> Destination:
-    table, dtype = planned.source.table, planned.source.dtype
-    if planned.to == "hf":
-        return HfDestination(directory, table, dtype, planned.restored, max_shard_bytes)
-    return MegatronDestination(directory, table, dtype, num_files=2 * workers)
+def convert_part(
+    src: Path,
+    dst: Path,
+    to: Format,
+    part: int,
+    parts: int,
+    *,
+    progress: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    num_workers: int | None = None,
+    hash_source: bool = True,
+    restart: bool = False,
+) -> int:
+    """Copies part `part` (from 1) of `parts` beside `dst`, continuing an earlier try; returns the part's bytes.
+
+    Parts are independent: on any node that sees both directories, at any time, in any order.
+    """
+    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    done = job.copy(part, parts, restart)
+    job.close()
+    return done.num_bytes
 
 
-def _check_space(planned: Plan, directory: Path) -> None:
-    needed = planned.total_bytes + sum(map(planned.num_bytes, planned.restored.values()))
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise CheckpointError(
-            f"--output_dir {directory.parent}: the disk is full: {needed:,} bytes are needed, {free:,} are free; "
-            "free some space or name a directory on another disk"
-        )
+def finish_parts(
+    src: Path,
+    dst: Path,
+    to: Format,
+    *,
+    progress: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    num_workers: int | None = None,
+    hash_source: bool = True,
+    hash_output: bool = False,
+) -> Manifest:
+    """Proves that every part is there, every tensor exactly once, and publishes `dst`.
+
+    CheckpointError naming the parts that are missing or incomplete.
+    """
+    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    parts = job.partial.join(job.identity)
+    with job.worded(keep=True):
+        done = execute.gather_parts(job.partial, parts, job.units)
+    return job.publish(done, hash_output, keep=True)
 
 
-def _execute(planned: Plan, destination: Destination, workers: int, progress: bool) -> dict[str, str]:
-    """Copies every tensor; returns sha256 of each, by HF name."""
-    hashes: dict[str, str] = {}
-    with progress_bar(planned.total_bytes, f"to {planned.to}", progress) as advance:
+class _Job:
+    """One conversion: the plan, the layout of the destination, and the directory in which it grows."""
 
-        def work(name: str, buffers: Buffers) -> None:
-            size = planned.num_bytes(name)
-            digest = copy_tensor(name, size, planned.source.places(name), destination.places(name), buffers)
-            if planned.recorded is not None and digest != planned.recorded.tensors[name].sha256:
-                raise CheckpointError(
-                    f"{planned.source.path}: {name} has sha256 {digest}, but the manifest there says "
-                    f"{planned.recorded.tensors[name].sha256}: the files were damaged, or changed (if that was meant, "
-                    f"remove {MANIFEST})"
+    def __init__(self, planned: Plan, destination: Destination, partial: Partial, options: execute.Options) -> None:
+        self.started = time.perf_counter()
+        self.planned, self.destination, self.partial, self.options = planned, destination, partial, options
+        self.units = units_of(destination, planned.source.order, planned.num_bytes)
+        known = [__version__, planned.to, options.hash_source, sorted(planned.restored)]
+        folders = dict.fromkeys((planned.source.path, planned.source.hf_files))
+        text = json.dumps([known, list(destination.sizes.items()), identity_of(folders)])
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+
+    @staticmethod
+    def of(
+        src: Path, dst: Path, to: Format, max_shard_bytes: int, hash_source: bool, workers: int | None, progress: bool
+    ) -> "_Job":
+        """Plans everything; nothing is written."""
+        planned, partial = plan(Path(src), to), Partial(Path(dst))
+        options = execute.Options(hash_source, workers or default_workers(), progress)
+        return _Job(planned, _destination(planned, partial.data, max_shard_bytes), partial, options)
+
+    def copy(self, part: int, parts: int, restart: bool) -> Done:
+        """Copies what is missing of a part; what is there now."""
+        if part == 1:
+            self.planned.source.check_repeats()
+        identity = Identity(self.identity, parts, str(self.planned.source.path), self.planned.to)
+        note = self.partial.begin(identity, part, restart=restart)
+        if note:
+            print(note, file=sys.stderr)
+        units = part_of(self.units, part, parts)
+        journal = self.partial.journal(part, parts)
+        with self.worded(keep=parts > 1):
+            return execute.run(self.planned.source, self._recorded(), self.destination, units, journal, self.options)
+
+    def publish(self, done: Done, hash_output: bool, *, keep: bool = False) -> Manifest:
+        """Index, side files, proof and manifest, then the rename."""
+        with self.worded(keep=keep):
+            source, recorded = self.planned.source, self._recorded()
+            hashes = {name: done.hashes.get(name, recorded.get(name)) for name in source.order}
+            manifest = finish(source, self.destination, hashes, self.planned.dropped, self.options, hash_output)
+            manifest = manifest.timed(time.perf_counter() - self.started)
+            manifest.write(self.destination.directory)
+            self.partial.publish()
+        self.close()
+        return manifest
+
+    def _recorded(self) -> dict[str, str]:
+        """Hashes that the source's manifest promises."""
+        recorded = self.planned.recorded.tensors if self.planned.recorded else {}
+        return {name: record.sha256 for name, record in recorded.items() if record.sha256 is not None}
+
+    def close(self) -> None:
+        """Gives up locks and files."""
+        self.partial.close()
+        self.planned.source.close()
+
+    @contextmanager
+    def worded(self, *, keep: bool = False) -> Iterator[None]:
+        """Words the errors of the destination; keeps what can be continued, removes what cannot (unless `keep`)."""
+        try:
+            yield
+        except BaseException as error:
+            done = execute.recorded_bytes(self.partial)
+            kept = keep or (done > 0 and not isinstance(error, MswiftError))
+            if not kept:
+                self.partial.discard()
+            self.close()
+            state = "nothing was published"
+            if kept:
+                state += (
+                    f", {done:,} of {self.planned.total_bytes:,} bytes are copied and kept in {self.partial.path}: "
+                    "the same command continues, with --restart it begins anew"
                 )
-            hashes[name] = digest
-            advance(size)
-
-        run_all(planned.source.order, work, workers)
-    return hashes
-
-
-def copy_tensor(name: str, size: int, sources: Sequence[Place], places: Sequence[Place], buffers: Buffers) -> str:
-    """Streams one HF tensor in the order of its bytes; returns their sha256."""
-    digest = hashlib.sha256()
-    repeats = sum(prod(d.size for d in place.copy.dims) for place in places)
-    for low in range(0, size, PIECE_BYTES):
-        view = read_block(name, low, min(size, low + PIECE_BYTES), sources, buffers.block, buffers.tile)
-        digest.update(view)
-        for place in places:
-            for part in cut(place.copy, low, low + len(view)):
-                repeats -= scatter(place.fd, part, view, low, buffers.tile)
-    if repeats != 0:
-        raise CheckpointError(f"{name}: {repeats} bytes were not written")
-    return digest.hexdigest()
+            if isinstance(error, OSError):
+                raise in_words(error, self.partial.destination, self.partial.flag, state) from None
+            if kept and isinstance(error, KeyboardInterrupt):
+                print(f"{self.partial.destination}: stopped; {state}", file=sys.stderr)
+            raise
 
 
-def read_block(
-    name: str, low: int, high: int, sources: Sequence[Place], block: memoryview, tile: memoryview
-) -> memoryview:
-    """Bytes [low, high) of an HF tensor, in `block`."""
-    view, count = block[: high - low], 0
-    for place in sources:
-        for part in cut(place.copy, low, high):
-            count += gather(place.fd, place.path, part, view, low, tile)
-    if count != high - low:
-        raise CheckpointError(f"{name}: the source has {count} of the bytes {low}:{high}")
-    return view
-
-
-def _carry(source: Path, folder: Path) -> list[Path]:
-    """Copies what is not weights, byte for byte; returns the copies."""
-    folder.mkdir(exist_ok=True)
-    copies = []
-    for path in carried_files(source):
-        copies.append(folder / path.name)
-        shutil.copyfile(path, copies[-1])
-        with open(copies[-1], "rb+") as file:
-            os.fsync(file.fileno())
-    return copies
-
-
-def _records(planned: Plan, hashes: Mapping[str, str]) -> dict[str, TensorRecord]:
-    table, dtype = planned.source.table, planned.source.dtype
-    records = {}
-    for name in table.hf_order:
-        key = table.hf_pieces[name][0].names[1]
-        records[name] = TensorRecord(dtype, table.hf[name], hashes[name], table.megatron[key].rule.kind, key)
-    return records
-
-
-def _finish(destination: Destination, side_files: Sequence[Path], workers: int) -> dict[str, FileRecord]:
-    """Indexes, fsyncs and records the files of the destination."""
-
-    def sync(fd: int, buffers: Buffers) -> None:
-        os.fsync(fd)
-
-    destination.finish()
-    run_all(destination.fds.values(), sync, workers)
-    destination.close()
-    files = {}
-    for path in sorted(destination.directory.iterdir()):
-        if path.is_file() and path.name != ".lock":
-            extents = destination.extents.get(path.name)
-            files[path.name] = hash_whole(path) if extents is None else hash_frame(path, extents)
-    for path in side_files:
-        files[path.relative_to(destination.directory).as_posix()] = hash_whole(path)
-    return files
+def _destination(planned: Plan, data: Path, max_shard_bytes: int) -> Destination:
+    table = planned.source.table
+    dtypes = {name: planned.source.dtype_of(name) for name in planned.source.order}
+    if planned.to == "hf":
+        return HfDestination(data, table, dtypes, planned.restored, max_shard_bytes)
+    return MegatronDestination(data, table, dtypes)

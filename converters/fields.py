@@ -1,7 +1,7 @@
 """Strict reading of a config.json: a field is mapped, known to have no effect, or refused by name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
@@ -10,14 +10,14 @@ from mswift.errors import ConfigError
 # fmt: off
 WITHOUT_EFFECT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-        "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
-        "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
+        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "aux_loss_alpha",
+        "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+        "ep_size", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions", "output_hidden_states",
+        "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+        "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux", "task_specific_params",
+        "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_bfloat16",
+        "use_cache", "use_return_dict",
     }
 )
 # fmt: on
@@ -26,6 +26,7 @@ WITHOUT_EFFECT = frozenset(
 _ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
@@ -60,12 +61,33 @@ class Fields:
             raise self._error(name, f"must be a positive integer, not {value!r}")
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """An integer that is not negative."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self._error(name, f"must be an integer, at least 0, not {value!r}")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
+
+    def one_of(self, name: str, value: Any, supported: Collection[Any]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
@@ -79,6 +101,13 @@ class Fields:
         value = self.take(name, supported)
         if value != supported:
             raise self._error(name, f"is {value!r}; only {supported!r} is supported")
+
+    def choice(self, name: str, *supported: str) -> str:
+        """One of these values; the first one if the field is absent."""
+        value = self.take(name, supported[0])
+        if value not in supported:
+            raise self._error(name, f"is {value!r}; supported: {', '.join(supported)}")
+        return str(value)
 
     def no_sliding_window(self, *, switch: str | None = None) -> None:
         """Refuses a sliding window that masks anything; `switch` is the field that turns it on, if there is one."""
@@ -109,7 +138,7 @@ class Fields:
             if values.get(field, value) != value:
                 raise self._error(field, f"is {value}, but {name} has {values[field]}")
         dim = None if share == 1.0 else int(head_dim * share)
-        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved)
+        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved, rotated=dim or head_dim)
 
     def rope_of(
         self,
@@ -119,15 +148,17 @@ class Fields:
         theta: float,
         rotary_dim: int | None = None,
         interleaved: bool = False,
+        rotated: int | None = None,
     ) -> RopeSpec:
-        """One rotary embedding from the keys of the dictionary in field `name`."""
+        """One rotary embedding from the keys of the dictionary in field `name`; `rotated`: dimensions it has."""
         values = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-        kind = values.pop("rope_type", given.get("type", "default"))
+        named = values.pop("rope_type", given.get("type", "default"))
+        kind: Any = "longrope" if named == "su" else named  # its name before it was published
         if kind not in _ROPE_KEYS:
             raise self._error(f"{name}.rope_type", f"is {kind!r}; supported: {', '.join(_ROPE_KEYS)}")
         needed, optional = _ROPE_KEYS[kind]
-        if "original_max_position_embeddings" in needed and "original_max_position_embeddings" not in values:
-            known = self.take("original_max_position_embeddings")
+        if "original_max_position_embeddings" in needed:
+            known = self.take("original_max_position_embeddings", values.get("original_max_position_embeddings"))
             values["original_max_position_embeddings"] = known or self.integer("max_position_embeddings")
         values = {key: value for key, value in values.items() if value is not None or key in needed}
         unknown, missing = sorted(set(values) - needed - optional), sorted(needed - set(values))
@@ -141,6 +172,14 @@ class Fields:
         flat = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,))]
         if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in flat):
             raise self._error(name, f"must hold positive numbers, not {values}")
+        if kind == "longrope" and "factor" not in values:
+            stretched = self.integer("max_position_embeddings")
+            values["factor"] = stretched / values["original_max_position_embeddings"]
+        if kind == "dynamic":
+            values["original_max_position_embeddings"] = self.integer("max_position_embeddings")
+        for key in ("short_factor", "long_factor"):
+            if key in values and rotated is not None and len(values[key]) != rotated // 2:
+                raise self._error(f"{name}.{key}", f"has {len(values[key])} numbers; {rotated // 2} are needed")
         return RopeSpec(theta, kind, rotary_dim=rotary_dim, interleaved=interleaved, truncate=bool(truncate), **values)
 
     def finish(self, architecture: str) -> None:

@@ -32,13 +32,14 @@ class Region:
 
     def intersect(self, other: "Region") -> "Region | None":
         """The common box, or None."""
-        low = tuple(map(max, self.offsets, other.offsets))
-        high = tuple(
-            min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
-        if any(h <= lo for lo, h in zip(low, high, strict=True)):
-            return None
-        return Region(low, tuple(h - lo for lo, h in zip(low, high, strict=True)))
+        offsets, sizes = [], []
+        for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            low, high = max(a, b), min(a + s, b + t)
+            if high <= low:
+                return None
+            offsets.append(low)
+            sizes.append(high - low)
+        return Region(tuple(offsets), tuple(sizes))
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True)) + "]"
@@ -106,8 +107,14 @@ def restrict(piece: Piece, region: Region, side: int) -> list[Piece]:
 
 def _restrict_axis(piece: Piece, region: Region, side: int, axis: int) -> Iterator[Piece]:
     chosen = [i for i, d in enumerate(piece.dims) if d.axis[side] == axis]
-    chosen.sort(key=lambda i: -piece.dims[i].step[side])
     low = region.offsets[axis] - piece.starts[side][axis]
+    extent = 1
+    for i in chosen:
+        extent += (piece.dims[i].size - 1) * piece.dims[i].step[side]
+    if low <= 0 and extent <= low + region.sizes[axis]:  # all of it: by far the most frequent case
+        yield piece
+        return
+    chosen.sort(key=lambda i: -piece.dims[i].step[side])
     steps = [(piece.dims[i].size, piece.dims[i].step[side]) for i in chosen]
     for ranges in _index_ranges(steps, low, low + region.sizes[axis]):
         dims = list(piece.dims)
@@ -160,6 +167,8 @@ def tiling_fault(boxes: Sequence[Region], shape: Sequence[int]) -> str | None:
             return f"{box} lies outside the shape {list(shape)}"
     if len(shape) == 0:
         return None if len(boxes) == 1 else f"a scalar is covered {len(boxes)} times"
+    if len(boxes) == 1 and boxes[0].sizes == tuple(shape):
+        return None
     fault = _slab_fault(list(boxes), tuple(shape), 0)
     return None if fault is None else f"elements {fault[0]} are covered {fault[1]} times, not once"
 

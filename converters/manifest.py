@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One HF tensor: sha256 of its bytes, and by which rule it lies in which Megatron tensor."""
+    """One HF tensor: sha256 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor."""
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    sha256: str | None
     rule: str
     megatron: str
 
@@ -56,7 +56,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The proof of one conversion; printed by `mswift convert`."""
+    """The proof of one conversion; printed by `mswift convert`.
+
+    `non_finite`: how many infinities and NaNs each tensor has that has any; None if they were not counted.
+    """
 
     source_format: str
     format: str
@@ -65,6 +68,11 @@ class Manifest:
     dropped: Mapping[str, DroppedRecord] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     seconds: float = 0.0
+    non_finite: Mapping[str, int] | None = None
+
+    def timed(self, seconds: float) -> "Manifest":
+        """The same with the seconds that the conversion took."""
+        return replace(self, seconds=seconds)
 
     @property
     def num_elements(self) -> int:
@@ -75,8 +83,10 @@ class Manifest:
         return sum(t.num_elements * DTYPE_BYTES[t.dtype] for t in self.tensors.values())
 
     @property
-    def digest(self) -> str:
-        """sha256 over name, dtype, shape and hash of every tensor: the same in every format."""
+    def digest(self) -> str | None:
+        """sha256 over name, dtype, shape and hash of every tensor: the same in every format. None without hashes."""
+        if any(t.sha256 is None for t in self.tensors.values()):
+            return None
         lines = [f"{n}\0{t.dtype}\0{list(t.shape)}\0{t.sha256}\n" for n, t in sorted(self.tensors.items())]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -86,9 +96,11 @@ class Manifest:
             f"  tensors   {len(self.tensors):,}",
             f"  elements  {self.num_elements:,}",
             f"  bytes     {self.num_bytes:,}",
-            f"  sha256    {self.digest}",
+            f"  sha256    {self.digest or 'not taken (--hash_source false): only mswift verify A B can compare'}",
             f"  seconds   {self.seconds:.2f}",
         ]
+        if self.non_finite is not None:
+            lines.append(f"  not finite {sum(self.non_finite.values()):,} {_some(list(self.non_finite))}".rstrip())
         reasons: dict[str, list[str]] = {}
         for name, record in self.dropped.items():
             reasons.setdefault(record.reason, []).append(name)
@@ -109,12 +121,17 @@ class Manifest:
             "num_elements": self.num_elements,
             "num_bytes": self.num_bytes,
             "seconds": round(self.seconds, 3),
-            "tensors": {name: asdict(t) for name, t in self.tensors.items()},
+            "non_finite": self.non_finite,
+            "tensors": {name: vars(t) for name, t in self.tensors.items()},
             "dropped": {name: asdict(d) for name, d in self.dropped.items()},
             "files": {name: asdict(f) for name, f in self.files.items()},
         }
         value["manifest_sha256"] = _own_hash(value)
         write_file(directory / MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"(in {len(names)} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def _own_hash(value: Mapping[str, Any]) -> str:
@@ -134,9 +151,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         tensors = {n: TensorRecord(**{**t, "shape": tuple(t["shape"])}) for n, t in value["tensors"].items()}
         dropped = {n: DroppedRecord(**d) for n, d in value["dropped"].items()}
         files = {n: FileRecord(**f) for n, f in value["files"].items()}
-        manifest = Manifest(
-            value["source_format"], value["format"], value["model_type"], tensors, dropped, files, value["seconds"]
-        )
+        kinds = (value["source_format"], value["format"], value["model_type"])
+        manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], value.get("non_finite"))
         intact = value["manifest_sha256"] == _own_hash(value)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None

@@ -1,7 +1,7 @@
 """A family table applied to one config.json, and the proof that it moves every element exactly once."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,7 @@ class ModelTable:
                     megatron[tensor.key] = tensor
         self.megatron: Mapping[str, MegatronTensor] = megatron
         hf: dict[str, tuple[int, ...]] = {}
+        self._own_dtype: set[str] = set()
         for tensor in megatron.values():
             experts = range(self.sizes["experts"]) if tensor.rule.experts == "each" else range(1)
             for part in tensor.rule.parts:
@@ -74,6 +75,8 @@ class ModelTable:
                         name = part.hf.format(l=layer, e=expert)
                         if hf.setdefault(name, shape) != shape:
                             raise CheckpointError(f"{name}: the table gives it shapes {hf[name]} and {shape}")
+                        if tensor.rule.own_dtype:
+                            self._own_dtype.add(name)
         self.hf: Mapping[str, tuple[int, ...]] = hf
         self.dropped: Mapping[str, Drop] = {
             name: d for d in family.table if isinstance(d, Drop) for name in self._drop_names(d)
@@ -104,11 +107,18 @@ class ModelTable:
     def _drop_names(self, drop: Drop) -> Iterator[str]:
         if "{l}" not in drop.hf:
             if holds(drop.when, self._features):
-                yield drop.hf
+                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
+                    yield drop.hf.format(e=expert)
             return
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
                 yield drop.hf.format(l=layer)
+
+    @property
+    def mtp_names(self) -> set[str]:
+        """HF names and Megatron keys of the multi-token-prediction layers."""
+        keys = {key for key, tensor in self.megatron.items() if tensor.rule.in_mtp}
+        return keys | {piece.names[0] for key in keys for piece in self.pieces(key)}
 
     def key(self, name: str, layer: int | None) -> str:
         """The key of a layer's tensor, given as "decoder.layers." + its rest; layer in HF's count."""
@@ -153,7 +163,7 @@ class ModelTable:
 
     def has_own_dtype(self, name: str) -> bool:
         """Whether an HF tensor may have another dtype than the weights around it (a router's bias in fp32)."""
-        return self.megatron[self.hf_pieces[name][0].names[1]].rule.own_dtype
+        return name in self._own_dtype
 
     @cached_property
     def hf_order(self) -> list[str]:
@@ -268,12 +278,16 @@ class ModelTable:
 def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTable:
     """The table of the model that this config.json describes; ConfigError if it is not supported.
 
-    stored: the HF tensor names of a checkpoint, which decide between spellings of a family.
+    stored: the names of a checkpoint's tensors (HF names or Megatron keys), which decide between spellings of a
+    family, and whether the multi-token-prediction layers of config.json are there: transformers leaves them out.
     """
     family = family_for(config)
     spec = spec_for(config, family)
-    spellings = family.spellings if stored else family.spellings[:1]
+    names = frozenset(stored)
+    spellings = family.spellings if names else family.spellings[:1]
     tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
-    table = max(tables, key=lambda each: len(each.hf.keys() & set(stored)))
+    table = max(tables, key=lambda each: len(each.hf.keys() & names))
+    if names and spec.mtp_layers and not table.mtp_names & names:
+        table = ModelTable(config, family, replace(spec, mtp_layers=()), table.spelling)
     table.prove_coverage()
     return table

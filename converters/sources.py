@@ -1,7 +1,7 @@
 """Where a model's weights come from: a Hugging Face directory, or a torch_dist one (converted, or a checkpoint)."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,8 @@ def chunk_places(
 class HfSource:
     """The tensors of a Hugging Face directory, checked against the table of its config.json.
 
-    `dropped`: tensors that no model reads, with the reason; a tied checkpoint's own `lm_head.weight` is one of
-    them if its bytes equal the embedding's.
+    `dropped`: tensors that no model reads, with the reason; `repeats`: those among them whose bytes must equal
+    another tensor's (a tied checkpoint's own `lm_head.weight`), which `check_repeats` reads and compares.
     """
 
     format = "safetensors"
@@ -66,9 +66,6 @@ class HfSource:
         drops = {name: self.table.dropped[name] for name in stored if name in self.table.dropped}
         self.dropped = {name: drop.reason for name, drop in drops.items()}
         self.repeats = {name: drop.same_as for name, drop in drops.items() if drop.same_as}
-        for name, original in self.repeats.items():
-            if original in stored:
-                self._check_repeat(original, name, drops[name].reason)
         self.tensors = {name: tensor for name, tensor in stored.items() if name not in self.dropped}
         check_shapes(str(path), {n: t.shape for n, t in self.tensors.items()}, self.table.hf)
         self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()}, self.table.has_own_dtype)
@@ -108,6 +105,12 @@ class HfSource:
         if hasattr(self, "fds"):
             self.close()
 
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        """CheckpointError unless the repeats (some of them, or all) have the bytes of their originals."""
+        for name, original in self.repeats.items():
+            if original in self.all_tensors and (names is None or name in names):
+                self._check_repeat(original, name, self.dropped[name])
+
     def _check_repeat(self, original: str, name: str, reason: str) -> None:
         first, second = self.all_tensors[original], self.all_tensors[name]
         where = f"{second.path}: {name} ({reason})"
@@ -141,7 +144,7 @@ class MegatronSource:
             )
         self.config = read_config(self.hf_files)
         recorded = read_manifest(path)
-        self.table: ModelTable = table_for(self.config, recorded.tensors if recorded else ())
+        self.table: ModelTable = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
         shapes = {n: t.shape for n, t in self.files.tensors.items() if not n.startswith(_NOT_WEIGHTS)}
         if shapes and all(name.startswith(_ADAPTER) for name in shapes):
             raise CheckpointError(
@@ -156,6 +159,9 @@ class MegatronSource:
         self.order = self.table.hf_order
         self.dropped: dict[str, str] = {}
         self.repeats: dict[str, str] = {}
+
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        """There are none here."""
 
     def dtype_of(self, name: str) -> str:
         """Dtype of one HF tensor; `dtype` but for the few that may have their own."""

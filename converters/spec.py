@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class MoeSpec:
 class MlaSpec:
     """Multi-head latent attention (DeepSeek-V2): keys and values are projected up from a latent vector.
 
-    q_lora_rank None: queries are projected directly.
+    q_lora_rank None: queries are projected directly. norm_eps: of the norms of the latent vectors, which is not
+    the model's (transformers' and DeepSeek's classes leave it at its default).
     """
 
     q_lora_rank: int | None
@@ -73,22 +74,29 @@ class MlaSpec:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    norm_eps: float = 1e-6
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: what has no position, then what is rotated."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class MambaSpec:
-    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba")."""
+    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba"); its convolution has a bias, its projections have none.
+
+    num_groups: of heads that share B and C; norm_groups: in how many equal parts the gated output is normalised.
+    """
 
     num_heads: int
     head_dim: int
     state_size: int
     num_groups: int
+    norm_groups: int
     conv_kernel: int
     chunk_size: int
-    conv_bias: bool = True
-    proj_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    norm_before_gate: bool = False
 
 
 @dataclass(frozen=True)

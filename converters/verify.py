@@ -1,23 +1,25 @@
 """Proof that two checkpoints hold the same model, bit for bit, or that one still is what its record says."""
 
-import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-
-import numpy as np
+from threading import Lock
 
 from mswift import rundir
-from mswift.converters.engine import read_block
+from mswift.converters.copying import num_bytes, opened
+from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.layout import strides
 from mswift.converters.manifest import Manifest, hash_frame, hash_whole, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Place, Source, open_source
-from mswift.converters.workers import Buffers, default_workers, progress_bar, run_all
+from mswift.converters.proof import measure
+from mswift.converters.sources import Source, open_source
+from mswift.converters.work import LARGEST_SPAN_BYTES, spans
+from mswift.converters.workers import Buffers, InOrder, default_workers, progress_bar, run_all
 from mswift.errors import CheckpointError, ConfigError
 
 SHOWN_DIFFERENCES = 10
@@ -31,6 +33,7 @@ class Report:
     num_tensors: int = 0
     num_bytes: int = 0
     differences: list[str] = field(default_factory=list)
+    non_finite: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def equal(self) -> bool:
@@ -38,7 +41,9 @@ class Report:
 
     def __str__(self) -> str:
         if self.equal:
-            return f"equal: {self.subject} ({self.num_tensors:,} tensors, {self.num_bytes:,} bytes compared)"
+            line = f"equal: {self.subject} ({self.num_tensors:,} tensors, {self.num_bytes:,} bytes compared)"
+            bad = sum(self.non_finite.values())
+            return f"{line}; {bad:,} elements of {len(self.non_finite)} tensors are not finite" if bad else line
         shown = [f"  {line}" for line in self.differences[:SHOWN_DIFFERENCES]]
         more = len(self.differences) - len(shown)
         tail = [f"  ... and {more} more"] if more > 0 else []
@@ -53,26 +58,25 @@ def verify(a: Path, b: Path, *, progress: bool = False, num_workers: int | None 
     left, right = open_source(Path(a)), open_source(Path(b))
     report = Report(f"{a} ({left.format}) and {b} ({right.format})")
     report.differences += _model_differences(left, right)
-    names = [name for name in left.table.hf_order if left.table.hf[name] == right.table.hf.get(name)]
-    if left.dtype != right.dtype:
-        report.differences.append(f"dtype: {left.dtype} in {a}, {right.dtype} in {b}")
-        return report
-    found: dict[str, str] = {}
-    item_bytes = DTYPE_BYTES[left.dtype]
-    sizes = {name: prod(left.table.hf[name]) * item_bytes for name in names}
-    with progress_bar(sum(sizes.values()), "verify", progress) as advance:
-
-        def work(name: str, buffers: Buffers) -> None:
-            sides = (left.places(name), right.places(name))
-            difference = _compare(name, left.table.hf[name], left.dtype, sides, buffers)
-            if difference is not None:
-                found[name] = difference
-            advance(sizes[name])
-
-        run_all(names, work, num_workers or default_workers())
-    report.differences += [found[name] for name in names if name in found]
-    report.num_tensors, report.num_bytes = len(names), sum(sizes.values())
+    same_shape = [name for name in left.table.hf_order if left.table.hf[name] == right.table.hf.get(name)]
+    dtypes = {name: (left.dtype_of(name), right.dtype_of(name)) for name in same_shape}
+    report.differences += _dtype_differences(dtypes, a, b)
+    comparison = _Comparison(left, right, [name for name in same_shape if len(set(dtypes[name])) == 1])
+    report.differences += comparison.run(progress, num_workers or default_workers())
+    report.num_tensors, report.num_bytes = len(comparison.names), sum(comparison.sizes.values())
+    left.close()
+    right.close()
     return report
+
+
+def _dtype_differences(dtypes: Mapping[str, tuple[str, str]], a: Path, b: Path) -> Iterable[str]:
+    """One line for each pair of different dtypes."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, pair in dtypes.items():
+        if pair[0] != pair[1]:
+            found.setdefault(pair, []).append(name)
+    for (mine, theirs), names in found.items():
+        yield f"dtype: {mine} in {a}, {theirs} in {b} ({len(names)} of {len(dtypes)} tensors, {names[0]} first)"
 
 
 def _model_differences(left: Source, right: Source) -> Iterable[str]:
@@ -88,30 +92,57 @@ def _model_differences(left: Source, right: Source) -> Iterable[str]:
             yield f"{name}: shape {list(shape)} and {list(other)}"
 
 
-def _compare(
-    name: str, shape: Sequence[int], dtype: str, sides: tuple[list[Place], list[Place]], buffers: Buffers
-) -> str | None:
-    """The first differing element and how many differ, in words."""
-    item_bytes = DTYPE_BYTES[dtype]
-    first: tuple[int, str, str] | None = None
-    count, size = 0, prod(shape) * item_bytes
-    for low in range(0, size, PIECE_BYTES):
-        high = min(size, low + PIECE_BYTES)
-        a = read_block(name, low, high, sides[0], buffers.block, buffers.tile)
-        b = read_block(name, low, high, sides[1], buffers.other, buffers.tile)
-        x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
-        if np.array_equal(x, y):
-            continue
-        wrong = np.flatnonzero((x != y).reshape(-1, item_bytes).any(axis=1))
-        count += len(wrong)
-        if first is None:
-            at = int(wrong[0]) * item_bytes
-            mine, theirs = (element(dtype, view[at : at + item_bytes].tobytes()) for view in (a, b))
-            first = ((low + at) // item_bytes, mine, theirs)
-    if first is None:
-        return None
-    index = [first[0] // s % n for s, n in zip(strides(shape), shape, strict=True)]
-    return f"{name}{index}: {first[1]} and {first[2]}; {count:,} of {prod(shape):,} elements differ"
+class _Comparison:
+    """Two sources compared span by span, by several threads; what differs is summed up for each tensor."""
+
+    def __init__(self, left: Source, right: Source, names: Sequence[str]) -> None:
+        self.left, self.right, self.names = left, right, names
+        self.sizes = {name: num_bytes(left, name) for name in names}
+        self._files = Descriptors()
+        self._lock = Lock()
+        self._first: dict[str, tuple[int, bytes, bytes]] = {}
+        self._count: Counter[str] = Counter()
+
+    def run(self, progress: bool, num_workers: int) -> list[str]:
+        """What differs, in the order of the names."""
+        units = [(n, low, high) for n in self.names for low, high in spans(0, self.sizes[n], LARGEST_SPAN_BYTES)]
+        with progress_bar(sum(self.sizes.values()), "verify", progress) as advance:
+
+            def work(unit: tuple[str, int, int], buffers: Buffers) -> None:
+                self._span(*unit, buffers)
+                advance(unit[2] - unit[1])
+
+            run_all(InOrder(units), work, num_workers)
+        self._files.close()
+        return [self._words(name) for name in self.names if name in self._first]
+
+    def _span(self, name: str, low: int, high: int, buffers: Buffers) -> None:
+        import numpy as np
+
+        item_bytes = DTYPE_BYTES[self.left.dtype_of(name)]
+        with opened(self.left, name, self._files) as mine, opened(self.right, name, self._files) as other:
+            for start in range(low, high, PIECE_BYTES):
+                end = min(high, start + PIECE_BYTES)
+                a = mine.read(start, end, buffers.block, buffers.tile)
+                b = other.read(start, end, buffers.other, buffers.tile)
+                x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+                if np.array_equal(x, y):
+                    continue
+                wrong = np.flatnonzero((x != y).reshape(-1, item_bytes).any(axis=1))
+                at = int(wrong[0]) * item_bytes
+                found = (start + at, bytes(a[at : at + item_bytes]), bytes(b[at : at + item_bytes]))
+                with self._lock:
+                    self._count[name] += len(wrong)
+                    self._first[name] = min(self._first.get(name, found), found)
+
+    def _words(self, name: str) -> str:
+        """The first differing element and how many differ."""
+        dtype, shape = self.left.dtype_of(name), self.left.table.hf[name]
+        position, mine, theirs = self._first[name]
+        at = position // DTYPE_BYTES[dtype]
+        index = [at // s % n for s, n in zip(strides(shape), shape, strict=True)]
+        values = f"{element(dtype, mine)} and {element(dtype, theirs)}"
+        return f"{name}{index}: {values}; {self._count[name]:,} of {prod(shape):,} elements differ"
 
 
 def element(dtype: str, data: bytes) -> str:
@@ -153,28 +184,25 @@ def _verify_manifest(path: Path, manifest: Manifest, progress: bool, workers: in
     report.differences += _file_differences(path, manifest)
     if report.differences:
         return report
+    unknown = [name for name, record in manifest.tensors.items() if record.sha256 is None]
+    if unknown:
+        raise ConfigError(
+            f"{path / MANIFEST}: has no hash of {len(unknown)} of {len(manifest.tensors)} tensors (it was made with "
+            "--hash_source false); name the checkpoint that it should equal: mswift verify A B"
+        )
     source = open_source(path)
-    found: dict[str, str] = {}
-    with progress_bar(manifest.num_bytes, "verify", progress) as advance:
-
-        def work(name: str, buffers: Buffers) -> None:
-            size, digest = prod(source.table.hf[name]) * DTYPE_BYTES[source.dtype], hashlib.sha256()
-            places = source.places(name)
-            for low in range(0, size, PIECE_BYTES):
-                high = min(size, low + PIECE_BYTES)
-                digest.update(read_block(name, low, high, places, buffers.block, buffers.tile))
-            recorded = manifest.tensors.get(name)
-            if recorded is None or recorded.sha256 != digest.hexdigest():
-                said = recorded.sha256 if recorded else "nothing"
-                found[name] = f"{name}: sha256 {digest.hexdigest()}, the manifest says {said}"
-            advance(size)
-
-        run_all(source.order, work, workers)
-    report.differences += [found[name] for name in source.order if name in found]
+    measured = measure(source, workers, progress)
+    for name in source.order:
+        record, found = manifest.tensors.get(name), measured[name]
+        if record is None or record.sha256 != found.sha256:
+            said = record.sha256 if record else "nothing"
+            report.differences.append(f"{name}: sha256 {found.sha256}, the manifest says {said}")
+    report.non_finite = {name: each.non_finite for name, each in measured.items() if each.non_finite}
     report.num_tensors, report.num_bytes = len(source.order), manifest.num_bytes
     for file, extents in source.extents().items():
         if hash_frame(path / file, extents) != manifest.files.get(file):
             report.differences.append(f"{file}: bytes outside the tensors differ from the manifest's")
+    source.close()
     return report
 
 

@@ -2,22 +2,44 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from mswift.converters.io.files import PIECE_BYTES
 
 Item = TypeVar("Item")
-_WRITEBACK_SECONDS = 0.2
+Given = TypeVar("Given", covariant=True)
+
+
+class Queue(Protocol[Given]):
+    """Gives out work; called by several threads."""
+
+    def take(self, worker: int) -> Given | None:
+        """The next item of that worker (from 0), None if there is none left."""
+
+
+class InOrder(Generic[Item]):
+    """A queue that gives each item to whoever asks first."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items, self._lock = iter(items), Lock()
+
+    def take(self, worker: int) -> Item | None:
+        """The next item."""
+        with self._lock:
+            return next(self._items, None)
 
 
 class Buffers:
-    """One worker's memory: a block of a tensor on each side of a comparison, and a tile for strided copies."""
+    """One worker's memory: a block of a tensor on each side of a comparison, and a tile for strided copies.
 
-    def __init__(self) -> None:
+    `stop` is set when the work is to end early, between two spans.
+    """
+
+    def __init__(self, stop: Event | None = None) -> None:
+        self.stop = stop or Event()
         self.block, self.other, self.tile = (memoryview(bytearray(PIECE_BYTES)) for _ in range(3))
 
 
@@ -26,58 +48,35 @@ def default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
-def run_all(items: Iterable[Item], work: Callable[[Item, Buffers], None], num_workers: int) -> None:
-    """Calls work(item, buffers) for every item, in order of start; raises the first error."""
-    queue, lock, stop = iter(items), Lock(), Event()
-
-    def loop() -> None:
-        buffers = Buffers()
-        while not stop.is_set():
-            with lock:
-                item = next(queue, None)
-            if item is None:
-                return
-            try:
-                work(item, buffers)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(loop) for _ in range(num_workers)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
-
-
-@contextmanager
-def early_writeback(fds: Sequence[int]) -> Iterator[None]:
-    """Sends files to the disk while the block still writes them, so that the last fsync finds little left.
-
-    Raises what fsync raised (a full disk may only show there).
-    """
+def run_all(queue: Queue[Item], work: Callable[[Item, Buffers], None], num_workers: int) -> None:
+    """Calls work(item, buffers) for every item; raises the first error, after all workers have stopped."""
     stop = Event()
-    errors: list[OSError] = []
+    errors: list[BaseException] = []
 
-    def loop() -> None:
-        while not stop.wait(_WRITEBACK_SECONDS):
-            for fd in fds:
-                try:
-                    os.fsync(fd)
-                except OSError as error:  # told once for each descriptor: the fsync at the end would not see it
-                    errors.append(error)
+    def loop(worker: int) -> None:
+        try:
+            buffers = Buffers(stop)
+            while not stop.is_set():
+                item = queue.take(worker)
+                if item is None:
                     return
+                work(item, buffers)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
 
-    thread = Thread(target=loop, daemon=True)
-    thread.start()
+    threads = [Thread(target=loop, args=(n,), daemon=True) for n in range(num_workers)]
     try:
-        yield
-    finally:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C; a second one does not wait for the workers
         stop.set()
-        thread.join()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+        raise
     if errors:
         raise errors[0]
 

@@ -1,15 +1,26 @@
-"""Flat byte maps (`layout.flatten`) executed between memory (side 0) and a file (side 1), through a bounded tile."""
+"""Flat byte maps (`layout.flatten`) executed between memory (side 0) and a file (side 1), in bounded memory.
 
+What is contiguous in the file moves by one system call: directly if it is contiguous in memory too, as a list of runs
+(preadv, pwritev) if the runs are long, through a tile and numpy if they are short.
+"""
+
+import os
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from mswift.converters.io.files import read_exactly, write_exactly
 from mswift.converters.layout import Dim, Piece, Region, restrict
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+LIST_RUN_BYTES = 512
+"""Runs of at least so many bytes go into one call as a list; a list entry costs about as much as copying them."""
+
+_LONGEST_LIST = 1024  # IOV_MAX of Linux
 
 
 def cut(copy: Piece, low: int, high: int) -> list[Piece]:
@@ -34,9 +45,9 @@ def gather(fd: int, path: Path, copy: Piece, memory: memoryview, base: int, tile
         size = _span(dims, 1)
         if len(dims) <= 1:
             read_exactly(fd, memory[start - base : start - base + size], offset, path)
-        else:
+        elif not _listed(os.preadv, fd, memory, start - base, dims, offset):
             read_exactly(fd, tile[:size], offset, path)
-            np.copyto(_view(memory, start - base, dims, 0), _view(tile, 0, dims, 1))
+            _copy(_view(memory, start - base, dims, 0), _view(tile, 0, dims, 1))
         count += size
     return count
 
@@ -49,11 +60,51 @@ def scatter(fd: int, copy: Piece, memory: memoryview, base: int, tile: memoryvie
         size = _span(dims, 1)
         if len(dims) <= 1:
             write_exactly(fd, memory[start - base : start - base + size], offset)
-        else:
-            np.copyto(_view(tile, 0, dims, 1), _view(memory, start - base, dims, 0))
+        elif not _listed(os.pwritev, fd, memory, start - base, dims, offset):
+            _copy(_view(tile, 0, dims, 1), _view(memory, start - base, dims, 0))
             write_exactly(fd, tile[:size], offset)
         count += size
     return count
+
+
+def run_bytes(copy: Piece) -> int:
+    """Length of the runs of a map that are contiguous on both sides."""
+    if not copy.dims:
+        return 1
+    last = copy.dims[-1]
+    return last.size if last.step == (1, 1) else 1
+
+
+def runs(copy: Piece) -> Iterator[tuple[int, int, int]]:
+    """(position on side 0, position on side 1, length) of every run that is contiguous on both sides."""
+    length = run_bytes(copy)
+    outer = copy.dims[:-1] if length > 1 else copy.dims
+    for index in product(*(range(d.size) for d in outer)):
+        a, b = (
+            start[0] + sum(i * d.step[side] for i, d in zip(index, outer, strict=True))
+            for side, start in enumerate(copy.starts)
+        )
+        yield a, b, length
+
+
+def _listed(call: Any, fd: int, memory: memoryview, start: int, dims: tuple[Dim, ...], offset: int) -> bool:
+    """Tries to move runs of memory that are one run of the file by preadv or pwritev; False if it must be otherwise."""
+    last = dims[-1]
+    if last.step != (1, 1) or last.size < LIST_RUN_BYTES:
+        return False
+    outer = sorted(dims[:-1], key=lambda d: -d.step[1])
+    starts = [start]
+    for dim in outer:
+        starts = [s + i * dim.step[0] for s in starts for i in range(dim.size)]
+    views = [memory[s : s + last.size] for s in starts]
+    for first in range(0, len(views), _LONGEST_LIST):
+        some = views[first : first + _LONGEST_LIST]
+        try:
+            if call(fd, some, offset + first * last.size) != len(some) * last.size:
+                return False
+        except OSError:  # the other way meets it again, and words it
+            return False
+    return True
 
 
 def _file_runs(copy: Piece, limit: int) -> Iterator[Piece]:
@@ -79,6 +130,14 @@ def _span(dims: tuple[Dim, ...], side: int) -> int:
     return 1 + sum((d.size - 1) * d.step[side] for d in dims)
 
 
-def _view(memory: memoryview, start: int, dims: tuple[Dim, ...], side: int) -> npt.NDArray[Any]:
+def _copy(to: "npt.NDArray[Any]", source: "npt.NDArray[Any]") -> None:
+    import numpy as np
+
+    np.copyto(to, source)
+
+
+def _view(memory: memoryview, start: int, dims: tuple[Dim, ...], side: int) -> "npt.NDArray[Any]":
+    import numpy as np  # only here: its import takes as long as copying 100 MB
+
     part = np.frombuffer(memory[start : start + _span(dims, side)], np.uint8)
     return np.lib.stride_tricks.as_strided(part, [d.size for d in dims], [d.step[side] for d in dims])

@@ -24,6 +24,18 @@ class ConvertConfig:
     """Largest safetensors file (--to hf): bytes, or a number with KB, MB, GB, KiB, MiB or GiB."""
     num_workers: int | None = None
     """Threads that copy. Default: one more than the processors, at most 8."""
+    hash_source: bool = True
+    """Take the sha256 of every tensor while it is read. false is faster, but `mswift verify DIR` needs hashes."""
+    hash_output: bool = False
+    """Read the result again before it is published: prove its hashes, count infinities and NaNs."""
+    restart: bool = False
+    """Begin anew where a conversion was interrupted; without it the same command continues."""
+    part: str | None = None
+    """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
+    finish: bool = False
+    """Prove that all parts are there and publish the destination."""
+    optimizer: bool = False
+    """Carry the optimizer's state (and a run's position) too: of a checkpoint, or of a directory made with this."""
     base_model: str | None = None
     """Of an adapter: directory of its base, of which only config.json is read. Default: what the adapter names."""
     adapter_layout: Literal["mswift", "fused", "canonical"] = "mswift"

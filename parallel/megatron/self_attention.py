@@ -21,7 +21,7 @@ from mswift.parallel.rotary import RotaryTable, rotate
 class RotarySelfAttention(SelfAttention):
     """megatron-core's self-attention; q and k are rotated with a table that all layers share."""
 
-    def __init__(self, *args: Any, rotary: RotaryTable, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rotary: RotaryTable | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rotary = rotary
 
@@ -40,11 +40,13 @@ class RotarySelfAttention(SelfAttention):
         query, key, value = mixed.view(s, b, groups, heads, head_dim).split([heads - 2, 1, 1], dim=-2)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
-        return rotate(query, cos, sin).flatten(2, 3), rotate(key, cos, sin).flatten(2, 3), value.squeeze(-2)
+        if self._rotary is not None:
+            cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
+            query, key = (rotate(x, cos, sin, interleaved=self._rotary.interleaved) for x in (query, key))
+        return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2)
 
 
-def self_attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable) -> ModuleSpec:
+def self_attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
     """Attention with grouped KV heads."""
     qk_norm = RMSNorm if spec.qk_norm == "head" else None
     return ModuleSpec(

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from mswift.converters.spec import LayerSpec, ModelSpec, RopeSpec
+from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.megatron.mlp import dense_mlp_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
@@ -54,10 +54,7 @@ def check_computed(spec: ModelSpec) -> None:
                 f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
                 "the model can be converted"
             )
-    for rope in spec.ropes:
-        if rope.kind in ("yarn", "longrope") or rope.rotary_dim is not None or rope.interleaved:
-            raise ConfigError(f"model_type {spec.model_type!r}: training does not compute {rope} yet")
-    if any(layer.window is not None or layer.rope != 0 for layer in spec.layers):
+    if any(layer.window is not None for layer in spec.layers):
         raise ConfigError(f"model_type {spec.model_type!r}: training does not compute sliding windows yet")
 
 
@@ -77,7 +74,7 @@ def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable])
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=self_attention_spec(spec, layer, rotary[layer.rope or 0]),
+            self_attention=self_attention_spec(spec, layer, None if layer.rope is None else rotary[layer.rope]),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
             mlp=dense_mlp_spec(spec),
@@ -96,8 +93,4 @@ def block_spec(spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable]) ->
 
 def rotary_tables(spec: ModelSpec, device: torch.device) -> list[RotaryTable]:
     """One for each of `spec.ropes`; all layers of one rank share them."""
-
-    def table(rope: RopeSpec) -> RotaryTable:
-        return RotaryTable(rope, spec.head_dim, device)
-
-    return [table(rope) for rope in spec.ropes]
+    return [RotaryTable(rope, spec.head_dim, device) for rope in spec.ropes]

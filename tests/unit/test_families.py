@@ -107,8 +107,8 @@ def test_rope_in_both_spellings(changes: dict[str, Any], rope: RopeSpec) -> None
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 32}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type' is 'dynamic'"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+    ("llama", {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_scaling.rope_type' is 'ntk'"),
+    ("llama", {"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks ['high_freq_factor'"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "unknown ['beta_fast']"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "positive numbers"),

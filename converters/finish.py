@@ -1,0 +1,94 @@
+"""The end of a conversion: index and side files, the proof of what was written, the manifest."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mswift.converters.destinations import Destination
+from mswift.converters.execute import Options
+from mswift.converters.io.side_files import carried_files
+from mswift.converters.manifest import DroppedRecord, FileRecord, Manifest, TensorRecord, hash_frame, hash_whole
+from mswift.converters.proof import Measured, measure
+from mswift.converters.sources import Source, open_source
+from mswift.converters.workers import Buffers, InOrder, run_all
+from mswift.errors import CheckpointError
+
+
+def finish(
+    source: Source,
+    destination: Destination,
+    hashes: Mapping[str, str | None],
+    dropped: Mapping[str, DroppedRecord],
+    options: Options,
+    hash_output: bool,
+) -> Manifest:
+    """Completes the directory but for the manifest, which it returns.
+
+    `hash_output`: everything is read again; CheckpointError naming the tensors that are not what was read.
+    """
+    _clear(destination)
+    destination.finish()
+    side_files = _carry(source.hf_files, destination.directory / destination.side_folder)
+    files = _files(destination, side_files, options.num_workers)
+    measured: Mapping[str, Measured] = {}
+    if hash_output:
+        written = open_source(destination.directory)
+        measured = measure(written, options.num_workers, options.progress)
+        written.close()
+        wrong = [name for name, sha256 in hashes.items() if sha256 not in (None, measured[name].sha256)]
+        if wrong:
+            raise CheckpointError(
+                f"--hash_output: {len(wrong)} tensors on the disk are not what was read ({', '.join(wrong[:3])}): "
+                "the disk or the memory is faulty"
+            )
+        hashes = {name: each.sha256 for name, each in measured.items()}
+    return Manifest(
+        source.format,
+        destination.format,
+        source.table.family.model_type,
+        {name: _record(source, name, hashes[name]) for name in source.table.hf_order},
+        dropped,
+        files,
+        non_finite={n: each.non_finite for n, each in measured.items() if each.non_finite} if hash_output else None,
+    )
+
+
+def _record(source: Source, name: str, sha256: str | None) -> TensorRecord:
+    keys = [piece.names[1] for piece in source.table.hf_pieces[name]]
+    rule = source.table.megatron[keys[0]].rule.kind
+    return TensorRecord(source.dtype_of(name), source.table.hf[name], sha256, rule, " ".join(dict.fromkeys(keys)))
+
+
+def _clear(destination: Destination) -> None:
+    """Removes what an interrupted `finish` left."""
+    for path in destination.directory.iterdir():
+        if path.name not in destination.sizes:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _carry(source: Path, folder: Path) -> list[Path]:
+    """Copies what is not weights, byte for byte; returns the copies."""
+    folder.mkdir(exist_ok=True)
+    copies = []
+    for path in carried_files(source):
+        copies.append(folder / path.name)
+        shutil.copyfile(path, copies[-1])
+        with open(copies[-1], "rb+") as file:
+            os.fsync(file.fileno())
+    return copies
+
+
+def _files(destination: Destination, side_files: list[Path], workers: int) -> dict[str, FileRecord]:
+    """Records of all files of the destination, hashes of what belongs to no tensor."""
+    directory, files = destination.directory, {}
+    for path in sorted({*(p for p in directory.iterdir() if p.is_file()), *side_files}):
+        files[path.relative_to(directory).as_posix()] = FileRecord(0, "")
+
+    def work(name: str, buffers: Buffers) -> None:
+        extents = destination.extents.get(name)
+        path = directory / name
+        files[name] = hash_whole(path) if extents is None else hash_frame(path, extents)
+
+    run_all(InOrder(list(files)), work, workers)
+    return files

@@ -33,6 +33,7 @@ def convert(config: ConvertConfig) -> int:
         from mswift.tuners import convert as adapters  # imports numpy
 
         return adapters.convert(config, source)
+    check_adapter_flags(config, source)
     if config.optimizer:
         check_optimizer_flags(config)
     if config.dry_run:
@@ -67,6 +68,13 @@ def convert(config: ConvertConfig) -> int:
         )
     print(f"{config.output_dir}: {manifest}")
     return 0
+
+
+def check_adapter_flags(config: ConvertConfig, source: Path) -> None:
+    """ConfigError for flags that mean something for an adapter only."""
+    for name in ("base_model", "adapter_layout", "fuse_adapters"):
+        if getattr(config, name) != ConvertConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"--{name} is for adapters, and --model {source} is none: leave it out")
 
 
 def check_optimizer_flags(config: ConvertConfig) -> None:

@@ -97,7 +97,7 @@ def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
 
     megatron-core builds it of Transformer Engine's layers alone, where the norm before experts is a module.
     """
-    table = []
+    table: list[Rule | Drop] = []
     for rule in rules:
         if isinstance(rule, Rule) and rule.megatron.startswith(M):
             rule = replace(rule, when=f"{rule.when} attention".strip())
@@ -113,7 +113,7 @@ def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
 def delta_spec(config: Fields) -> DeltaSpec:
     """Reads the `linear_` fields."""
     keys, values = config.integer("linear_num_key_heads", 16), config.integer("linear_num_value_heads", 32)
-    config.one_of("linear_num_value_heads", values, range(keys, values + 1, keys))
+    config.check("linear_num_value_heads", values, range(keys, values + 1, keys))
     return DeltaSpec(
         num_key_heads=keys,
         num_value_heads=values,

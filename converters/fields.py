@@ -10,14 +10,16 @@ from mswift.errors import ConfigError
 # fmt: off
 WITHOUT_EFFECT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "aux_loss_alpha",
-        "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-        "ep_size", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions", "output_hidden_states",
-        "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-        "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux", "task_specific_params",
-        "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_bfloat16",
-        "use_cache", "use_return_dict",
+        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+        "ep_size",
+        "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
+        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux",
+        "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+        "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
     }
 )
 # fmt: on
@@ -62,11 +64,16 @@ class Fields:
         return value
 
     def count(self, name: str, default: int) -> int:
-        """An integer that is not negative."""
+        """An integer from 0."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._error(name, f"must be an integer, at least 0, not {value!r}")
-        return value
+        return 0 if value == 0 and not isinstance(value, bool) else self.integer(name, default)
+
+    def even_half(self, name: str) -> int:
+        """Half of an even integer (a width that a config counts for gate and up together)."""
+        value = self.integer(name)
+        if value % 2:
+            raise self._error(name, f"must be even, not {value}")
+        return value // 2
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
@@ -75,7 +82,7 @@ class Fields:
             raise self._error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
-    def one_of(self, name: str, value: Any, supported: Collection[Any]) -> None:
+    def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
         """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
         if value not in supported:
             raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
@@ -88,6 +95,20 @@ class Fields:
         if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
             raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
         return float(numbers[0]), float(numbers[1])
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """A positive number or null, which turns off what an absent field leaves at its default."""
+        if name in self._config and self._config[name] is None:
+            self._read.add(name)
+            return None
+        return default if name not in self._config and default is None else self.number(name, default)
+
+    def fraction(self, name: str, default: float) -> float:
+        """A number from 0 up to, not including, 1."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise self._error(name, f"must be a number from 0 to below 1, not {value!r}")
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
@@ -121,7 +142,21 @@ class Fields:
             if kind != "full_attention":
                 raise self._error("layer_types", f"holds {kind!r}; only 'full_attention' is supported")
 
-    def rope(self, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> RopeSpec:
+    def one_of(self, name: str, supported: Collection[Any]) -> Any:
+        """The value, which must be one of those; the first one if the field is absent."""
+        value = self.take(name, next(iter(supported)))
+        if value not in supported:
+            raise self._error(name, f"is {value!r}; supported: {', '.join(map(repr, supported))}")
+        return value
+
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        partial: float | None = None,
+        interleaved: bool = False,
+        default_theta: float = 10000.0,
+    ) -> RopeSpec:
         """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5).
 
         partial: the family's default of partial_rotary_factor, the share of a head's dimensions that is rotated
@@ -130,7 +165,7 @@ class Fields:
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
-        theta = self.number("rope_theta", values.get("rope_theta", 10000.0))
+        theta = self.number("rope_theta", values.get("rope_theta", default_theta))
         share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
         if partial is None and share != 1.0:
             raise self._error("partial_rotary_factor", f"is {share}; only 1.0 is supported")
@@ -192,6 +227,10 @@ class Fields:
         heads = self._config.get("architectures")
         if heads is not None and heads != [architecture]:
             raise self._error("architectures", f"is {heads}; only ['{architecture}'] is supported")
+
+    def refused(self, name: str, what: str) -> ConfigError:
+        """The error that names the field; to be raised by who reads fields together."""
+        return self._error(name, what)
 
     def _error(self, name: str, what: str) -> ConfigError:
         return ConfigError(f"config.json of model_type {self.model_type!r}: field {name!r} {what}")

@@ -74,7 +74,7 @@ def hybrid_layers(config: Fields) -> tuple[LayerSpec, ...]:
     field = "hybrid_override_pattern" if names is None else "layers_block_type"
     kinds = [_SYMBOLS.get(k, k) for k in pattern or ""] if names is None else [_OLD_NAMES.get(k, k) for k in names]
     for kind in kinds:
-        config.one_of(field, kind, _KINDS)
+        config.check(field, kind, _KINDS)
     if names is not None and pattern is not None:
         config.require("hybrid_override_pattern", "".join(s for k in kinds for s, n in _SYMBOLS.items() if n == k))
     config.require("num_hidden_layers", len(kinds))

@@ -88,7 +88,7 @@ def mamba_spec(
     for name in ("time_step_rank", "time_step_max", "time_step_floor", "rescale_prenorm_residual"):
         config.take(name)  # initialisation
     num_heads, groups = config.integer(heads, defaults[0]), config.integer("n_groups", defaults[1])
-    config.one_of("n_groups", groups, [n for n in range(1, num_heads + 1) if num_heads % n == 0])
+    config.check("n_groups", groups, [n for n in range(1, num_heads + 1) if num_heads % n == 0])
     return MambaSpec(
         num_heads=num_heads,
         head_dim=config.integer(head_dim, 64),

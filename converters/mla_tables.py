@@ -7,23 +7,12 @@ import math
 from typing import Any
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import (
-    LAYERS,
-    MTP_LAYERS,
-    Drop,
-    Rule,
-    columns,
-    drop,
-    experts,
-    gate_up,
-    in_mtp,
-    rows,
-    same,
-)
+from mswift.converters.moe_tables import MOE_DECODER, moe_spec, shared_expert
+from mswift.converters.mtp_tables import with_mtp
+from mswift.converters.rules import LAYERS, Drop, Rule, columns, rows, same
 from mswift.converters.spec import LayerSpec, MlaSpec, ModelSpec, MoeSpec, RopeSpec
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-M, P = LAYERS, MTP_LAYERS
+M = LAYERS
 A = M + "self_attention."
 H = "model.layers.{l}."
 S = H + "self_attn."
@@ -50,82 +39,20 @@ MLA_LAYER: tuple[Rule, ...] = (
 )
 """Attention and the two norms of a layer; the up-projections are cut between heads, the down-projections not at all."""
 
-X = H + "mlp."
-E = X + "experts.{e}."
-MLP: tuple[Rule, ...] = (
-    gate_up(M + "mlp.linear_fc1.weight", X + "gate_proj.weight", X + "up_proj.weight", width=("hidden",), when="dense"),
-    same(M + "mlp.linear_fc2.weight", X + "down_proj.weight", ("hidden", "ffn"), cut=columns("ffn"), when="dense"),
-    same(M + "mlp.router.weight", X + "gate.weight", ("experts", "hidden"), when="moe"),
-    same(
-        M + "mlp.router.expert_bias",
-        X + "gate.e_score_correction_bias",
-        ("experts",),
-        when="moe correction_bias",
-        own_dtype=True,
-    ),
-    experts(
-        gate_up(
-            M + "mlp.experts.experts.linear_fc1.weight",
-            E + "gate_proj.weight",
-            E + "up_proj.weight",
-            width=("hidden",),
-            when="moe",
-            ffn="moe_ffn",
-        ),
-        "each",
-    ),
-    experts(
-        same(
-            M + "mlp.experts.experts.linear_fc2.weight",
-            E + "down_proj.weight",
-            ("hidden", "moe_ffn"),
-            cut=columns("moe_ffn"),
-            when="moe",
-        ),
-        "each",
-    ),
-    gate_up(
-        M + "mlp.shared_experts.linear_fc1.weight",
-        X + "shared_experts.gate_proj.weight",
-        X + "shared_experts.up_proj.weight",
-        width=("hidden",),
-        when="moe shared_experts",
-        ffn="shared_ffn",
-    ),
-    same(
-        M + "mlp.shared_experts.linear_fc2.weight",
-        X + "shared_experts.down_proj.weight",
-        ("hidden", "shared_ffn"),
-        cut=columns("shared_ffn"),
-        when="moe shared_experts",
-    ),
-)
-LAYER = (*MLA_LAYER, *MLP)
-ENDS: tuple[Rule | Drop, ...] = (
-    same("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
-    same("output_layer.weight", HEAD, ("vocab", "hidden"), cut=rows("vocab", uneven=True), when="untied"),
-    drop(HEAD, f"equal to {EMBEDDING} (tie_word_embeddings)", same_as=EMBEDDING, when="tied"),
-    drop(S + "rotary_emb.inv_freq", "recomputed from the rope fields of config.json"),
-)
 
-MTP: tuple[Rule | Drop, ...] = (
-    same(P + "enorm.weight", H + "enorm.weight", ("hidden",)),
-    same(P + "hnorm.weight", H + "hnorm.weight", ("hidden",)),
-    same(P + "eh_proj.weight", H + "eh_proj.weight", ("hidden", "2*hidden"), cut=rows("hidden")),
-    same(P + "final_layernorm.weight", H + "shared_head.norm.weight", ("hidden",)),
-    drop(H + "embed_tokens.weight", f"equal to {EMBEDDING}", same_as=EMBEDDING, when="mtp_layer"),
-    drop(H + "shared_head.head.weight", f"equal to {HEAD}", same_as=HEAD, when="mtp_layer"),
-)
-"""What a multi-token-prediction layer of DeepSeek-V3 has beside the decoder layer in it (`rules.in_mtp`)."""
+def _is_kept(rule: Rule | Drop) -> bool:
+    """Whether a rule of other decoders holds here: embedding, output, MLPs and experts."""
+    return isinstance(rule, Drop) or not (".self_attention." in rule.megatron or "layer_norm" in rule.megatron)
 
 
-DECODER: tuple[Rule | Drop, ...] = (
-    same("embedding.word_embeddings.weight", EMBEDDING, ("vocab", "hidden"), cut=rows("vocab", uneven=True)),
-    *LAYER,
-    *(in_mtp(rule) for rule in LAYER),
-    *MTP,
-    *ENDS,
+_KEPT = tuple(rule for rule in MOE_DECODER if _is_kept(rule))
+_OUTSIDE = tuple(rule for rule in _KEPT if isinstance(rule, Drop) or not rule.in_layer)
+LAYER: tuple[Rule, ...] = (
+    *MLA_LAYER,
+    *(rule for rule in _KEPT if isinstance(rule, Rule) and rule.in_layer),
+    *shared_expert(H + "mlp.shared_experts."),
 )
+DECODER = with_mtp((_OUTSIDE[0], *LAYER, *_OUTSIDE[1:]))  # the embedding comes first
 
 
 def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: bool, mtp_layers: int = 0) -> ModelSpec:
@@ -139,6 +66,7 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
     rope = config.rope(mla.qk_rope_head_dim, interleaved=interleaved)
     dense = config.count("first_k_dense_replace", 0)
     mixture = LayerSpec(mlp="moe")
+    kinds = tuple(LayerSpec() if number < dense else mixture for number in range(layers))
     return ModelSpec(
         model_type=config.model_type,
         num_layers=layers,
@@ -153,24 +81,34 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
         rope=rope,
         tied_embeddings=config.flag("tie_word_embeddings", False),
         attention_scale=_attention_scale(mla.qk_head_dim, rope),
-        layers=tuple(LayerSpec() if number < dense else mixture for number in range(layers)),
-        mtp_layers=(mixture,) * mtp_layers,
-        moe=moe,
+        layers=kinds,
+        mtp_layers=(kinds[-1],) * mtp_layers,
+        moe=moe if mixture in kinds else None,
         mla=mla,
     )
 
 
-def moe_sizes(config: Fields) -> dict[str, Any]:
-    """The fields of MoeSpec that both generations name alike."""
-    width = config.integer("moe_intermediate_size")
-    shared = config.count("n_shared_experts", 0)
-    return {
-        "num_experts": config.integer("n_routed_experts"),
-        "top_k": config.integer("num_experts_per_tok"),
-        "ffn_hidden_size": width,
-        "scale": config.number("routed_scaling_factor", 1.0),
-        "shared_ffn_hidden_size": width * shared,
-    }
+def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> MoeSpec:
+    """The mixture of experts; tokens choose among the `best` of `groups` groups of experts."""
+    moe = moe_spec(
+        config,
+        num_experts=("n_routed_experts", "num_local_experts"),
+        scale=config.number("routed_scaling_factor", 1.0),
+        num_groups=groups,
+        topk_groups=best,
+        shared_ffn_hidden_size=config.integer("moe_intermediate_size") * config.count("n_shared_experts", 0),
+        **features,
+    )
+    count, top_k = moe.num_experts, moe.top_k
+    if count % groups:
+        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
+    if best > groups:
+        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
+    if top_k > best * (count // groups):
+        raise config.refused(
+            "num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen"
+        )
+    return moe
 
 
 def _mla_spec(config: Fields) -> MlaSpec:

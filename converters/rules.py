@@ -240,6 +240,12 @@ def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], 
     return Rule("gated_qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
+def grouped_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, from one HF tensor that has the same order: per KV group its query heads, key head and value head."""
+    parts = (Part(hf, "heads_per_group*head_dim+2*head_dim"),)
+    return Rule("grouped_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
 def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:
     """[gate; up], whatever the tensor-parallel size; a rank takes its slice of each half."""
     parts = (Part(gate, ffn), Part(up, ffn))

@@ -204,6 +204,38 @@ def check_expert_tensor_parallel(etp: int, columns: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class ExpertLayout:
+    """What a layout must respect of a model's experts: how many, columns of each, whether they have biases."""
+
+    num_experts: int
+    columns: int
+    has_bias: bool = False
+
+
+def check_experts(dims: ParallelDims, experts: ExpertLayout | None) -> None:
+    """LayoutError unless the layout computes this mixture of experts; None: a dense model."""
+    etp = dims.sizes["etp"]
+    if experts is None:
+        for axis in ("ep", "etp"):
+            size = getattr(dims, axis) or 1
+            if size > 1:
+                raise LayoutError(f"{FLAGS[axis]} {size}: the model has no experts; leave {FLAGS[axis]} out")
+        return
+    check_expert_parallel(dims.ep, experts.num_experts)
+    check_expert_tensor_parallel(etp, experts.columns)
+    if dims.tp > 1 and not dims.sequence_parallel:
+        raise LayoutError(
+            f"{FLAGS['tp']} {dims.tp} of a model with experts needs sequence parallelism, without which every one of "
+            f"the {dims.tp} ranks would send all tokens to the experts: add --sequence_parallel true"
+        )
+    if experts.has_bias and etp > 1:
+        raise LayoutError(
+            f"{FLAGS['etp']} {etp} (default: {FLAGS['tp']}) cannot cut the model's experts, which have biases: "
+            f"use {FLAGS['etp']} 1 (and {FLAGS['ep']} to share experts between ranks)"
+        )
+
+
 def divisors(number: int) -> list[int]:
     """Divisors of a positive number, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]

@@ -2,8 +2,9 @@
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.mla_tables import DECODER, mla_model, moe_sizes
-from mswift.converters.spec import ModelSpec, MoeSpec
+from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
+from mswift.converters.moe_tables import SPELLINGS
+from mswift.converters.spec import ModelSpec
 
 
 def _spec(config: Fields) -> ModelSpec:
@@ -15,8 +16,8 @@ def _spec(config: Fields) -> ModelSpec:
         groups = best = 1
     else:
         groups, best = config.integer("n_group"), config.integer("topk_group")
-    moe = MoeSpec(**moe_sizes(config), num_groups=groups, topk_groups=best)
+    moe = deepseek_moe(config, groups=groups, best=best)
     return mla_model(config, max_positions=2048, moe=moe, interleaved=True)
 
 
-FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", DECODER, _spec)
+FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", DECODER, _spec, SPELLINGS)

@@ -5,20 +5,21 @@ Checkpoints of the hub hold the multi-token-prediction layer, those that transfo
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.mla_tables import DECODER, mla_model, moe_sizes
-from mswift.converters.spec import ModelSpec, MoeSpec
+from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
+from mswift.converters.moe_tables import SPELLINGS
+from mswift.converters.spec import ModelSpec
 
 
 def _spec(config: Fields) -> ModelSpec:
     config.require("scoring_func", "sigmoid")
     config.require("topk_method", "noaux_tc")
-    moe = MoeSpec(
-        **moe_sizes(config),
+    moe = deepseek_moe(
+        config,
+        groups=config.integer("n_group", 8),
+        best=config.integer("topk_group", 4),
         score="sigmoid",
         normalize=config.flag("norm_topk_prob", True),
         correction_bias=True,
-        num_groups=config.integer("n_group", 8),
-        topk_groups=config.integer("topk_group", 4),
         group_score="top2",
     )
     return mla_model(
@@ -30,4 +31,4 @@ def _spec(config: Fields) -> ModelSpec:
     )
 
 
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", DECODER, _spec)
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", DECODER, _spec, SPELLINGS)

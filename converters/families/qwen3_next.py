@@ -20,7 +20,7 @@ def _layers(config: Fields) -> tuple[LayerSpec, ...]:
     default = ["full_attention" if (n + 1) % every == 0 else "linear_attention" for n in range(count)]
     kinds = config.take("layer_types", default)
     for kind in kinds:
-        config.one_of("layer_types", kind, ("full_attention", "linear_attention"))
+        config.check("layer_types", kind, ("full_attention", "linear_attention"))
     return tuple(
         LayerSpec("attention", layer.mlp) if kind == "full_attention" else LayerSpec("delta", layer.mlp, rope=None)
         for kind, layer in zip(kinds, sparse_steps(config), strict=True)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -27,8 +29,11 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_ADAPTER_MODULES = (".linear_in", ".linear_out")  # Megatron-Bridge's, made of megatron-core's linears
-_WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEAR = re.compile(
+    r"(?P<module>decoder\.layers\.(?P<layer>\d+\.)?.*\."
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out))\.weight(\.\w+)?"
+)
+_MAMBA_MODEL_NORM = "decoder.final_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -268,21 +273,13 @@ def _extend(index: Index, directory: Path, files: Sequence[WrittenFile]) -> None
             raise CheckpointError(f"{directory}: chunks of {key} of shape {list(shape)}: {fault}")
 
 
-def _has_extra_state(module: str) -> bool:
-    """Whether megatron-core asks for the state of that module of a (stacked) layer."""
-    return module in _WITH_EXTRA_STATE or module.endswith(_ADAPTER_MODULES)
-
-
 def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     """.metadata, common.pt, metadata.json, and the empty objects of layers; fsynced."""
     empty = object_item([None])
     written = {}
     for key, (_, shape, _) in sorted(index.tensors.items()):
-        module, _, leaf = key.removeprefix("decoder.layers.").rpartition(".")
-        if key.startswith("decoder.layers.") and leaf == "weight" and _has_extra_state(module):
-            for layer in range(shape[0]):
-                name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape[0]}"
-                index.objects[name] = Item(OBJECTS, 0, len(empty))
+        for name in _extra_states(key, shape):
+            index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
     written[COMMON] = object_item({})
@@ -292,3 +289,19 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
         write_file(directory / name, data)
     sync_directory(directory)
     return [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()]
+
+
+def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The `_extra_state` objects that megatron-core's linears ask for beside this weight: one a layer, one an expert.
+
+    Its MambaModel, other than its GPTModel, asks for that of the output layer as well.
+    """
+    if key == _MAMBA_MODEL_NORM:
+        yield "output_layer._extra_state/shard_0_1"
+    linear = _LINEAR.fullmatch(key)
+    if linear is not None:
+        axes = (linear["layer"] is None) + (".experts.experts." in key)
+        sizes = shape[:axes] or (1,)
+        of = ".".join(map(str, sizes))
+        for place in product(*map(range, sizes)):
+            yield f"{linear['module']}._extra_state/shard_{'.'.join(map(str, place))}_{of}"

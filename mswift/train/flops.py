@@ -6,7 +6,7 @@ from mswift.converters.spec import ModelSpec
 def matmul_parameters(spec: ModelSpec) -> int:
     """Elements of the weight matrices that a token passes through: every linear and the output head."""
     attention = spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_kv_heads)
-    mlp = 3 * spec.hidden_size * spec.ffn_hidden_size
+    mlp = (3 if spec.gated else 2) * spec.hidden_size * spec.ffn_hidden_size
     return spec.num_layers * (attention + mlp) + spec.vocab_size * spec.hidden_size
 
 

@@ -143,8 +143,9 @@ def _column(in_features: int, out_features: int, config: TransformerConfig, grou
     )
 
 
-def latent_attention_spec(spec: ModelSpec, rotary: RotaryTable) -> ModuleSpec:
+def latent_attention_spec(spec: ModelSpec, rotary: RotaryTable | None) -> ModuleSpec:
     """Attention of a layer of a model with `ModelSpec.mla`."""
     assert spec.mla is not None
+    assert rotary is not None
     scale = spec.attention_scale or spec.mla.qk_head_dim**-0.5
     return ModuleSpec(module=LatentSelfAttention, params={"mla": spec.mla, "rotary": rotary, "softmax_scale": scale})

@@ -152,9 +152,10 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
 
-    Raises ConfigError for a name the model does not have, with the nearest one.
+    Raises ConfigError for a name the model does not have, with the nearest one, and for adapters on experts, which
+    training does not have.
     """
-    leaves = list(dict.fromkeys(linear.leaf for linear in linears(table)))
+    leaves = _trainable_leaves(table)
     if not names:
         raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
     for name in names:
@@ -162,9 +163,22 @@ def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
             raise ConfigError(
                 f"--target_modules {name}: no LoRA on embeddings; train it in full with --modules_to_save {name}"
             )
+        in_experts = name not in leaves and any(linear.leaf == name for linear in all_linears(table))
+        if table.spec.moe is not None and (name == ALL_LINEAR or in_experts):
+            raise ConfigError(
+                f"--target_modules {name}: that includes experts (as PEFT has it, their router as well), on which "
+                f"training has no adapters: use --target_modules {' '.join(leaves)}"
+            )
         if name != ALL_LINEAR and name not in leaves:
             raise ConfigError(_unknown("--target_modules", name, [ALL_LINEAR, *leaves]))
     return tuple(leaf for leaf in leaves if leaf in names or ALL_LINEAR in names)
+
+
+def _trainable_leaves(table: Table) -> list[str]:
+    """Leaf names of the linears that training adapts: in a mixture of experts those of attention."""
+    modules = fused_linears(table)
+    inside = [m for m in modules if table.spec.moe is None or m.startswith("self_attention.")]
+    return list(dict.fromkeys(leaf for module in inside for leaf in modules[module]))
 
 
 def expand_modules_to_save(table: Table, names: Sequence[str]) -> tuple[str, ...]:

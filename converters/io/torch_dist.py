@@ -58,6 +58,7 @@ class TorchDistSource:
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()
         }
+        self.objects = tuple(self._index.objects)
         self.bytes_read = 0
         self._data: dict[tuple[str, Region], int] = {}
         self._chunks: dict[str, Chunks] = {}
@@ -257,6 +258,19 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
     objects (empty), which megatron-core's local spec asks for, are added where weights of layers are present.
     """
     index = Index()
+    _extend(index, Path(directory), files)
+    return write_index_files(Path(directory), index)
+
+
+def rewrite_index(directory: Path, index: Index, files: Sequence[WrittenFile]) -> None:
+    """The same for files that were added to a directory whose index was `index`; its objects stay as they are."""
+    _extend(index, directory, files)
+    (directory / METADATA).unlink()
+    write_file(directory / METADATA, encode_metadata(index))
+    sync_directory(directory)
+
+
+def _extend(index: Index, directory: Path, files: Sequence[WrittenFile]) -> None:
     for file in files:
         for chunk in file.chunks:
             entry = index.tensors.setdefault(chunk.key, (chunk.dtype, chunk.shape, {}))
@@ -272,7 +286,6 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
         fault = tiling_fault(list(chunks), shape)
         if fault is not None:
             raise CheckpointError(f"{directory}: chunks of {key} of shape {list(shape)}: {fault}")
-    return write_index_files(Path(directory), index)
 
 
 def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:

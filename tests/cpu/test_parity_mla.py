@@ -52,7 +52,7 @@ TOLERANCE = 1e-5
 def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(config.json, start weights, what transformers computes)."""
     model = random_model(name)
-    config = {k: v for k, v in model.config.to_dict().items() if v is not None}
+    config = {k: v for k, v in model.config.to_dict().items() if v is not None or k == "q_lora_rank"}
     start = {n: w.copy() for n, w in weights_of(model).items()}
     return config, start, reference(model, random_steps(), SGD)
 

@@ -8,7 +8,7 @@ def matmul_parameters(spec: ModelSpec) -> int:
 
     Of experts: those that a token is sent to, and the router.
     """
-    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_kv_heads)
+    attention = _attention_parameters(spec)
     matrices = (3 if spec.gated else 2) * spec.hidden_size
     mlp = {"none": 0, "dense": matrices * spec.ffn_hidden_size, "moe": 0}
     if spec.moe is not None:
@@ -18,6 +18,18 @@ def matmul_parameters(spec: ModelSpec) -> int:
     return layers + spec.vocab_size * spec.hidden_size
 
 
+def _attention_parameters(spec: ModelSpec) -> int:
+    """Elements of the projections of one attention layer."""
+    mla, hidden, heads = spec.mla, spec.hidden_size, spec.num_attention_heads
+    if mla is None:
+        return hidden * spec.head_dim * (2 * heads + 2 * spec.num_kv_heads)
+    rank, query = mla.q_lora_rank, heads * mla.qk_head_dim
+    from_query = hidden * query if rank is None else rank * (hidden + query)
+    latent = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return from_query + latent + up + heads * mla.v_head_dim * hidden
+
+
 def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool) -> float:
     """FLOPs of forward and backward for `num_tokens` tokens in sequences of `seq_length`.
 
@@ -25,5 +37,6 @@ def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base
     the input and, unless the base is frozen (LoRA), one for the weight (Kaplan et al. 2020, section 2.1).
     """
     weights = (4 if frozen_base else 6) * matmul_parameters(spec)
-    scores = spec.num_layers * spec.num_attention_heads * spec.head_dim * seq_length  # QK^T and PV, half of each
+    width = spec.head_dim if spec.mla is None else (spec.mla.qk_head_dim + spec.mla.v_head_dim) / 2
+    scores = spec.num_layers * spec.num_attention_heads * width * seq_length  # QK^T and PV, half of each
     return float(num_tokens) * (weights + 6 * scores)

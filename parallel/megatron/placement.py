@@ -120,11 +120,13 @@ def _stored_key(table: ModelTable, name: str, layer: int | None) -> str:
     return next((key for key in keys if key in table.megatron), keys[0])
 
 
-def place_adapter(name: str, shape: Sequence[int], region: Region, parameter: nn.Parameter, tp_rank: int) -> Placed:
+def place_adapter(
+    name: str, shape: Sequence[int], regions: Sequence[Region], parameter: nn.Parameter, tp_rank: int
+) -> Placed:
     """One trained parameter of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
     is_cut = getattr(parameter, "tensor_model_parallel", False)
     is_copy = getattr(parameter, "shared", False)
-    parts = (Part(0, region),) if region.num_elements else ()
+    parts = _parts(regions, tuple(parameter.shape), lead=0)
     return Placed(f"adapter.{name}", tuple(shape), parameter, parts, not is_copy and (is_cut or tp_rank == 0))
 
 

@@ -17,6 +17,7 @@ from mswift.errors import ConfigError
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed_tokens", "lm_head"
 SAVABLE = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+_GATE = "gate_weight"  # of the shared expert: a parameter, where HF has a linear
 _ROUTER = "mlp.router.weight"
 
 
@@ -61,8 +62,16 @@ class LoraConfig:
     def for_table(
         cls, table: "Table", *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
     ) -> "LoraConfig":
-        """As the flags say it, with target_modules expanded on this model."""
-        return cls(rank, alpha, expand_targets(table, target_modules), seed)
+        """As the flags say it, with target_modules expanded on this model; ConfigError for one that is not trained."""
+        targets, without = expand_targets(table, target_modules), _untrained(table)
+        if refused := [name for name in targets if name in without]:
+            others = " ".join(name for name in targets if name not in without)
+            raise ConfigError(
+                f"--target_modules {' '.join(target_modules)}: training computes no LoRA on experts and their gates "
+                f"yet, and {' '.join(refused)} {'is' if len(refused) == 1 else 'are'} among those: "
+                f"use --target_modules {others}"
+            )
+        return cls(rank, alpha, targets, seed)
 
     @property
     def scale(self) -> float:
@@ -108,6 +117,13 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _untrained(table: Table) -> set[str]:
+    """Leaves that name linears of experts, or one that is a bare parameter in megatron-core, a shared expert's gate."""
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule)]
+    without = [rule for rule in rules if rule.experts or rule.megatron.endswith(_GATE)]
+    return {part.hf.split(".")[-2] for rule in without for part in rule.parts}
+
+
 def linears(table: Table) -> tuple[HfLinear, ...]:
     """Every HF linear inside the layers but those of experts, in the order of layers, then of the Megatron model."""
     return tuple(linear for linear in all_linears(table) if linear.expert is None)
@@ -135,9 +151,10 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
 
-    Raises ConfigError for a name the model does not have, with the nearest one.
+    Raises ConfigError for a name the model does not have, with the nearest one, and for adapters on experts, which
+    training does not have.
     """
-    leaves = list(dict.fromkeys(linear.leaf for linear in linears(table)))
+    leaves = _trainable_leaves(table)
     if not names:
         raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
     for name in names:
@@ -145,9 +162,22 @@ def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
             raise ConfigError(
                 f"--target_modules {name}: no LoRA on embeddings; train it in full with --modules_to_save {name}"
             )
+        in_experts = name not in leaves and any(linear.leaf == name for linear in all_linears(table))
+        if table.spec.moe is not None and (name == ALL_LINEAR or in_experts):
+            raise ConfigError(
+                f"--target_modules {name}: that includes experts (as PEFT has it, their router as well), on which "
+                f"training has no adapters: use --target_modules {' '.join(leaves)}"
+            )
         if name != ALL_LINEAR and name not in leaves:
             raise ConfigError(_unknown("--target_modules", name, [ALL_LINEAR, *leaves]))
     return tuple(leaf for leaf in leaves if leaf in names or ALL_LINEAR in names)
+
+
+def _trainable_leaves(table: Table) -> list[str]:
+    """Leaf names of the linears that training adapts: in a mixture of experts those of attention."""
+    modules = fused_linears(table)
+    inside = [m for m in modules if table.spec.moe is None or m.startswith("self_attention.")]
+    return list(dict.fromkeys(leaf for module in inside for leaf in modules[module]))
 
 
 def expand_modules_to_save(table: Table, names: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,12 @@ from mswift.errors import CheckpointError, ConfigError
 
 _MANIFEST = "mswift_manifest.json"
 LARGEST_CONFIG_BYTES = 64 << 20
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 1_000_000
+_WRONG_KIND = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a list as a number, and the like, raises."""
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "num_nextn_predict_layers")
 
 
 def config_path(model: Path) -> Path:
@@ -123,9 +129,20 @@ def family_for(config: dict[str, Any]) -> Family:
 def spec_for(config: dict[str, Any], family: Family) -> ModelSpec:
     """The model's numbers; ConfigError for a field that is unknown or not supported."""
     quantization_of(config)
+    for name in _LAYERS:
+        if isinstance(config.get(name), int) and config[name] > MOST_LAYERS:
+            raise ConfigError(f"config.json: field {name!r} is {config[name]}; at most {MOST_LAYERS:,} layers are read")
     fields = Fields({name: value for name, value in config.items() if name != FIELD})
-    spec = family.spec(fields)
+    try:
+        spec = family.spec(fields)
+    except _WRONG_KIND as error:
+        raise fields.wrong_kind(error) from None
     fields.finish(family.architecture)
+    if spec.moe is not None and spec.num_layers * spec.moe.num_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"config.json: {spec.num_layers:,} layers of {spec.moe.num_experts:,} experts; at most "
+            f"{MOST_EXPERTS:,} experts are read"
+        )
     if spec.num_attention_heads % spec.num_kv_heads:
         raise ConfigError(
             f"config.json: num_attention_heads {spec.num_attention_heads} is not a multiple of "

@@ -12,6 +12,7 @@ from mswift.converters import engine
 from mswift.converters.catalog import config_path, read_config
 from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.side_files import OPTIMIZER_RECORD
 from mswift.converters.source import SourceOptions, dtype_option
 from mswift.errors import ConfigError
 from mswift.tuners.detect import is_adapter
@@ -39,6 +40,9 @@ def convert(config: ConvertConfig) -> int:
 
         return adapters.convert(config, source)
     options = source_options(config.model_config, config.ignore_config_fields, config.dtype, config.complete_config)
+    check_adapter_flags(config, source)
+    if config.optimizer:
+        check_optimizer_flags(config)
     if config.dry_run:
         planned = engine.plan(source, config.to, options)
         print(engine.describe(planned, max_shard_bytes))
@@ -54,6 +58,14 @@ def convert(config: ConvertConfig) -> int:
         source_options=options,
     )
     target = Path(config.output_dir)
+    if config.optimizer:
+        from mswift.converters.optimizer_state import convert_with_optimizer  # imports numpy
+
+        with_states = convert_with_optimizer(
+            source, target, config.to, lambda place: engine.convert(source, place, config.to, **common)
+        )
+        print(f"{config.output_dir}: {with_states}")
+        return 0
     if part is not None:
         size = engine.convert_part(source, target, config.to, *part, restart=config.restart, **common)
         print(f"{config.output_dir}: part {config.part} is copied, {size:,} bytes; when all are: --finish")
@@ -68,6 +80,22 @@ def convert(config: ConvertConfig) -> int:
     if config.to == "hf":
         print_notes(read_config(target), {})
     return 0
+
+
+def check_adapter_flags(config: ConvertConfig, source: Path) -> None:
+    """ConfigError for flags that mean something for an adapter only."""
+    for name in ("base_model", "adapter_layout", "fuse_adapters"):
+        if getattr(config, name) != ConvertConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"--{name} is for adapters, and --model {source} is none: leave it out")
+
+
+def check_optimizer_flags(config: ConvertConfig) -> None:
+    """ConfigError for what goes with weights alone."""
+    for name in ("part", "finish", "restart", "dry_run", "hash_output"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} is for weights alone; leave out --optimizer, or --{name}")
+    if not config.hash_source:
+        raise ConfigError("--hash_source false: states are proved by their hashes; leave it out, or --optimizer")
 
 
 def verify(config: VerifyConfig) -> int:
@@ -88,6 +116,11 @@ def verify(config: VerifyConfig) -> int:
     else:
         b = locate(config.b, "B")
         report = verification.verify(a, b, progress=True, num_workers=config.num_workers, options=options)
+    both = [a] if config.b is None else [a, locate(config.b, "B")]
+    if any((path / OPTIMIZER_RECORD).is_file() for path in both):
+        from mswift.converters.optimizer_state import verify_states
+
+        report.differences += verify_states(*both)
     print(report)
     return 0 if report.equal else 1
 

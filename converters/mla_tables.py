@@ -8,11 +8,11 @@ from typing import Any
 
 from mswift.converters.fields import Fields
 from mswift.converters.moe_tables import MOE_DECODER, moe_spec, shared_expert
-from mswift.converters.rules import LAYERS, MTP_LAYERS, Drop, Rule, columns, drop, in_mtp, rows, same
+from mswift.converters.mtp_tables import with_mtp
+from mswift.converters.rules import LAYERS, Drop, Rule, columns, rows, same
 from mswift.converters.spec import LayerSpec, MlaSpec, ModelSpec, MoeSpec, RopeSpec
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-M, P = LAYERS, MTP_LAYERS
+M = LAYERS
 A = M + "self_attention."
 H = "model.layers.{l}."
 S = H + "self_attn."
@@ -39,16 +39,6 @@ MLA_LAYER: tuple[Rule, ...] = (
 )
 """Attention and the two norms of a layer; the up-projections are cut between heads, the down-projections not at all."""
 
-MTP: tuple[Rule | Drop, ...] = (
-    same(P + "enorm.weight", H + "enorm.weight", ("hidden",)),
-    same(P + "hnorm.weight", H + "hnorm.weight", ("hidden",)),
-    same(P + "eh_proj.weight", H + "eh_proj.weight", ("hidden", "2*hidden"), cut=rows("hidden")),
-    same(P + "final_layernorm.weight", H + "shared_head.norm.weight", ("hidden",)),
-    drop(H + "embed_tokens.weight", f"equal to {EMBEDDING}", same_as=EMBEDDING, when="mtp_layer"),
-    drop(H + "shared_head.head.weight", f"equal to {HEAD}", same_as=HEAD, when="mtp_layer"),
-)
-"""What a multi-token-prediction layer of DeepSeek-V3 has beside the decoder layer in it (`rules.in_mtp`)."""
-
 
 def _is_kept(rule: Rule | Drop) -> bool:
     """Whether a rule of other decoders holds here: embedding, output, MLPs and experts."""
@@ -62,13 +52,7 @@ LAYER: tuple[Rule, ...] = (
     *(rule for rule in _KEPT if isinstance(rule, Rule) and rule.in_layer),
     *shared_expert(H + "mlp.shared_experts."),
 )
-DECODER: tuple[Rule | Drop, ...] = (
-    _OUTSIDE[0],  # the embedding
-    *LAYER,
-    *(in_mtp(rule) for rule in LAYER),
-    *MTP,
-    *_OUTSIDE[1:],
-)
+DECODER = with_mtp((_OUTSIDE[0], *LAYER, *_OUTSIDE[1:]))  # the embedding comes first
 
 
 def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: bool, mtp_layers: int = 0) -> ModelSpec:

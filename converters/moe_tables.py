@@ -5,7 +5,7 @@ before the MLP has the key of a dense layer's, as megatron-core's local layer ha
 asks for `pre_mlp_layernorm.weight` instead, under which name the same bytes are indexed (`io.torch_dist`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -96,16 +96,18 @@ MOE_DECODER: tuple[Rule | Drop, ...] = (*without_dense_mlp(DECODER), *MOE_MLP)
 """A decoder with such layers, and dense ones among them where the model has them."""
 
 
-def moe_layers(moe: Sequence[bool]) -> tuple[LayerSpec, ...]:
-    """One layer for each entry: a mixture of experts, or dense."""
-    return tuple(LayerSpec(mlp="moe" if sparse else "dense") for sparse in moe)
+def with_experts(
+    config: Fields, layers: Sequence[LayerSpec] = (), sparse: Callable[[int], bool] = lambda _layer: True
+) -> tuple[LayerSpec, ...]:
+    """The layers (none given: default ones), those that are `sparse` with experts in place of the MLP."""
+    default = layers or (LayerSpec(),) * config.integer("num_hidden_layers")
+    return tuple(replace(layer, mlp="moe") if sparse(n) else layer for n, layer in enumerate(default))
 
 
-def sparse_steps(config: Fields) -> tuple[LayerSpec, ...]:
-    """Layers as `decoder_sparse_step` and `mlp_only_layers` say (Qwen2-MoE, Qwen3-MoE)."""
+def sparse_steps(config: Fields, layers: Sequence[LayerSpec] = ()) -> tuple[LayerSpec, ...]:
+    """The same as `decoder_sparse_step` and `mlp_only_layers` say (Qwen2-MoE, Qwen3-MoE)."""
     step, dense = config.integer("decoder_sparse_step", 1), config.take("mlp_only_layers", [])
-    layers = range(config.integer("num_hidden_layers"))
-    return moe_layers([n not in dense and (n + 1) % step == 0 for n in layers])
+    return with_experts(config, layers, lambda layer: layer not in dense and (layer + 1) % step == 0)
 
 
 def no_router_loss(config: Fields) -> None:

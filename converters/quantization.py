@@ -32,8 +32,8 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     known = _WITHOUT_EFFECT | ({*_FP8, "weight_block_size"} if method == "fp8" else set())
     if method not in ("fp8", "mxfp4"):
         raise ConfigError(
-            f"config.json: field {FIELD!r}: quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3) and mxfp4 are "
-            "dequantised, others are not: give the checkpoint from before quantisation"
+            f"config.json: field {FIELD!r}: quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3) and mxfp4 "
+            "are dequantised, others are not: give the checkpoint from before quantisation"
         )
     for name in value:
         if name not in known:
@@ -46,7 +46,7 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     block = value.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise ConfigError(
-            f"config.json: field {FIELD!r}: weight_block_size is {block!r}; two positive integers are needed (DeepSeek-V3 "
-            "has [128, 128]): only block-scaled fp8 is dequantised"
+            f"config.json: field {FIELD!r}: weight_block_size is {block!r}; two positive integers are needed "
+            "(DeepSeek-V3 has [128, 128]): only block-scaled fp8 is dequantised"
         )
     return Quantization("fp8", (block[0], block[1]))

@@ -7,7 +7,7 @@ from typing import Literal
 from mswift.topology import ExpertLayout
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ModelSpec:
     attention scores. attention_sinks: one learnt logit a head that takes part in the softmax. attention_gate: the
     output of attention times a sigmoid gate that is projected beside q. swiglu_limit: clamp of gate and up.
     rounded_embedding_multiplier: it is rounded to the model's dtype first, as Gemma's code does. dropout: the largest
-    probability in the config.json; it counts in training only.
+    probability in the config.json; it counts in training only. glu_offset is added to up.
     """
 
     model_type: str
@@ -168,6 +168,7 @@ class ModelSpec:
     attention_sinks: bool = False
     attention_gate: bool = False
     swiglu_limit: float | None = None
+    glu_offset: float = 0.0
     embedding_multiplier: float = 1.0
     rounded_embedding_multiplier: bool = False
     residual_multiplier: float = 1.0

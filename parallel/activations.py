@@ -74,16 +74,50 @@ class GegluTanh(Geglu):
     approximate = "tanh"
 
 
+class SquaredRelu(nn.Module):
+    """max(x, 0) ** 2 (So et al. 2021)."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return F.relu(x).square()
+
+
+class QuickGlu(nn.Module):
+    """gate * sigmoid(1.702 gate) * (up + offset), gate and up clamped before: gate to at most `limit`, |up| too."""
+
+    alpha = 1.702
+    limit: float | None = None
+    offset = 0.0
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + self.offset) * (gate * torch.sigmoid(gate * self.alpha))
+
+
 ACTIVATIONS: dict[tuple[str, bool], type[nn.Module]] = {
     ("silu", True): Swiglu,
     ("gelu", True): Geglu,
     ("gelu_tanh", True): GegluTanh,
     ("gelu", False): Gelu,
     ("gelu_tanh", False): GeluTanh,
+    ("relu2", False): SquaredRelu,
+    ("quick_gelu", True): QuickGlu,
 }
 """By (`ModelSpec.activation`, `ModelSpec.gated`): those that training computes."""
 
 
 def activation_class(spec: ModelSpec) -> type[nn.Module]:
     """The activation of the model's MLPs."""
-    return ACTIVATIONS[spec.activation, spec.gated]
+    kind = ACTIVATIONS[spec.activation, spec.gated]
+    if kind is not QuickGlu:
+        return kind
+    return type("QuickGlu", (QuickGlu,), {"limit": spec.swiglu_limit, "offset": spec.glu_offset})

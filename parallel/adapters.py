@@ -180,10 +180,11 @@ def add_lora(
     for chunk in model_chunks:
         chunk.requires_grad_(False)
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
-            for path, blocks in fused.items():
-                if not {block.leaf for block in blocks}.isdisjoint(config.target_modules):
+            parts = dict(layer.named_modules())
+            for path, blocks in fused.items():  # a layer with experts lacks the dense MLP, and the other way round
+                if path in parts and not {block.leaf for block in blocks}.isdisjoint(config.target_modules):
                     own = [(modules[block.hf.format(l=layer.layer_number - 1)], block) for block in blocks]
-                    _attach(layer.get_submodule(path), own, config, kv_groups(table, path))
+                    _attach(parts[path], own, config, kv_groups(table, path))
         _unfreeze(chunk, table, modules_to_save)
 
 

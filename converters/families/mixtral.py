@@ -3,6 +3,7 @@
 from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
+from mswift.converters.layer_types import sliding_layers
 from mswift.converters.moe_tables import (
     EACH,
     SPELLINGS,
@@ -10,9 +11,9 @@ from mswift.converters.moe_tables import (
     H,
     experts_each,
     experts_stacked,
-    moe_layers,
     moe_spec,
     router,
+    with_experts,
     without_dense_mlp,
 )  # fmt: skip
 from mswift.converters.spec import ModelSpec
@@ -28,15 +29,15 @@ TABLE = (
 
 
 def _spec(config: Fields) -> ModelSpec:
-    config.no_sliding_window()
     config.require("router_jitter_noise", 0)
+    config.require("layer_types", None)
     head_dim = config.integer("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
     return dense_spec(
         config,
         max_positions=131072,
         num_kv_heads=8,
         norm_eps=("rms_norm_eps", 1e-5),
-        layers=moe_layers([True] * config.integer("num_hidden_layers")),
+        layers=with_experts(config, sliding_layers(config)),
         rope=config.rope(head_dim, default_theta=1e6),
         moe=moe_spec(config, ffn="intermediate_size", normalize=True, defaults=(8, 2)),
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mswift.converters.io.safe_pickle import Record, load_arguments
+from mswift.converters.io.safe_pickle import Record, brief, load_arguments
 from mswift.converters.io.torch_bin import read_pickle
 from mswift.converters.io.torch_dist import COMMON
 from mswift.converters.spec import ModelSpec
@@ -70,7 +70,7 @@ def check_args(path: Path, spec: ModelSpec) -> None:
         theirs = args.state.get(name)
         if theirs is not None and theirs != ours:
             raise CheckpointError(
-                f"{common}: the checkpoint was written with {name} {theirs!r:.80}, config.json means {ours!r}; give "
+                f"{common}: the checkpoint was written with {name} {brief(theirs)}, config.json means {ours!r}; give "
                 "the config.json of this model"
             )
 

@@ -2,9 +2,12 @@
 
 import io
 import pickle
+import reprlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from mswift.converters.io.pickle_scan import scan
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -99,6 +102,7 @@ _INERT_PACKAGES = frozenset({"argparse", "megatron", "torch", "numpy", "pathlib"
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> None:
+        scan(data)
         super().__init__(io.BytesIO(data))
         self._allowed, self._inert = allowed, inert
 
@@ -125,22 +129,27 @@ class _Unpickler(pickle.Unpickler):
 
 def load_pickle(data: bytes) -> Any:
     """Unpickles with an allow-list of inert stand-ins; pickle.UnpicklingError for anything else or broken bytes."""
-    return _load(_Unpickler(data, _ALLOWED))
+    return _load(data, _ALLOWED)
 
 
 def load_state_dict(data: bytes) -> Any:
     """Like load_pickle, with an allow-list of what a state dict of tensors needs; they become `PickledTensor`."""
-    return _load(_Unpickler(data, _STATE_DICT))
+    return _load(data, _STATE_DICT)
 
 
 def load_arguments(data: bytes) -> Any:
     """Like load_pickle, with more stand-ins: for what Megatron-LM stores beside the tensors."""
-    return _load(_Unpickler(data, _ALLOWED, inert=True))
+    return _load(data, _ALLOWED, inert=True)
 
 
-def _load(unpickler: _Unpickler) -> Any:
+def brief(value: Any) -> str:
+    """A value for a message; nested ones are cut short before they are written out."""
+    return reprlib.repr(value)[:100]
+
+
+def _load(data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> Any:
     try:
-        return unpickler.load()
+        return _Unpickler(data, allowed, inert=inert).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:

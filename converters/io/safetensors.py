@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import open_read, read_bytes
-from mswift.converters.io.stored import FileFormat, StoredTensor
+from mswift.converters.io.stored import FileFormat, StoredTensor, check_names
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LARGEST_HEADER_BYTES = 100_000_000
+MOST_AXES = 64
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -52,6 +53,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(entries).__name__}, not an object")
+    check_names(path, entries)
     return entries
 
 
@@ -74,7 +76,9 @@ def _entry(path: Path, name: str, value: Any, data: int) -> StoredTensor:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    return (
+        isinstance(value, list) and len(value) <= MOST_AXES and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    )
 
 
 def _check_tiling(path: Path, tensors: Mapping[str, StoredTensor], data: int, size: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mswift.errors import CheckpointError
 
 MANIFEST = "mswift_manifest.json"
+OPTIMIZER_RECORD = "mswift_optimizer.json"
 LARGEST_BYTES = 256 << 20
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -20,12 +21,17 @@ def carried_files(model_dir: Path) -> list[Path]:
 
     A file instead of a directory is that file.
 
-    Left out: weights and their indexes, hidden files, sub-directories, the converter's manifest.
+    Left out: weights and their indexes, hidden files, sub-directories, the converter's records.
     """
     files = []
     for path in _inside(model_dir):
         name = path.name
-        if name.startswith(".") or name == MANIFEST or name.endswith(".index.json") or not path.is_file():
+        if (
+            name.startswith(".")
+            or name in (MANIFEST, OPTIMIZER_RECORD)
+            or name.endswith(".index.json")
+            or not path.is_file()
+        ):
             continue
         if path.suffix in _WEIGHTS:
             continue
@@ -60,6 +66,8 @@ def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
         for path in carried_files(folder):
             found.append((path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
         for path in _inside(folder):
-            if path.is_file() and (path.suffix in _WEIGHTS or path.name == MANIFEST or path.name == ".metadata"):
+            if path.is_file() and (
+                path.suffix in _WEIGHTS or path.name in (MANIFEST, OPTIMIZER_RECORD) or path.name == ".metadata"
+            ):
                 found.append((path.name, path.stat().st_size, str(path.stat().st_mtime_ns)))
     return found

@@ -1,8 +1,9 @@
 """Model files under Hugging Face names: one file, shards with an index, or shards without one."""
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -138,7 +139,17 @@ def read_index(index: Path) -> dict[str, str]:
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
+    check_names(index, weight_map)
     return weight_map
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """CheckpointError for a name that is not text (half of a surrogate pair)."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{path}: {name!r:.100} is not the name of a tensor") from None
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -155,6 +166,7 @@ def _check_inside(model_dir: Path, file: str, index: Path) -> None:
         raise CheckpointError(f"{index}: {file!r} is not a plain file name; weights must lie in {model_dir}")
     path = model_dir / file
     try:
+        os.fsencode(file)
         if path.is_symlink():
             target, home = path.resolve(), model_dir.resolve()
             if target.parent not in (home, home.parent.parent / "blobs"):

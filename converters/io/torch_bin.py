@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import open_read, read_bytes
-from mswift.converters.io.safe_pickle import PickledTensor, load_state_dict
-from mswift.converters.io.stored import FileFormat, StoredTensor
+from mswift.converters.io.safe_pickle import PickledTensor, brief, load_state_dict
+from mswift.converters.io.stored import FileFormat, StoredTensor, check_names
 from mswift.converters.io.torch_item import LARGEST_PICKLE_BYTES, STORAGES, zip_records
 from mswift.converters.layout import strides
 from mswift.converters.plan import DTYPE_BYTES
@@ -65,7 +65,8 @@ def read_bin(path: Path) -> dict[str, StoredTensor]:
 
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str):
-        raise CheckpointError(f"{path}: {name!r:.80} is not the name of a tensor")
+        raise CheckpointError(f"{path}: {brief(name)} is not the name of a tensor")
+    check_names(path, [name])
     return name
 
 
@@ -78,10 +79,10 @@ def _tensor(path: Path, name: str, value: Any, storages: Mapping[str, tuple[int,
         )
     dtype, place = _DTYPES.get(value.storage), storages.get(value.key)
     if dtype is None or place is None:
-        raise CheckpointError(f"{where}: lies in a {value.storage!r:.40} {value.key!r:.40}, which the file lacks")
+        raise CheckpointError(f"{where}: lies in a {brief(value.storage)} {brief(value.key)}, which the file lacks")
     shape, steps, first = value.shape, value.strides, value.first
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, *steps, first)) or len(shape) != len(steps):
-        raise CheckpointError(f"{where}: shape {shape!r:.100} or strides {steps!r:.100} are not sizes")
+        raise CheckpointError(f"{where}: shape {brief(shape)} or strides {brief(steps)} are not sizes")
     item, (offset, size) = DTYPE_BYTES[dtype], place
     if size != value.numel * item:
         raise CheckpointError(f"{where}: its storage of {value.numel} {dtype} has {size} bytes")

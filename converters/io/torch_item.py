@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import read_bytes
-from mswift.converters.io.safe_pickle import PickledTensor, PickleWriter, load_pickle
+from mswift.converters.io.safe_pickle import PickledTensor, PickleWriter, brief, load_pickle
 from mswift.converters.layout import strides
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
@@ -142,7 +142,7 @@ def _locate_foreign(fd: int, path: Path, offset: int, length: int, dtype: str, s
         raise ValueError(f"its pickle has {size:,} bytes")
     stored = load_pickle(read_bytes(fd, size, start, path))
     if not isinstance(stored, PickledTensor) or not _holds(stored, dtype, shape):
-        raise ValueError(f"it holds {stored!r:.200}")
+        raise ValueError(f"it holds {brief(stored)}")
     start, size = records[f"{archive}/data/{stored.key}"]
     if size != prod(shape) * DTYPE_BYTES[dtype] or start + size > offset + length:
         raise ValueError(f"its data record has {size} bytes")

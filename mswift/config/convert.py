@@ -34,6 +34,8 @@ class ConvertConfig:
     """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
     finish: bool = False
     """Prove that all parts are there and publish the destination."""
+    optimizer: bool = False
+    """Carry the optimizer's state (and a run's position) too: of a checkpoint, or of a directory made with this."""
     base_model: str | None = None
     """Of an adapter: directory of its base, of which only config.json is read. Default: what the adapter names."""
     adapter_layout: Literal["mswift", "fused", "canonical"] = "mswift"

@@ -5,6 +5,7 @@ over expert-tensor-parallel ones. No auxiliary loss. Shapes: s sequence, b batch
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,11 +60,23 @@ class ExpertRouter(Router):
         raise NotImplementedError
 
 
+class BiasedExpertOut(BiasedRowParallelLinear):
+    """The second linear of an expert with biases.
+
+    What crosses ranks is the dispatcher's business, as megatron-core has it where experts are shared between ranks;
+    without that, its reduction over one rank returns a view, on which adding the weighted bias in place fails.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
+
+
 def moe_mlp_spec(spec: ModelSpec) -> ModuleSpec:
     """The experts of a layer, with the expert of every token beside them where the model has one."""
     assert spec.moe is not None
     column = BiasedColumnParallelLinear if spec.moe.expert_bias else ColumnParallelLinear
-    row = BiasedRowParallelLinear if spec.moe.expert_bias else RowParallelLinear
+    row = BiasedExpertOut if spec.moe.expert_bias else RowParallelLinear
     activation = activation_class(spec)
     shared = MLPSubmodules(ColumnParallelLinear, activation, RowParallelLinear)
     return ModuleSpec(

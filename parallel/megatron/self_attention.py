@@ -6,11 +6,16 @@ Shapes: s sequence, b batch, g KV groups of this rank, r query heads per group, 
 from functools import partial
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.parallel.attention import SdpaAttention
@@ -18,6 +23,22 @@ from mswift.parallel.megatron.linears import BiasedRowParallelLinear
 from mswift.parallel.megatron.width_norm import WidthRMSNorm
 from mswift.parallel.norms import norm_class
 from mswift.parallel.rotary import RotaryTable, rotate
+
+
+class SinkAttention(SdpaAttention):
+    """Attention with a learnt logit for each head of this rank, `softmax_offset` [h] as megatron-core names it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        sinks = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.softmax_offset = nn.Parameter(sinks)
+        set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `SdpaAttention`."""
+        self.sinks = self.softmax_offset
+        return super().forward(*args, **kwargs)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -33,27 +54,32 @@ class RotarySelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, hidden] -> rotated query [s, b, g * r, d], rotated key [s, b, g, d], value [s, b, g, d]."""
+    ) -> tuple[Tensor, ...]:
+        """[s, b, hidden] -> rotated query [s, b, g * r, d], rotated key [s, b, g, d], value [s, b, g, d].
+
+        With output_gate also the gate [s, b, g * r, d]; a group's rows are then query, gate, key, value.
+        """
         mixed, _ = self.linear_qkv(hidden_states)
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         s, b, width = mixed.shape
         heads = width // (groups * head_dim)
-        query, key, value = mixed.view(s, b, groups, heads, head_dim).split([heads - 2, 1, 1], dim=-2)
+        queries = [(heads - 2) // 2] * 2 if output_gate else [heads - 2]
+        query, *gate, key, value = mixed.view(s, b, groups, heads, head_dim).split([*queries, 1, 1], dim=-2)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self._rotary is not None:
             cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
             query, key = (rotate(x, cos, sin, interleaved=self._rotary.interleaved) for x in (query, key))
-        return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2)
+        return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2), *(part.flatten(2, 3) for part in gate)
 
 
 def self_attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
     """Attention with grouped KV heads."""
     q_norm, k_norm = _qk_norms(spec)
     attention: Any = SdpaAttention
-    if layer.window is not None or spec.attention_softcap is not None:
-        attention = partial(SdpaAttention, window=layer.window, softcap=spec.attention_softcap)
+    if spec.attention_sinks or layer.window is not None or spec.attention_softcap is not None:
+        kind = SinkAttention if spec.attention_sinks else SdpaAttention
+        attention = partial(kind, window=layer.window, softcap=spec.attention_softcap)
     return ModuleSpec(
         module=RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},

@@ -21,6 +21,8 @@ REMOTE_CODE = frozenset({"internlm2", "internlm3", "qwen"})
 GEMMA: dict[str, Any] = {"head_dim": 12, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 LONGROPE: dict[str, Any] = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0]}
 
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3}
+
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 8, "q_lora_rank": 12, "kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 10, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 4,
@@ -32,6 +34,19 @@ LATENT: dict[str, Any] = {
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": BASE | LATENT | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": BASE | LATENT | {"num_nextn_predict_layers": 1},
+    "glm4_moe": BASE | {"num_attention_heads": 4, "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True,
+                        "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4,
+                        "topk_group": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+                        "routed_scaling_factor": 1.5, "attention_bias": True, "num_nextn_predict_layers": 0},
+    "gpt_oss": BASE | {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 16,
+                       "rope_theta": 150000.0, "swiglu_limit": 1.5, "experts_per_token": 3,
+                       "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                        "truncate": False, "original_max_position_embeddings": 16}},
+    "mixtral": BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6},
+    "olmoe": BASE | EXPERTS | {"num_key_value_heads": 8},
+    "qwen2_moe": BASE | EXPERTS | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": BASE | EXPERTS | {"moe_intermediate_size": 24, "head_dim": 16, "decoder_sparse_step": 2,
+                                   "norm_topk_prob": True},
     "gemma": BASE | GEMMA,
     "gemma2": BASE | GEMMA | {"sliding_window": 16, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 3.0,
                               "final_logit_softcapping": 5.0, "num_hidden_layers": 4},

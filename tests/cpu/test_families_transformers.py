@@ -1,6 +1,7 @@
 """Every family against transformers: names and shapes, both spellings of config.json, files there and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def test_there_and_back(family: str, tmp_path: Path) -> None:
     written = json.loads((source / "config.json").read_text())
     table = table_for(written, tensors)
     assert dict(table.hf) == {name: tuple(t.shape) for name, t in tensors.items()}
-    assert table.spec == table_for(family_config(family)).spec  # as transformers writes it, and as the hub has it
+    as_published = table_for(family_config(family)).spec
+    assert table.spec == replace(as_published, mtp_layers=())  # transformers leaves multi-token prediction out
     assert written["architectures"] == [table.family.architecture]
     convert(source, there, "megatron")
     convert(there, back, "hf")
@@ -41,12 +43,15 @@ def test_there_and_back(family: str, tmp_path: Path) -> None:
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
+DENSE = [
+    family for family in FAMILIES if {layer.mlp for layer in table_for(family_config(family)).spec.layers} <= {"dense"}
+]
 DEFAULTS = {"intermediate_size": 40, "num_hidden_layers": 3}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_our_default_of_an_absent_field_is_theirs(family: str) -> None:
-    """A config.json with sizes and nothing else means the same model."""
+    """A config.json with sizes and nothing else means the same model. Experts and latents have no sizes by default."""
     from transformers import AutoConfig
 
     given = {"model_type": family, "vocab_size": 103, "hidden_size": 128, "num_attention_heads": 64}

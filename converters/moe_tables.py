@@ -122,6 +122,7 @@ def moe_spec(
     *,
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts"),
     ffn: str = "moe_intermediate_size",
+    ffn_default: int | None = None,
     score: Literal["softmax", "topk_softmax", "sigmoid"] = "softmax",
     normalize: bool | None = None,
     defaults: tuple[int | None, int | None] = (None, None),
@@ -137,7 +138,7 @@ def moe_spec(
     return MoeSpec(
         num_experts=config.integer(name, defaults[0]),
         top_k=config.integer("num_experts_per_tok", defaults[1]),
-        ffn_hidden_size=config.integer(ffn),
+        ffn_hidden_size=config.integer(ffn, ffn_default),
         score=score,
         normalize=config.flag("norm_topk_prob", False) if normalize is None else normalize,
         **features,  # type: ignore[arg-type]

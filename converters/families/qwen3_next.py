@@ -43,7 +43,13 @@ def _spec(config: Fields) -> ModelSpec:
         zero_centered_norm=True,
         attention_gate=True,
         layers=_layers(config),
-        moe=moe_spec(config, normalize=normalize, shared_ffn_hidden_size=shared, shared_gate=True),
+        moe=moe_spec(
+            config,
+            normalize=normalize,
+            defaults=(512, 10, 512),
+            shared_ffn_hidden_size=shared,
+            shared_gate=True,
+        ),
         delta=delta_spec(config),
     )
 

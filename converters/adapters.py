@@ -151,9 +151,14 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
 
-    Raises ConfigError for a name the model does not have, with the nearest one, and for adapters on experts, which
-    training does not have.
+    Raises ConfigError for a name the model does not have, with the nearest one, for a model with recurrent mixers, and
+    for adapters on experts, which training does not have.
     """
+    if table.spec.mamba is not None or table.spec.delta is not None:
+        raise ConfigError(
+            f"--tuner_type lora: a model of model_type {table.spec.model_type!r} has mixers that take no adapter yet; "
+            "use --tuner_type full"
+        )
     leaves = _trainable_leaves(table)
     if not names:
         raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")

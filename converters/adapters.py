@@ -17,6 +17,7 @@ from mswift.errors import ConfigError
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed_tokens", "lm_head"
 SAVABLE = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+_GATE = "gate_weight"  # of the shared expert: a parameter, where HF has a linear
 _ROUTER = "mlp.router.weight"
 
 
@@ -59,8 +60,16 @@ class LoraConfig:
     def for_table(
         cls, table: "Table", *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
     ) -> "LoraConfig":
-        """As the flags say it, with target_modules expanded on this model."""
-        return cls(rank, alpha, expand_targets(table, target_modules), seed)
+        """As the flags say it, with target_modules expanded on this model; ConfigError for one that is not trained."""
+        targets, without = expand_targets(table, target_modules), _untrained(table)
+        if refused := [name for name in targets if name in without]:
+            others = " ".join(name for name in targets if name not in without)
+            raise ConfigError(
+                f"--target_modules {' '.join(target_modules)}: training computes no LoRA on experts and their gates "
+                f"yet, and {' '.join(refused)} {'is' if len(refused) == 1 else 'are'} among those: "
+                f"use --target_modules {others}"
+            )
+        return cls(rank, alpha, targets, seed)
 
     @property
     def scale(self) -> float:
@@ -107,6 +116,13 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
         )
         for rule in rules
     }
+
+
+def _untrained(table: Table) -> set[str]:
+    """Leaves that name linears of experts, or one that is a bare parameter in megatron-core, a shared expert's gate."""
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule)]
+    without = [rule for rule in rules if rule.experts or rule.megatron.endswith(_GATE)]
+    return {part.hf.split(".")[-2] for rule in without for part in rule.parts}
 
 
 def linears(table: Table) -> tuple[HfLinear, ...]:

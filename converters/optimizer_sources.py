@@ -17,15 +17,17 @@ from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA, read_metadata
 from mswift.converters.io.files import PIECE_BYTES, open_read, read_exactly
 from mswift.converters.io.safe_pickle import load_pickle
-from mswift.converters.io.safetensors import SINGLE, StoredTensor, read_header
+from mswift.converters.io.safetensors import SINGLE, read_header
 from mswift.converters.io.side_files import OPTIMIZER_RECORD as RECORD
+from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.strided import cut, gather
 from mswift.converters.io.torch_dist import COMMON, TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for
 from mswift.converters.reader import WeightReader
-from mswift.converters.sources import HF_FOLDER, Place, check_shapes, chunk_places
+from mswift.converters.source import check_shapes
+from mswift.converters.sources import HF_FOLDER, Place, chunk_places
 from mswift.errors import CheckpointError, ConfigError
 
 FOLDER, RNG = "optimizer", "rng.safetensors"

@@ -98,6 +98,19 @@ class ParallelDims:
         return self.world_size // (self.sizes["etp"] * self.ep * self.pp)
 
     @property
+    def has_expert_axes(self) -> bool:
+        """Whether experts lie on the ranks otherwise than the dense layers."""
+        return self.ep > 1 or self.sizes["etp"] != self.tp
+
+    def describe(self) -> str:
+        """One line: 8 ranks = TP 2 x PP 1 x DP 4, sequence parallel; experts ETP 1 x EP 4 x EDP 2."""
+        text = f"{self.world_size} ranks = TP {self.tp} x PP {self.pp} x DP {self.dp}"
+        text += ", sequence parallel" if self.sequence_parallel else ""
+        if self.has_expert_axes:
+            text += f"; experts ETP {self.sizes['etp']} x EP {self.ep} x EDP {self.edp}"
+        return text
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         """Size of every axis by name."""
         etp = self.tp if self.etp is None else self.etp

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, load_pickle
+from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, brief, load_pickle
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def read_metadata(directory: Path) -> Index:
         return _index(load_pickle(data))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is not the metadata of a checkpoint ({type(error).__name__}: {error})"
         ) from None
@@ -65,7 +65,7 @@ def _index(metadata: Record) -> Index:
             continue
         shape, dtype = _ints(entry.field("size")), entry.field("properties").state[0]
         if dtype not in TORCH_DTYPES:
-            raise ValueError(f"tensor {name} has dtype {dtype!r}")
+            raise ValueError(f"tensor {name} has dtype {brief(dtype)}")
         chunks: dict[Region, Item] = {}
         for chunk in entry.field("chunks"):
             region = Region(_ints(chunk.field("offsets")), _ints(chunk.field("sizes")))
@@ -87,14 +87,14 @@ def _item(info: Record) -> Item:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not a name")
+        raise TypeError(f"{brief(value)} is not a name")
     return value
 
 
 def _ints(values: Any) -> tuple[int, ...]:
     result = tuple(values)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in result):
-        raise TypeError(f"{result!r:.80} are not sizes")
+        raise TypeError(f"{brief(result)} are not sizes")
     return result
 
 

@@ -1,8 +1,10 @@
 """The files of a model directory that are not weights."""
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mswift.errors import CheckpointError
 
@@ -17,10 +19,12 @@ _WEIGHTS = frozenset(
 def carried_files(model_dir: Path) -> list[Path]:
     """config.json, generation_config.json, tokenizer and other files at the top of the directory, sorted by name.
 
+    A file instead of a directory is that file.
+
     Left out: weights and their indexes, hidden files, sub-directories, the converter's records.
     """
     files = []
-    for path in sorted(model_dir.iterdir()):
+    for path in _inside(model_dir):
         name = path.name
         if (
             name.startswith(".")
@@ -40,6 +44,18 @@ def carried_files(model_dir: Path) -> list[Path]:
     return files
 
 
+def _inside(folder: Path) -> list[Path]:
+    return [folder] if folder.is_file() else sorted(folder.iterdir())
+
+
+def edited_json(path: Path, edits: Mapping[str, Any]) -> bytes:
+    """A JSON object with other values for some fields; None leaves a field out."""
+    value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    value |= edits
+    kept = {name: item for name, item in value.items() if not (name in edits and item is None)}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
     """(name, size, time of change or sha256) of all files of a model that a conversion reads, by name.
 
@@ -49,7 +65,7 @@ def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
     for folder in folders:
         for path in carried_files(folder):
             found.append((path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
-        for path in sorted(folder.iterdir()):
+        for path in _inside(folder):
             if path.is_file() and (
                 path.suffix in _WEIGHTS or path.name in (MANIFEST, OPTIMIZER_RECORD) or path.name == ".metadata"
             ):

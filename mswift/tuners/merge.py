@@ -20,8 +20,9 @@ from mswift.config.merge import MergeConfig
 from mswift.converters.adapters import EMBED, HEAD, SAVABLE, HfLinear
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
-from mswift.converters.io.safetensors import INDEX, StoredTensor, read_directory
+from mswift.converters.io.safetensors import INDEX, read_directory
 from mswift.converters.io.side_files import carried_files
+from mswift.converters.io.stored import StoredTensor
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.errors import CheckpointError, ConfigError

@@ -8,8 +8,9 @@ from pathlib import Path
 from mswift.converters.adapters import trained_name
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import PIECE_BYTES, open_read
-from mswift.converters.io.safetensors import StoredTensor, read_header
+from mswift.converters.io.safetensors import read_header
 from mswift.converters.io.side_files import carried_files
+from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.strided import gather
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region, flatten, identity

@@ -201,7 +201,17 @@ def lora_shapes(modules: Iterable[HfLinear], rank: int) -> dict[str, tuple[int, 
 
 
 def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names)."""
+    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names).
+
+    ConfigError for a model that names its embedding otherwise.
+    """
+    if not modules_to_save:
+        return {}
+    if SAVABLE[EMBED] not in table.hf:
+        raise ConfigError(
+            f"modules_to_save {' '.join(modules_to_save)}: the tensors of model_type {table.spec.model_type!r} have "
+            f"other names than {' and '.join(SAVABLE.values())}; leave it out"
+        )
     embedding = table.hf[SAVABLE[EMBED]]
     return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
 

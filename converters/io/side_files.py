@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.errors import CheckpointError
 
 MANIFEST = "mswift_manifest.json"
@@ -25,7 +26,12 @@ def carried_files(model_dir: Path) -> list[Path]:
     files = []
     for path in _inside(model_dir):
         name = path.name
-        if name.startswith(".") or name == MANIFEST or name.endswith(".index.json") or not path.is_file():
+        if (
+            name.startswith(".")
+            or name in (MANIFEST, IGNORED_FIELDS)
+            or name.endswith(".index.json")
+            or not path.is_file()
+        ):
             continue
         if path.suffix in _WEIGHTS:
             continue

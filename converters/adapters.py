@@ -6,18 +6,28 @@ names: the family's table, never a private list.
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mswift.converters.rules import LAYERS, Rule
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed_tokens", "lm_head"
 SAVABLE = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
-_LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_GATE = "gate_weight"  # of the shared expert: a parameter, where HF has a linear
+_ROUTER = "mlp.router.weight"
+
+
+class Tensor(Protocol):
+    """What is read of a `MegatronTensor`: its rule, its layer (None where it holds all layers)."""
+
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def layer(self) -> int | None: ...
 
 
 class Table(Protocol):
@@ -28,8 +38,7 @@ class Table(Protocol):
     @property
     def hf(self) -> Mapping[str, tuple[int, ...]]: ...
     @property
-    def megatron(self) -> Mapping[str, object]: ...
-    def hf_modules(self, key: str) -> tuple[str, ...]: ...
+    def megatron(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,16 @@ class LoraConfig:
     def for_table(
         cls, table: "Table", *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
     ) -> "LoraConfig":
-        """As the flags say it, with target_modules expanded on this model."""
-        return cls(rank, alpha, expand_targets(table, target_modules), seed)
+        """As the flags say it, with target_modules expanded on this model; ConfigError for one that is not trained."""
+        targets, without = expand_targets(table, target_modules), _untrained(table)
+        if refused := [name for name in targets if name in without]:
+            others = " ".join(name for name in targets if name not in without)
+            raise ConfigError(
+                f"--target_modules {' '.join(target_modules)}: training computes no LoRA on experts and their gates "
+                f"yet, and {' '.join(refused)} {'is' if len(refused) == 1 else 'are'} among those: "
+                f"use --target_modules {others}"
+            )
+        return cls(rank, alpha, targets, seed)
 
     @property
     def scale(self) -> float:
@@ -68,6 +85,7 @@ class HfLinear:
     layer: int
     in_features: int
     out_features: int
+    expert: int | None = None
 
     def lora_names(self) -> tuple[str, str]:
         return f"{self.name}.lora_A.weight", f"{self.name}.lora_B.weight"
@@ -77,28 +95,58 @@ class HfLinear:
         return {a: (rank, self.in_features), b: (self.out_features, rank)}
 
 
+def is_linear(rule: Rule) -> bool:
+    """Whether the HF tensors of a rule are weights of linears inside layers (one an expert, where there are any).
+
+    A router is none: transformers 5 makes it a module of its own with a parameter.
+    """
+    matrix = rule.in_layer and len(rule.width) == 1 and rule.experts != "stacked"
+    return matrix and all(part.hf.endswith(".weight") for part in rule.parts) and not rule.megatron.endswith(_ROUTER)
+
+
 def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
-    """Megatron module inside a layer -> the HF leaves fused in it, in order.
+    """Megatron module inside a layer -> the HF leaves fused in it, in order; experts left out.
 
     Example: {"self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.linear_fc2": ("down_proj",), ...}
     """
-    prefix, suffix = "decoder.layers.", ".weight"
-    matrices = {match[2].rpartition(".")[2] for match, shape in _layer_weights(table) if len(shape) == 2}
-    keys = (key for key in table.megatron if key.startswith(prefix) and key.endswith(suffix))
-    leaves = {key.removeprefix(prefix).removesuffix(suffix): table.hf_modules(key) for key in keys}
-    return {module: names for module, names in leaves.items() if names and matrices.issuperset(names)}
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule) and not tensor.rule.experts]
+    return {
+        rule.megatron.removeprefix(LAYERS).removesuffix(".weight"): tuple(
+            dict.fromkeys(part.hf.split(".")[-2] for part in rule.parts)
+        )
+        for rule in rules
+    }
+
+
+def _untrained(table: Table) -> set[str]:
+    """Leaves that name linears of experts, or one that is a bare parameter in megatron-core, a shared expert's gate."""
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule)]
+    without = [rule for rule in rules if rule.experts or rule.megatron.endswith(_GATE)]
+    return {part.hf.split(".")[-2] for rule in without for part in rule.parts}
 
 
 def linears(table: Table) -> tuple[HfLinear, ...]:
-    """Every HF linear inside the layers, in the order of layers, then of the Megatron model."""
-    order = [leaf for leaves in fused_linears(table).values() for leaf in leaves]
-    found = []
-    for match, shape in _layer_weights(table):
-        leaf = match[2].rpartition(".")[2]
-        if leaf in order:
-            out_features, in_features = shape
-            found.append(HfLinear(match[0].removesuffix(".weight"), leaf, int(match[1]), in_features, out_features))
-    return tuple(sorted(found, key=lambda linear: (linear.layer, order.index(linear.leaf))))
+    """Every HF linear inside the layers but those of experts, in the order of layers, then of the Megatron model."""
+    return tuple(linear for linear in all_linears(table) if linear.expert is None)
+
+
+def all_linears(table: Table) -> tuple[HfLinear, ...]:
+    """`linears` and those of experts, where the table spells experts as one linear each (as transformers 4 does)."""
+    found: dict[str, HfLinear] = {}
+    for tensor in table.megatron.values():
+        rule = tensor.rule
+        if not is_linear(rule):
+            continue
+        experts = range(table.spec.moe.num_experts) if rule.experts and table.spec.moe else (None,)
+        for layer in range(table.spec.num_layers) if tensor.layer is None else (tensor.layer,):
+            for expert in experts:
+                for part in rule.parts:
+                    weight = part.hf.format(l=layer, e=expert)
+                    name = weight.removesuffix(".weight")
+                    out_features, in_features = table.hf[weight]
+                    leaf = name.rpartition(".")[2]
+                    found.setdefault(name, HfLinear(name, leaf, layer, in_features, out_features, expert))
+    return tuple(sorted(found.values(), key=lambda linear: linear.layer))
 
 
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
@@ -154,11 +202,6 @@ def trained_name(table: Table, name: str) -> str:
 def kv_groups(table: Table, leaves: Sequence[str]) -> int:
     """How many times a fused weight repeats [its linears' rows]: once per KV group for q, k, v, else once."""
     return table.spec.num_kv_heads if "k_proj" in leaves else 1
-
-
-def _layer_weights(table: Table) -> list[tuple[re.Match[str], tuple[int, ...]]]:
-    found = ((_LAYER_WEIGHT.fullmatch(name), shape) for name, shape in table.hf.items())
-    return [(match, shape) for match, shape in found if match]
 
 
 def _unknown(flag: str, name: str, known: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.source import SourceOptions, dtype_option
 from mswift.errors import ConfigError
+from mswift.tuners.detect import is_adapter
 
 LARGEST_PARTS = 10_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,6 +34,10 @@ def convert(config: ConvertConfig) -> int:
     check_workers(config.num_workers)
     part = _part(config)
     source = locate(config.model, "--model")
+    if is_adapter(source):
+        from mswift.tuners import convert as adapters  # imports numpy
+
+        return adapters.convert(config, source)
     options = source_options(config.model_config, config.ignore_config_fields, config.dtype, config.complete_config)
     if config.dry_run:
         planned = engine.plan(source, config.to, options)
@@ -71,6 +76,12 @@ def verify(config: VerifyConfig) -> int:
 
     check_workers(config.num_workers)
     a = locate(config.a, "A")
+    if is_adapter(a):
+        from mswift.tuners.verify import verify_adapters
+
+        report = verify_adapters(a, None if config.b is None else locate(config.b, "B"), config.base_model)
+        print(report)
+        return 0 if report.equal else 1
     options = source_options(config.model_config, config.ignore_config_fields, config.dtype, False)
     if config.b is None:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)

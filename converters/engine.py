@@ -92,8 +92,9 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    for reason, names in grouped({name: record.reason for name, record in planned.dropped.items()}).items():
-        lines.append(f"dropped {names}: {reason}")
+    compared = {name: " (compared when it is converted)" for name, d in planned.dropped.items() if d.same_as}
+    reasons = {name: record.reason + compared.get(name, "") for name, record in planned.dropped.items()}
+    lines += [f"dropped {names}: {reason}" for reason, names in grouped(reasons).items()]
     lines += [f"decoded {names}: {rule}" for rule, names in grouped(source.decoded).items()]
     for name, value in source.config_edits.items():
         lines.append(f"config.json: {name} " + ("is left out" if value is None else f"becomes {json.dumps(value)}"))
@@ -215,6 +216,8 @@ class _Job:
 
     def copy(self, part: int, parts: int, restart: bool) -> Done:
         """Copies what is missing of a part; what is there now."""
+        if part == 1:
+            self.planned.source.check_repeats()
         identity = Identity(self.identity, parts, str(self.planned.source.path), self.planned.to)
         note = self.partial.begin(identity, part, restart=restart)
         if note:

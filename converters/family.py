@@ -102,8 +102,6 @@ def features_of(spec: ModelSpec, layer: LayerSpec | None = None, spelling: str =
         }
     if spec.mla is not None:
         flags |= {"q_lora": spec.mla.q_lora_rank is not None, "q_direct": spec.mla.q_lora_rank is None}
-    if spec.mamba is not None:
-        flags |= {"mamba_conv_bias": spec.mamba.conv_bias, "mamba_proj_bias": spec.mamba.proj_bias}
     if layer is not None:
         flags |= {layer.mixer: layer.mixer != "none", layer.mlp: layer.mlp != "none"}
     return {name for name, on in flags.items() if on}

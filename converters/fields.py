@@ -1,7 +1,7 @@
 """Strict reading of a config.json: a field is mapped, known to have no effect, or refused by name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
@@ -13,6 +13,7 @@ _LARGEST = 1 << 40
 _ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
@@ -49,11 +50,51 @@ class Fields:
             raise self._error(name, f"must be a positive integer below 2^40, not {value!r:.100}")
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """An integer from 0."""
+        value = self.take(name, default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.integer(name, default)
+
+    def even_half(self, name: str) -> int:
+        """Half of an even integer (a width that a config counts for gate and up together)."""
+        value = self.integer(name)
+        if value % 2:
+            raise self._error(name, f"must be even, not {value}")
+        return value // 2
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise self._error(name, f"must be a positive number, not {value!r:.100}")
+        return float(value)
+
+    def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
+        """Refuses a value of the field, or an entry of its list, that is not among the supported ones."""
+        if value not in supported:
+            raise self._error(name, f"holds {value!r}; supported: {', '.join(map(str, supported))}")
+
+    def limits(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the lower one first; infinity as Python's json writes it or as transformers 5 does."""
+        value = self.take(name, default)
+        ends = [float("inf") if end == {"__float__": "Infinity"} else end for end in value]
+        numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+            raise self._error(name, f"must be two numbers, the lower one first, not {value!r}")
+        return float(numbers[0]), float(numbers[1])
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """A positive number or null, which turns off what an absent field leaves at its default."""
+        if name in self._config and self._config[name] is None:
+            self._read.add(name)
+            return None
+        return default if name not in self._config and default is None else self.number(name, default)
+
+    def fraction(self, name: str, default: float) -> float:
+        """A number from 0 up to, not including, 1."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise self._error(name, f"must be a number from 0 to below 1, not {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -81,7 +122,21 @@ class Fields:
             if kind != "full_attention":
                 raise self._error("layer_types", f"holds {kind!r}; only 'full_attention' is supported")
 
-    def rope(self, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> RopeSpec:
+    def one_of(self, name: str, supported: Collection[Any]) -> Any:
+        """The value, which must be one of those; the first one if the field is absent."""
+        value = self.take(name, next(iter(supported)))
+        if value not in supported:
+            raise self._error(name, f"is {value!r}; supported: {', '.join(map(repr, supported))}")
+        return value
+
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        partial: float | None = None,
+        interleaved: bool = False,
+        default_theta: float = 10000.0,
+    ) -> RopeSpec:
         """Rotary embedding from `rope_theta` + `rope_scaling`, or from `rope_parameters` (transformers 5).
 
         partial: the family's default of partial_rotary_factor, the share of a head's dimensions that is rotated
@@ -90,7 +145,7 @@ class Fields:
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
-        theta = self.number("rope_theta", values.get("rope_theta", 10000.0))
+        theta = self.number("rope_theta", values.get("rope_theta", default_theta))
         share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
         if partial is None and share != 1.0:
             raise self._error("partial_rotary_factor", f"is {share}; only 1.0 is supported")
@@ -98,7 +153,7 @@ class Fields:
             if values.get(field, value) != value:
                 raise self._error(field, f"is {value}, but {name} has {values[field]}")
         dim = None if share == 1.0 else int(head_dim * share)
-        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved)
+        return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved, rotated=dim or head_dim)
 
     def rope_of(
         self,
@@ -108,15 +163,17 @@ class Fields:
         theta: float,
         rotary_dim: int | None = None,
         interleaved: bool = False,
+        rotated: int | None = None,
     ) -> RopeSpec:
-        """One rotary embedding from the keys of the dictionary in field `name`."""
+        """One rotary embedding from the keys of the dictionary in field `name`; `rotated`: dimensions it has."""
         values = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-        kind = values.pop("rope_type", given.get("type", "default"))
+        named = values.pop("rope_type", given.get("type", "default"))
+        kind: Any = "longrope" if named == "su" else named  # its name before it was published
         if kind not in _ROPE_KEYS:
             raise self._error(f"{name}.rope_type", f"is {kind!r}; supported: {', '.join(_ROPE_KEYS)}")
         needed, optional = _ROPE_KEYS[kind]
-        if "original_max_position_embeddings" in needed and "original_max_position_embeddings" not in values:
-            known = self.take("original_max_position_embeddings")
+        if "original_max_position_embeddings" in needed:
+            known = self.take("original_max_position_embeddings", values.get("original_max_position_embeddings"))
             values["original_max_position_embeddings"] = known or self.integer("max_position_embeddings")
         values = {key: value for key, value in values.items() if value is not None or key in needed}
         unknown, missing = sorted(set(values) - needed - optional), sorted(needed - set(values))
@@ -130,6 +187,14 @@ class Fields:
         flat = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,))]
         if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in flat):
             raise self._error(name, f"must hold positive numbers, not {values}")
+        if kind == "longrope" and "factor" not in values:
+            stretched = self.integer("max_position_embeddings")
+            values["factor"] = stretched / values["original_max_position_embeddings"]
+        if kind == "dynamic":
+            values["original_max_position_embeddings"] = self.integer("max_position_embeddings")
+        for key in ("short_factor", "long_factor"):
+            if key in values and rotated is not None and len(values[key]) != rotated // 2:
+                raise self._error(f"{name}.{key}", f"has {len(values[key])} numbers; {rotated // 2} are needed")
         return RopeSpec(theta, kind, rotary_dim=rotary_dim, interleaved=interleaved, truncate=bool(truncate), **values)
 
     def finish(self, architecture: str) -> None:
@@ -151,6 +216,10 @@ class Fields:
         heads = self._config.get("architectures")
         if heads is not None and heads != [architecture]:
             raise self._error("architectures", f"is {heads}; only ['{architecture}'] is supported")
+
+    def refused(self, name: str, what: str) -> ConfigError:
+        """The error that names the field; to be raised by who reads fields together."""
+        return self._error(name, what)
 
     def wrong_kind(self, error: Exception) -> ConfigError:
         """The error for a value that is no number, list or object where one is needed; names the field read last."""

@@ -51,6 +51,8 @@ class Done:
             if low != position:
                 return f"bytes {position}:{low} are missing" if low > position else f"byte {low} is recorded twice"
             position = high
+        if position > size:
+            return f"bytes {size}:{position} are too many"
         return None if position == size else f"bytes {position}:{size} are missing"
 
 

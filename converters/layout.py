@@ -167,6 +167,8 @@ def tiling_fault(boxes: Sequence[Region], shape: Sequence[int]) -> str | None:
             return f"{box} lies outside the shape {list(shape)}"
     if len(shape) == 0:
         return None if len(boxes) == 1 else f"a scalar is covered {len(boxes)} times"
+    if len(boxes) == 1 and boxes[0].sizes == tuple(shape):
+        return None
     fault = _slab_fault(list(boxes), tuple(shape), 0)
     return None if fault is None else f"elements {fault[0]} are covered {fault[1]} times, not once"
 

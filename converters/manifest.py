@@ -137,7 +137,7 @@ class Manifest:
             "non_finite": self.non_finite,
             "ignored_config_fields": list(self.ignored_config_fields),
             "config_edits": dict(self.config_edits),
-            "tensors": {name: asdict(t) for name, t in self.tensors.items()},
+            "tensors": {name: vars(t) for name, t in self.tensors.items()},
             "dropped": {name: asdict(d) for name, d in self.dropped.items()},
             "files": {name: asdict(f) for name, f in self.files.items()},
         }

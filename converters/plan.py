@@ -1,13 +1,14 @@
 """A family table applied to one config.json, and the proof that it moves every element exactly once."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from mswift.converters.catalog import family_for, spec_for
+from mswift.converters.coverage import prove_coverage
 from mswift.converters.family import Family, features_of, holds, sizes_of
-from mswift.converters.layout import Piece, Region, tiling_fault
+from mswift.converters.layout import Piece, Region
 from mswift.converters.rules import LAYERS, MTP_LAYERS, Drop, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError
@@ -64,20 +65,30 @@ class ModelTable:
                 for tensor in self._tensors(rule):
                     megatron[tensor.key] = tensor
         self.megatron: Mapping[str, MegatronTensor] = megatron
-        hf: dict[str, tuple[int, ...]] = {}
-        for tensor in megatron.values():
-            experts = range(self.sizes["experts"]) if tensor.rule.experts == "each" else range(1)
-            for part in tensor.rule.parts:
-                shape = tensor.rule.hf_shape(part, self.sizes)
-                for layer in self._layers(tensor):
-                    for expert in experts:
-                        name = part.hf.format(l=layer, e=expert)
-                        if hf.setdefault(name, shape) != shape:
-                            raise CheckpointError(f"{name}: the table gives it shapes {hf[name]} and {shape}")
-        self.hf: Mapping[str, tuple[int, ...]] = hf
+        self.hf: Mapping[str, tuple[int, ...]]
+        self.hf, self.expert_of, self._own_dtype = self._hf_tensors()
         self.dropped: Mapping[str, Drop] = {
             name: d for d in family.table if isinstance(d, Drop) for name in self._drop_names(d)
         }
+
+    def _hf_tensors(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int], set[str]]:
+        """Shape of every HF tensor, its expert (-1: of none, or of all), the names with a dtype of their own."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        expert_of: dict[str, int] = {}
+        own_dtype: set[str] = set()
+        for tensor in self.megatron.values():
+            rule = tensor.rule
+            experts = range(self.sizes["experts"]) if rule.experts == "each" else range(-1, 0)
+            for part in rule.parts:
+                shape = rule.hf_shape(part, self.sizes)
+                for name, expert in ((part.hf.format(l=n, e=e), e) for n in self._layers(tensor) for e in experts):
+                    if shapes.setdefault(name, shape) != shape:
+                        raise CheckpointError(f"{name}: the table gives it shapes {shapes[name]} and {shape}")
+                    if expert_of.setdefault(name, expert) != expert:
+                        raise CheckpointError(f"{name}: the table gives it to experts {expert_of[name]} and {expert}")
+                    if rule.own_dtype:
+                        own_dtype.add(name)
+        return shapes, expert_of, own_dtype
 
     def _tensors(self, rule: Rule) -> Iterator[MegatronTensor]:
         """The Megatron tensors of a rule: one, one a layer, or none."""
@@ -104,11 +115,28 @@ class ModelTable:
     def _drop_names(self, drop: Drop) -> Iterator[str]:
         if "{l}" not in drop.hf:
             if holds(drop.when, self._features):
-                yield drop.hf
+                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
+                    yield drop.hf.format(e=expert)
             return
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
                 yield drop.hf.format(l=layer)
+
+    @property
+    def mtp_names(self) -> set[str]:
+        """HF names and Megatron keys of the multi-token-prediction layers."""
+        keys = {key for key, tensor in self.megatron.items() if tensor.rule.in_mtp}
+        return keys | {piece.names[0] for key in keys for piece in self.pieces(key)}
+
+    @cached_property
+    def slices(self) -> Mapping[str, tuple[str, ...]]:
+        """Name of a parameter that checkpoints hold in slices (`<name>.z`, `<name>.x`) -> their keys, in its order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for key in self.megatron:
+            name = key.rpartition(".")[0]
+            if name.endswith((".weight", ".bias")):
+                found[name] = (*found.get(name, ()), key)
+        return found
 
     def key(self, name: str, layer: int | None) -> str:
         """The key of a layer's tensor, given as "decoder.layers." + its rest; layer in HF's count."""
@@ -153,7 +181,7 @@ class ModelTable:
 
     def has_own_dtype(self, name: str) -> bool:
         """Whether an HF tensor may have another dtype than the weights around it (a router's bias in fp32)."""
-        return self.megatron[self.hf_pieces[name][0].names[1]].rule.own_dtype
+        return name in self._own_dtype
 
     @cached_property
     def hf_order(self) -> list[str]:
@@ -249,31 +277,22 @@ class ModelTable:
 
     def prove_coverage(self) -> None:
         """CheckpointError unless the rules consume every HF element and write every Megatron element once."""
-        boxes: tuple[dict[str, list[Region]], dict[str, list[Region]]] = ({}, {})
-        for key in self.megatron:
-            for piece in self.pieces(key):
-                for side in (0, 1):
-                    boxes[side].setdefault(piece.names[side], []).extend(piece.boxes(side))
-        shapes = (self.hf, {key: tensor.shape for key, tensor in self.megatron.items()})
-        for side, what in ((0, "Hugging Face"), (1, "Megatron")):
-            for name, shape in shapes[side].items():
-                fault = tiling_fault(boxes[side].get(name, []), shape)
-                if fault is not None:
-                    raise CheckpointError(
-                        f"the table of {self.family.model_type} does not move {what} tensor {name} "
-                        f"of shape {list(shape)} exactly once: {fault}"
-                    )
+        prove_coverage(self)
 
 
 def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTable:
     """The table of the model that this config.json describes; ConfigError if it is not supported.
 
-    stored: the HF tensor names of a checkpoint, which decide between spellings of a family.
+    stored: the names of a checkpoint's tensors (HF names or Megatron keys), which decide between spellings of a
+    family, and whether the multi-token-prediction layers of config.json are there: transformers leaves them out.
     """
     family = family_for(config)
     spec = spec_for(config, family)
-    spellings = family.spellings if stored else family.spellings[:1]
+    names = frozenset(stored)
+    spellings = family.spellings if names else family.spellings[:1]
     tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
-    table = max(tables, key=lambda each: len(each.hf.keys() & set(stored)))
+    table = max(tables, key=lambda each: len(each.hf.keys() & names))
+    if names and spec.mtp_layers and not table.mtp_names & names:
+        table = ModelTable(config, family, replace(spec, mtp_layers=()), table.spelling)
     table.prove_coverage()
     return table

@@ -9,7 +9,7 @@ from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import Read, gather, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
-from mswift.converters.sources import MegatronSource, Place, open_source
+from mswift.converters.sources import HEAD, MegatronSource, Place, open_source
 from mswift.errors import CheckpointError
 
 
@@ -17,10 +17,12 @@ class WeightReader:
     """A model directory in Megatron space; one thread.
 
     Strict at construction: every tensor of the table, none extra, right shapes, one dtype; else CheckpointError.
+    A tied model's own lm_head.weight is compared with the embedding.
     """
 
     def __init__(self, path: Path) -> None:
         self._source = open_source(Path(path))
+        self._source.check_repeats((HEAD,))
         self.table: ModelTable = self._source.table
         self.config: dict[str, Any] = self._source.config
         self.dtype: str = self._source.dtype

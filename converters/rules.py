@@ -42,7 +42,8 @@ class Part:
     """Rows of one HF tensor: `rows` of them in every unit.
 
     Where they are not the whole tensor: the first one is `start`, the next one `step` rows on, and the tensor has
-    `of` rows in all.
+    `of` rows in all. Where other rows lie between them: they come in runs of `run` (a divisor of `rows`), each
+    starting `every` rows behind the one before, from unit to unit as well.
     """
 
     hf: str
@@ -50,6 +51,8 @@ class Part:
     start: str = "0"
     step: int = 1
     of: str = ""
+    run: str = ""
+    every: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,12 @@ class Rule:
         them (any range of one where there are none).
         """
         if self.experts == "each":
-            return [p for e in experts for p in self._of_expert(sizes, key, layer, (*lead, e), e, None)]
+            first = self._of_expert(sizes, key, layer, (*lead, 0), 0, None)
+            return [
+                Piece((part.hf.format(l=layer, e=e), key), (at[0], (*lead, e, *at[1][len(lead) + 1 :])), piece.dims)
+                for e in experts
+                for part, piece, at in zip(self.parts, first, (p.starts for p in first), strict=True)
+            ]
         if self.experts == "stacked":
             return self._of_expert(sizes, key, layer, (*lead, experts.start), None, experts)
         return self._of_expert(sizes, key, layer, lead, None, None)
@@ -135,7 +143,10 @@ class Rule:
         pieces, at = [], 0
         for part in self.parts:
             rows = size_of(part.rows, sizes)
-            dims = [Dim(units, (hf_row, row), (rows * part.step, unit_rows)), Dim(rows, (hf_row, row), (part.step, 1))]
+            run = size_of(part.run, sizes) if part.run else rows
+            every = size_of(part.every, sizes) if part.every else run * part.step
+            steps = ((units, rows // run * every, unit_rows), (rows // run, every, run), (run, part.step, 1))
+            dims = [Dim(count, (hf_row, row), (there, here)) for count, there, here in steps]
             dims += [Dim(n, (hf_width + i, row + 1 + i), (1, 1)) for i, n in enumerate(width)]
             if stacked is not None:
                 dims.append(Dim(len(stacked), (0, row - 1), (1, 1)))
@@ -192,6 +203,15 @@ def rows_of(
     return Rule("rows_of", megatron, (Part(hf, shape[0], start, 1, of),), "one", shape[1:], cut, when)
 
 
+def unit_rows_of(
+    megatron: str, hf: str, shape: tuple[str, ...], *, units: str, start: str, every: str, cut: Cut, when: str = ""
+) -> Rule:
+    """Of an HF tensor that holds `units` times `every` rows: shape[0] of each of these, from row `start`."""
+    of = "+".join(f"{units}*{term}" for term in every.split("+"))
+    part = Part(hf, shape[0], start, 1, of, run=shape[0], every=every)
+    return Rule("unit_rows_of", megatron, (part,), units, shape[1:], cut, when)
+
+
 def qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: str = "") -> Rule:
     """Per KV group: its query heads, its key head, its value head. Cut between groups."""
     parts = (Part(q, "heads_per_group*head_dim"), Part(k, "head_dim"), Part(v, "head_dim"))
@@ -208,6 +228,22 @@ def fused_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "")
         Part(hf, "head_dim", start=f"{q}+{kv}", of=of),
     )
     return Rule("fused_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def gated_qkv(megatron: str, q: str, k: str, v: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, with a gate for each query head; q holds a head's query rows, then its gate rows.
+
+    Per KV group: its query heads, their gates, its key head, its value head.
+    """
+    query = Part(q, "heads_per_group*head_dim", of="2*heads*head_dim", run="head_dim", every="2*head_dim")
+    parts = (query, replace(query, start="head_dim"), Part(k, "head_dim"), Part(v, "head_dim"))
+    return Rule("gated_qkv", megatron, parts, "groups", width, rows("groups"), when)
+
+
+def grouped_qkv(megatron: str, hf: str, *, width: tuple[str, ...], when: str = "") -> Rule:
+    """Like qkv, from one HF tensor that has the same order: per KV group its query heads, key head and value head."""
+    parts = (Part(hf, "heads_per_group*head_dim+2*head_dim"),)
+    return Rule("grouped_qkv", megatron, parts, "groups", width, rows("groups"), when)
 
 
 def gate_up(megatron: str, gate: str, up: str, *, width: tuple[str, ...], when: str = "", ffn: str = "ffn") -> Rule:

@@ -5,7 +5,7 @@ The bytes lie at places in files, or are made by a decoding (dequantised weights
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -66,8 +66,9 @@ def chunk_places(
 class Source(ABC):
     """The tensors of a model, checked against the table of its config.json.
 
-    `dropped`: tensors that no model reads, with the reason; `repeats`: those of them whose bytes come back from
-    another one. `config_edits`: fields of config.json that an exported copy has otherwise (None: not at all).
+    `dropped`: tensors that no model reads, with the reason; `repeats`: those of them whose bytes must equal, and
+    come back from, another one's. `config_edits`: fields of config.json that an exported copy has otherwise
+    (None: not at all).
     """
 
     format: str
@@ -99,6 +100,10 @@ class Source(ABC):
     @abstractmethod
     def extents(self) -> dict[str, list[tuple[int, int]]]:
         """File name -> (offset, size) of every tensor in it."""
+
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        """CheckpointError unless the repeats (some of them, or all) have the bytes of their originals."""
+        assert not self.repeats, names
 
     def dtype_of(self, name: str) -> str:
         """Dtype of one HF tensor; `dtype` but for the few that may have their own."""

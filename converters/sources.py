@@ -1,6 +1,6 @@
 """Where a model's weights come from: Hugging Face files, a torch_dist directory, or a plain DCP checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mswift.converters.decode import HasShape, dequantised
@@ -9,7 +9,7 @@ from mswift.converters.io.megatron_lm import check_args, resolve, strip_prefix
 from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.torch_bin import TORCH_BIN
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist import TensorInfo, TorchDistSource, other_name
 from mswift.converters.layout import Region, identity
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import DTYPE_BYTES, table_for
@@ -61,13 +61,15 @@ class _NamedSource(Source):
         drops = {name: self.table.dropped[name] for name in logical if name in self.table.dropped}
         self.dropped = {name: drop.reason for name, drop in drops.items()}
         self.repeats = {name: drop.same_as for name, drop in drops.items() if drop.same_as}
-        for name, original in self.repeats.items():
-            if original in logical:
-                self._check_repeat(original, name, drops[name].reason)
         kept = {name: tensor for name, tensor in logical.items() if name not in self.dropped}
         check_shapes(str(self.path), {n: t.shape for n, t in kept.items()}, self.table.hf)
         self._cast_all(self.table.has_own_dtype)
         self.dtype = self._one_dtype(self.table.has_own_dtype)
+
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        for name, original in self.repeats.items():
+            if original in self._logical and (names is None or name in names):
+                self._check_repeat(original, name, self.dropped[name])
 
     def stored_dtype(self, name: str) -> str:
         return self._stored[name].dtype
@@ -165,8 +167,8 @@ class MegatronSource(Source):
         self.files = files or TorchDistSource(path)
         super().__init__(path, _config_home(path, options), options)
         recorded = read_manifest(path)
-        self.table = table_for(self.config, recorded.tensors if recorded else ())
-        weights, self._prefix, state = strip_prefix(self.files.tensors, self.table.megatron)
+        self.table = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
+        weights, self._prefix, state = self._weights()
         if weights and all(name.startswith(_ADAPTER) for name in weights):
             raise CheckpointError(
                 f"{path}: holds a LoRA adapter and no model weights; give the base model here and the adapter to "
@@ -182,6 +184,14 @@ class MegatronSource(Source):
         self._cast_all(own)
         self.dtype = self._one_dtype(own)
         self.order = self.table.hf_order
+
+    def _weights(self) -> tuple[dict[str, TensorInfo], str, Sequence[str]]:
+        """`strip_prefix` of the files, tensors under the names of the table: some of megatron-core's have two."""
+        found = strip_prefix(self.files.tensors, self.table.megatron)
+        prefix = found[1]
+        names = {prefix + other_name(key): prefix + key for key in self.table.megatron if other_name(key)}
+        self.files.rename({name: key for name, key in names.items() if name in self.files.tensors})
+        return strip_prefix(self.files.tensors, self.table.megatron)
 
     def _cut_padding(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
         """Takes the rows behind the vocabulary off `shapes`; returns name of the rows -> reason."""

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+from mswift.topology import ExpertLayout
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class MoeSpec:
 class MlaSpec:
     """Multi-head latent attention (DeepSeek-V2): keys and values are projected up from a latent vector.
 
-    q_lora_rank None: queries are projected directly.
+    q_lora_rank None: queries are projected directly. norm_eps: of the norms of the latent vectors, which is not
+    the model's (transformers' and DeepSeek's classes leave it at its default).
     """
 
     q_lora_rank: int | None
@@ -73,22 +77,29 @@ class MlaSpec:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    norm_eps: float = 1e-6
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: what has no position, then what is rotated."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class MambaSpec:
-    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba")."""
+    """A Mamba-2 mixer (`LayerSpec.mixer` "mamba"); its convolution has a bias, its projections have none.
+
+    num_groups: of heads that share B and C; norm_groups: in how many equal parts the gated output is normalised.
+    """
 
     num_heads: int
     head_dim: int
     state_size: int
     num_groups: int
+    norm_groups: int
     conv_kernel: int
     chunk_size: int
-    conv_bias: bool = True
-    proj_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    norm_before_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,8 @@ class ModelSpec:
     divided by logit_divisor, then logit_softcap c makes c * tanh(x / c) of them; attention_softcap does so with
     attention scores. attention_sinks: one learnt logit a head that takes part in the softmax. attention_gate: the
     output of attention times a sigmoid gate that is projected beside q. swiglu_limit: clamp of gate and up.
+    rounded_embedding_multiplier: it is rounded to the model's dtype first, as Gemma's code does. dropout: the largest
+    probability in the config.json; it counts in training only. glu_offset is added to up.
     """
 
     model_type: str
@@ -143,7 +156,7 @@ class ModelSpec:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     norm: Literal["rms", "layer"] = "rms"
     zero_centered_norm: bool = False
@@ -155,10 +168,13 @@ class ModelSpec:
     attention_sinks: bool = False
     attention_gate: bool = False
     swiglu_limit: float | None = None
+    glu_offset: float = 0.0
     embedding_multiplier: float = 1.0
+    rounded_embedding_multiplier: bool = False
     residual_multiplier: float = 1.0
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
+    dropout: float = 0.0
     layers: tuple[LayerSpec, ...] = ()
     mtp_layers: tuple[LayerSpec, ...] = ()
     moe: MoeSpec | None = None
@@ -186,6 +202,12 @@ class ModelSpec:
         """Whether megatron-core keeps all layers in one tensor: attention layers with the same parameters."""
         kinds = {(layer.mixer, layer.mlp) for layer in self.layers}
         return len(kinds) <= 1 and not any(layer.mixer != "attention" for layer in self.layers)
+
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """What a layout must respect of the experts; None: there are none."""
+        moe = self.moe
+        return None if moe is None else ExpertLayout(moe.num_experts, moe.ffn_hidden_size, moe.expert_bias)
 
     @property
     def tensor_parallel_units(self) -> Mapping[str, int]:

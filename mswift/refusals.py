@@ -11,7 +11,7 @@ from typing import Literal
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
-from mswift.topology import ParallelDims, check_stages, check_tensor_parallel
+from mswift.topology import ParallelDims, check_experts, check_stages, check_tensor_parallel
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
 _LARGEST_SEED = 2**32 - 1
@@ -36,6 +36,7 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
     try:
         check_model_fits(config, spec)
         dims = dims_of(config, world_size)
+        check_experts(dims, spec.expert_layout)
         check_batch(config, dims)
     except LayoutError as error:
         refusals.append(error)
@@ -48,6 +49,8 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
         world_size=world_size,
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
+        ep=config.expert_model_parallel_size,
+        etp=config.expert_tensor_parallel_size,
         sequence_parallel=config.sequence_parallel,
     )
 

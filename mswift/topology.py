@@ -98,6 +98,19 @@ class ParallelDims:
         return self.world_size // (self.sizes["etp"] * self.ep * self.pp)
 
     @property
+    def has_expert_axes(self) -> bool:
+        """Whether experts lie on the ranks otherwise than the dense layers."""
+        return self.ep > 1 or self.sizes["etp"] != self.tp
+
+    def describe(self) -> str:
+        """One line: 8 ranks = TP 2 x PP 1 x DP 4, sequence parallel; experts ETP 1 x EP 4 x EDP 2."""
+        text = f"{self.world_size} ranks = TP {self.tp} x PP {self.pp} x DP {self.dp}"
+        text += ", sequence parallel" if self.sequence_parallel else ""
+        if self.has_expert_axes:
+            text += f"; experts ETP {self.sizes['etp']} x EP {self.ep} x EDP {self.edp}"
+        return text
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         """Size of every axis by name."""
         etp = self.tp if self.etp is None else self.etp
@@ -201,6 +214,38 @@ def check_expert_tensor_parallel(etp: int, columns: int) -> None:
         fitting = ", ".join(map(str, divisors(columns)))
         raise LayoutError(
             f"{FLAGS['etp']} {etp} does not divide the {columns} columns of an expert: it can be {fitting}"
+        )
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """What a layout must respect of a model's experts: how many, columns of each, whether they have biases."""
+
+    num_experts: int
+    columns: int
+    has_bias: bool = False
+
+
+def check_experts(dims: ParallelDims, experts: ExpertLayout | None) -> None:
+    """LayoutError unless the layout computes this mixture of experts; None: a dense model."""
+    etp = dims.sizes["etp"]
+    if experts is None:
+        for axis in ("ep", "etp"):
+            size = getattr(dims, axis) or 1
+            if size > 1:
+                raise LayoutError(f"{FLAGS[axis]} {size}: the model has no experts; leave {FLAGS[axis]} out")
+        return
+    check_expert_parallel(dims.ep, experts.num_experts)
+    check_expert_tensor_parallel(etp, experts.columns)
+    if dims.tp > 1 and not dims.sequence_parallel:
+        raise LayoutError(
+            f"{FLAGS['tp']} {dims.tp} of a model with experts needs sequence parallelism, without which every one of "
+            f"the {dims.tp} ranks would send all tokens to the experts: add --sequence_parallel true"
+        )
+    if experts.has_bias and etp > 1:
+        raise LayoutError(
+            f"{FLAGS['etp']} {etp} (default: {FLAGS['tp']}) cannot cut the model's experts, which have biases: "
+            f"use {FLAGS['etp']} 1 (and {FLAGS['ep']} to share experts between ranks)"
         )
 
 

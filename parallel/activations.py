@@ -1,8 +1,13 @@
-"""SwiGLU as one autograd step. Shapes: [..., 2 f] with gate in the first half, up in the second."""
+"""The MLP's activations. Shapes: [..., f] -> [..., f]; gated: [..., 2 f], gate before up -> [..., f].
+
+Each is made as megatron-core makes its own, `activation(config)`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mswift.converters.spec import ModelSpec
 
 
 class _Swiglu(torch.autograd.Function):
@@ -25,7 +30,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 class Swiglu(nn.Module):
-    """silu(gate) * up: [..., 2 f] -> [..., f] (Shazeer 2020), in the call form of megatron-core's activations."""
+    """silu(gate) * up (Shazeer 2020) as one autograd step."""
 
     def __init__(self, config: object = None) -> None:
         super().__init__()
@@ -33,3 +38,86 @@ class Swiglu(nn.Module):
     def forward(self, gate_up: Tensor) -> Tensor:
         """Apply to the output of linear_fc1."""
         return _Swiglu.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Gelu(nn.Module):
+    """x * Phi(x) (Hendrycks and Gimpel 2016)."""
+
+    approximate = "none"
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return F.gelu(x, approximate=self.approximate)
+
+
+class GeluTanh(Gelu):
+    """Gelu with Phi approximated by tanh."""
+
+    approximate = "tanh"
+
+
+class Geglu(Gelu):
+    """gelu(gate) * up (Shazeer 2020)."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate=self.approximate) * up
+
+
+class GegluTanh(Geglu):
+    """Geglu with Phi approximated by tanh."""
+
+    approximate = "tanh"
+
+
+class SquaredRelu(nn.Module):
+    """max(x, 0) ** 2 (So et al. 2021)."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return F.relu(x).square()
+
+
+class QuickGlu(nn.Module):
+    """gate * sigmoid(1.702 gate) * (up + offset), gate and up clamped before: gate to at most `limit`, |up| too."""
+
+    alpha = 1.702
+    limit: float | None = None
+    offset = 0.0
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + self.offset) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+ACTIVATIONS: dict[tuple[str, bool], type[nn.Module]] = {
+    ("silu", True): Swiglu,
+    ("gelu", True): Geglu,
+    ("gelu_tanh", True): GegluTanh,
+    ("gelu", False): Gelu,
+    ("gelu_tanh", False): GeluTanh,
+    ("relu2", False): SquaredRelu,
+    ("quick_gelu", True): QuickGlu,
+}
+"""By (`ModelSpec.activation`, `ModelSpec.gated`): those that training computes."""
+
+
+def activation_class(spec: ModelSpec) -> type[nn.Module]:
+    """The activation of the model's MLPs."""
+    kind = ACTIVATIONS[spec.activation, spec.gated]
+    if kind is not QuickGlu:
+        return kind
+    return type("QuickGlu", (QuickGlu,), {"limit": spec.swiglu_limit, "offset": spec.glu_offset})

@@ -168,10 +168,11 @@ def add_lora(
     for chunk in model_chunks:
         chunk.requires_grad_(False)
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
-            for path, leaves in fused.items():
-                if not set(leaves).isdisjoint(config.target_modules):
+            parts = dict(layer.named_modules())
+            for path, leaves in fused.items():  # a layer with experts lacks the dense MLP, and the other way round
+                if path in parts and not set(leaves).isdisjoint(config.target_modules):
                     own = [modules[layer.layer_number - 1, leaf] for leaf in leaves]
-                    _attach(layer.get_submodule(path), own, config, kv_groups(table, leaves))
+                    _attach(parts[path], own, config, kv_groups(table, leaves))
         _unfreeze(chunk, table, modules_to_save)
 
 

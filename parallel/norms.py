@@ -1,24 +1,61 @@
-"""RMSNorm for megatron-core's layer specs that allows sequence parallelism. Shapes: [..., width]."""
+"""Norms for megatron-core's layer specs that allow sequence parallelism. Shapes: [..., width].
+
+Their parameters are replicated over tensor-parallel ranks. Under sequence parallelism each of them sees another part
+of the sequence, so they are marked for megatron-core, which then sums their gradients over the ranks.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mswift.converters.spec import ModelSpec
+
+
+def replicated(config: object, width: int) -> nn.Parameter:
+    """An empty vector of a norm, marked as its gradient has to be summed."""
+    dtype: torch.dtype = config.params_dtype  # type: ignore[attr-defined]
+    vector = nn.Parameter(torch.empty(width, dtype=dtype, device=torch.cuda.current_device()))
+    vector.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return vector
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), as torch's fused kernel.
-
-    Its weight is replicated over tensor-parallel ranks. Under sequence parallelism each of them sees another part
-    of the sequence, so the weight is marked for megatron-core, which then sums its gradient over the ranks.
-    """
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), as torch's fused kernel."""
 
     def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
         super().__init__()
         self.eps = eps
-        dtype: torch.dtype = config.params_dtype  # type: ignore[attr-defined]
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=torch.cuda.current_device()))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = replicated(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., width]; the mean square is taken in fp32."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), as Gemma stores it; computed in fp32, since 1 + weight has no room in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width]."""
+        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = replicated(config, hidden_size)
+        self.bias = replicated(config, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width]."""
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+def norm_class(spec: ModelSpec) -> type[nn.Module]:
+    """The norm of the model's residual stream and of its heads."""
+    if spec.norm == "layer":
+        return LayerNorm
+    return ZeroCenteredRMSNorm if spec.zero_centered_norm else RMSNorm

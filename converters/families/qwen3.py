@@ -1,14 +1,15 @@
-"""Qwen3: RMSNorm on each query and key head, no bias unless attention_bias."""
+"""Qwen3: RMSNorm on each query and key head, no bias unless attention_bias; windows as in Qwen2."""
 
 from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
+from mswift.converters.layer_types import sliding_layers
 from mswift.converters.spec import ModelSpec
 
 
 def _spec(config: Fields) -> ModelSpec:
-    config.no_sliding_window(switch="use_sliding_window")
-    config.take("max_window_layers")  # counts for sliding-window layers only
+    first = config.count("max_window_layers", 28)
+    layers = sliding_layers(config, lambda layer: layer >= first, default=4096, switch="use_sliding_window")
     bias = config.flag("attention_bias", False)
     return dense_spec(
         config,
@@ -18,6 +19,7 @@ def _spec(config: Fields) -> ModelSpec:
         qkv_bias=bias,
         attention_out_bias=bias,
         qk_norm="head",
+        layers=layers,
     )
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -27,7 +29,13 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEAR = re.compile(
+    r"(?P<module>(decoder\.layers\.(?P<layer>\d+\.)?|mtp\.layers\.(?P<mtp>\d+\.))(.*\.)?"
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out|eh_proj|linear_q_proj|"
+    r"linear_q_down_proj|linear_q_up_proj|linear_kv_down_proj|linear_kv_up_proj))\.weight(\.\w+)?"
+)
+_LAYERS, _NORM, _ROUTER = "decoder.layers.", "mlp.linear_fc1.layer_norm_weight", "mlp.router.weight"
+_MAMBA_MODEL_NORM = "decoder.final_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class TorchDistSource:
         self._fds: dict[str, int] = {}
         self.path = Path(path)
         self._index = read_metadata(self.path)
+        for name in [name for key in self._index.tensors if (name := other_name(key)) in self._index.tensors]:
+            del self._index.tensors[name]
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()
         }
@@ -57,6 +67,12 @@ class TorchDistSource:
     def is_megatron(self) -> bool:
         """Whether megatron-core's dist_checkpointing (or mswift) wrote it, not torch.distributed.checkpoint alone."""
         return (self.path / BACKEND).is_file() or any("decoder." in name for name in self.tensors)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names: old -> new."""
+        for old, new in names.items():
+            self._index.tensors[new] = self._index.tensors.pop(old)
+        self.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
 
     def close(self) -> None:
         """Closes the files."""
@@ -263,12 +279,12 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     """.metadata, common.pt, metadata.json, and the empty objects of layers; fsynced."""
     empty = object_item([None])
     written = {}
+    for key, entry in list(index.tensors.items()):
+        if key.replace(_NORM, _ROUTER) in index.tensors and (name := other_name(key)):
+            index.tensors[name] = entry
     for key, (_, shape, _) in sorted(index.tensors.items()):
-        module, _, leaf = key.removeprefix("decoder.layers.").rpartition(".")
-        if key.startswith("decoder.layers.") and leaf == "weight" and module in _WITH_EXTRA_STATE:
-            for layer in range(shape[0]):
-                name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape[0]}"
-                index.objects[name] = Item(OBJECTS, 0, len(empty))
+        for name in _extra_states(key, shape):
+            index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
     written[COMMON] = object_item({})  # what it holds, dist_checkpointing.load adds to every state dict
@@ -278,3 +294,29 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
         write_file(directory / name, data)
     sync_directory(directory)
     return [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()]
+
+
+def other_name(key: str) -> str:
+    """The name that a Transformer Engine layer of megatron-core gives the norm before a mixture of experts; else "".
+
+    Its local layer names that norm as part of a linear, as both do in dense layers. Written checkpoints have one copy
+    of the bytes under both names.
+    """
+    inside = key.startswith(_LAYERS) and key.endswith(_NORM)
+    return key.removesuffix(_NORM) + "pre_mlp_layernorm.weight" if inside else ""
+
+
+def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The `_extra_state` objects that megatron-core's linears ask for beside this weight: one a layer, one an expert.
+
+    Its MambaModel, other than its GPTModel, asks for that of the output layer as well.
+    """
+    if key == _MAMBA_MODEL_NORM:
+        yield "output_layer._extra_state/shard_0_1"
+    linear = _LINEAR.fullmatch(key)
+    if linear is not None:
+        axes = (linear["layer"] is None and linear["mtp"] is None) + (".experts.experts." in key)
+        sizes = shape[:axes] or (1,)
+        of = ".".join(map(str, sizes))
+        for place in product(*map(range, sizes)):
+            yield f"{linear['module']}._extra_state/shard_{'.'.join(map(str, place))}_{of}"

@@ -15,7 +15,7 @@ class ConvertConfig:
     """
 
     model: str
-    """Source: Hugging Face directory, converted directory, run directory or checkpoint-N."""
+    """Source: Hugging Face directory, converted directory, run directory or checkpoint-N; or an adapter."""
     to: Literal["megatron", "hf"]
     """Format of the destination."""
     output_dir: str
@@ -34,6 +34,12 @@ class ConvertConfig:
     """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
     finish: bool = False
     """Prove that all parts are there and publish the destination."""
+    base_model: str | None = None
+    """Of an adapter: directory of its base, of which only config.json is read. Default: what the adapter names."""
+    adapter_layout: Literal["mswift", "fused", "canonical"] = "mswift"
+    """Of an adapter (--to megatron): mswift's own names, or Megatron-Bridge's LoRA (fused) or CanonicalLoRA."""
+    fuse_adapters: Literal["equal", "stack"] = "equal"
+    """With --adapter_layout fused: refuse linears that do not share one A (equal), or stack their ranks (stack)."""
     dry_run: bool = False
     """Print the plan as a table, write nothing."""
     model_config: str | None = None
@@ -61,6 +67,8 @@ class VerifyConfig:
     """The other one."""
     num_workers: int | None = None
     """Threads that compare. Default: one more than the processors, at most 8."""
+    base_model: str | None = None
+    """Of an adapter: directory of its base model, of which only config.json is read."""
     model_config: str | None = None
     """config.json, or its directory, of checkpoints without one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

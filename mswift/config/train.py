@@ -97,6 +97,10 @@ class TrainConfig:
     """Ranks that share each layer (TP); divides the KV heads."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (PP), 1F1B; divides the layers."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer (EP); divides the number of experts."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert (ETP). Default: tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Norms and residuals are split along the sequence inside a TP group."""
     nproc_per_node: int | None = None

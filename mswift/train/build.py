@@ -166,8 +166,7 @@ def print_banner(
     lines = {
         "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
         "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
-        "layout": f"{dims.world_size} ranks = TP {dims.tp} x PP {dims.pp} x DP {dims.dp}"
-        + (", sequence parallel" if dims.sequence_parallel else ""),
+        "layout": dims.describe(),
         "batch": f"{config.global_batch_size} samples = {microbatches}",
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",

@@ -130,7 +130,8 @@ def load(engine: MegatronEngine, checkpoint: Path, rank: int, world_size: int) -
 def engine_layout(engine: MegatronEngine) -> dict[str, int]:
     """The degrees that decide which rank holds what."""
     dims = engine.dims
-    return {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}
+    sizes = {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}
+    return sizes | ({"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {})
 
 
 def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: Mapping[str, Any]) -> None:

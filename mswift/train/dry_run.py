@@ -15,7 +15,7 @@ from mswift.launchers.environment import current
 from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals
-from mswift.train.memory import ACTIVATIONS, StageMemory, stage_memory
+from mswift.train.memory import ACTIVATIONS, StageMemory, idle_parameters, stage_memory
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -71,7 +71,14 @@ def _model_rows(config: TrainConfig, table: ModelTable) -> Iterator[tuple[str, s
         f"vocabulary {spec.vocab_size:,}{' (tied)' if spec.tied_embeddings else ''}",
     )
     total = sum(math.prod(tensor.shape) for tensor in table.megatron.values())
-    yield "parameters", f"{total:,}"
+    active = total - idle_parameters(table)
+    yield "parameters", f"{total:,}" + (f", of which {active:,} compute one token" if active < total else "")
+    if spec.moe is not None:
+        shared = f", a shared one of {spec.moe.shared_ffn_hidden_size}" if spec.moe.shared_ffn_hidden_size else ""
+        yield (
+            "experts",
+            f"{spec.moe.num_experts} of width {spec.moe.ffn_hidden_size}, {spec.moe.top_k} for each token{shared}",
+        )
     if not _holds_weights(Path(config.model)):
         yield "weights", "none here, so they are not checked; a launch needs them"
     if config.tuner_type == "lora":
@@ -101,9 +108,10 @@ def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _layout_rows(dims: ParallelDims) -> Iterator[tuple[str, str]]:
-    sequence = ", sequence parallel" if dims.sequence_parallel else ""
-    yield "layout", f"{dims.world_size} ranks = TP {dims.tp} x PP {dims.pp} x DP {dims.dp}{sequence}"
-    for axis, what in (("tp", "share each layer"), ("pp", "are the stages of a pipeline"), ("dp", "share the batch")):
+    yield "layout", dims.describe()
+    experts = {"etp": "share each expert", "ep": "share the experts"} if dims.has_expert_axes else {}
+    axes = {"tp": "share each layer", "pp": "are the stages of a pipeline", "dp": "share the batch"} | experts
+    for axis, what in axes.items():
         if dims.sizes[axis] > 1:
             yield f"  {axis.upper()} groups", f"{_groups(dims, axis)} {what}"
 

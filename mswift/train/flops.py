@@ -4,10 +4,18 @@ from mswift.converters.spec import ModelSpec
 
 
 def matmul_parameters(spec: ModelSpec) -> int:
-    """Elements of the weight matrices that a token passes through: every linear and the output head."""
+    """Elements of the weight matrices that a token passes through: every linear and the output head.
+
+    Of experts: those that a token is sent to, and the router.
+    """
     attention = spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_kv_heads)
-    mlp = 3 * spec.hidden_size * spec.ffn_hidden_size
-    return spec.num_layers * (attention + mlp) + spec.vocab_size * spec.hidden_size
+    matrices = (3 if spec.gated else 2) * spec.hidden_size
+    mlp = {"none": 0, "dense": matrices * spec.ffn_hidden_size, "moe": 0}
+    if spec.moe is not None:
+        width = spec.moe.top_k * spec.moe.ffn_hidden_size + spec.moe.shared_ffn_hidden_size
+        mlp["moe"] = matrices * width + spec.moe.num_experts * spec.hidden_size
+    layers = sum(attention + mlp[spec.layer(n).mlp] for n in range(spec.num_layers))
+    return layers + spec.vocab_size * spec.hidden_size
 
 
 def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool) -> float:

@@ -11,7 +11,8 @@ from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
 from mswift.train.resume import find_resume_point
-from mswift.tuners.peft_config import promised_shapes, read_peft_config
+from mswift.tuners.peft_config import read_peft_config
+from mswift.tuners.shapes import promised_shapes
 
 
 def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) -> list[MswiftError]:
@@ -36,6 +37,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
 def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """An adapter to continue keeps its own rank and scale: ConfigError where the flags ask for others."""
     settings = read_peft_config(path)
+    settings.require_plain("training")
     promised_shapes(table, settings)
     for name, own in (("lora_rank", settings.rank), ("lora_alpha", settings.alpha)):
         value = getattr(config, name)

@@ -7,6 +7,7 @@ from mswift.config.train import TrainConfig
 from mswift.converters.adapters import LoraConfig, adapter_shapes, expand_modules_to_save
 from mswift.converters.plan import MegatronTensor, ModelTable
 from mswift.converters.rules import size_of
+from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,12 +49,23 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int) -> int:
+def idle_parameters(table: ModelTable) -> int:
+    """Elements of the experts that a token is not sent to."""
+    moe = table.spec.moe
+    if moe is None:
+        return 0
+    elements = sum(math.prod(tensor.shape) for tensor in table.megatron.values() if tensor.rule.experts)
+    return elements // moe.num_experts * (moe.num_experts - moe.top_k)
+
+
+def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int, *, experts_only: bool = False) -> int:
     """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy."""
     layers = dims.stage_layers(table.spec.num_layers, pp_rank)
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
     elements = 0
     for key, tensor in table.megatron.items():
+        if experts_only and not tensor.rule.experts:
+            continue
         mine = _local_elements(tensor, dims, table)
         if tensor.stacked:
             elements += mine // table.spec.num_layers * len(layers)
@@ -85,6 +97,7 @@ def stage_memory(
     layers_share = len(dims.stage_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
     lora = config.tuner_type == "lora"
     trained = math.ceil(trained_parameters(config, table) * layers_share) if lora else base
+    experts = 0 if lora else stage_parameters(table, dims, pp_rank, experts_only=True)
     parameters = base + trained * lora
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
     return StageMemory(
@@ -92,7 +105,7 @@ def stage_memory(
         trained=trained,
         weights_bytes=parameters * dtype_bytes,
         gradients_bytes=trained * _GRAD_BYTES,
-        optimizer_bytes=math.ceil(trained * state / dims.dp),
+        optimizer_bytes=math.ceil((trained - experts) * state / dims.dp + experts * state / dims.edp),
         activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),
     )
 
@@ -104,7 +117,18 @@ def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dty
     in_flight = min(dims.pp - pp_rank, num_microbatches)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp
-    per_layer = hidden + attention + 4 * spec.ffn_hidden_size / dims.tp
-    layers = len(dims.stage_layers(spec.num_layers, pp_rank))
+    layers = dims.stage_layers(spec.num_layers, pp_rank)
+    elements = sum(hidden + attention + _mlp_activations(spec, dims, spec.layer(n).mlp) for n in layers)
     logits = 2 * 4 * -(-spec.vocab_size // dims.tp) if pp_rank == dims.pp - 1 else 0  # fp32, and their gradient
-    return math.ceil(tokens * (in_flight * layers * per_layer * dtype_bytes + logits))
+    return math.ceil(tokens * (in_flight * elements * dtype_bytes + logits))
+
+
+def _mlp_activations(spec: ModelSpec, dims: ParallelDims, kind: str) -> float:
+    """Elements a token; for experts its copies on the way out and back, and inside, spread evenly over them."""
+    if kind == "none":
+        return 0.0
+    if spec.moe is None or kind == "dense":
+        return 4 * spec.ffn_hidden_size / dims.tp
+    sequence_share = dims.tp if dims.sequence_parallel else 1
+    routed = spec.moe.top_k * (3 * spec.hidden_size + 4 * spec.moe.ffn_hidden_size) / sequence_share
+    return routed + 4 * spec.moe.shared_ffn_hidden_size / dims.tp

@@ -14,10 +14,10 @@ from mswift.tuners.peft_config import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
-    PeftSettings,
     check_adapter_dir,
     read_peft_config,
 )
+from mswift.tuners.settings import PeftSettings
 
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -69,6 +69,7 @@ class PeftAdapter:
     def lora_config(self, table: Table, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
         """(LoraConfig, modules_to_save) to train this adapter on; ConfigError for what training cannot continue."""
         settings, all_linears = self.settings, linears(table)
+        settings.require_plain("training")
         if settings.dropout:
             raise ConfigError(
                 f"{settings.path}: lora_dropout={settings.dropout}: training has no adapter dropout; "

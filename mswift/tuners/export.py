@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from mswift.converters.adapters import Table, trained_name
+from mswift.converters.adapters import trained_name
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, write_file
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region
-from mswift.converters.plan import DTYPE_BYTES, table_for
+from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError
 from mswift.tuners.files import row_blocks, write_safetensors
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
-    PeftSettings,
-    promised_shapes,
     read_peft_config,
 )
+from mswift.tuners.settings import PeftSettings
+from mswift.tuners.shapes import promised_shapes
 
 STORED = "adapter."
 """Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""
@@ -66,7 +66,7 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
 
 def write_adapter(
     destination: Path,
-    table: Table,
+    table: ModelTable,
     settings: PeftSettings,
     config: bytes,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],

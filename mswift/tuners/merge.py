@@ -1,7 +1,8 @@
 """`mswift merge`: one fp32 fold of adapters into a copy of their base, tensor by tensor.
 
-weight' = cast(float32(weight) + sum over adapters of scale * float32(B) @ float32(A)); modules_to_save replace their
-weight. No model is built; a few row blocks are in memory at a time. The base is only read.
+weight' = cast(float32(weight) + sum over adapters of scale * float32(B) @ float32(A)); of a DoRA adapter, whose norms
+are those of the base weight, rows are then scaled to the length that its magnitude vector says; modules_to_save
+replace their weight. No model is built; a few row blocks are in memory at a time. The base is only read.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mswift.config.merge import MergeConfig
-from mswift.converters.adapters import EMBED, HEAD, SAVABLE, linears
+from mswift.converters.adapters import EMBED, HEAD, SAVABLE, HfLinear
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
 from mswift.converters.io.safetensors import INDEX, read_directory
@@ -27,7 +28,7 @@ from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
-from mswift.tuners.peft_config import promised_shapes
+from mswift.tuners.shapes import adapted_linears, adapted_parameters, promised_shapes
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TIE = "tie_word_embeddings"
@@ -92,14 +93,13 @@ class _Fold:
 
     def __init__(self, table: ModelTable, stored: Mapping[str, StoredTensor], adapters: Sequence[PeftAdapter]):
         self.stored = stored
-        self.deltas: dict[str, list[tuple[PeftAdapter, str, str]]] = {}  # weight -> (adapter, name of A, name of B)
+        self.deltas: dict[str, list[tuple[PeftAdapter, HfLinear]]] = {}  # by name of the weight
         self.replaced: dict[str, PeftAdapter] = {}
         for adapter in adapters:
             adapter.check(promised_shapes(table, adapter.settings))
-            for linear in linears(table):
-                name_a, name_b = linear.lora_names()
-                if name_a in adapter.shapes:
-                    self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, name_a, name_b))
+            _refuse_unfoldable(table, adapter)
+            for linear in adapted_linears(table, adapter.settings):
+                self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, linear))
             self.replaced |= {name: adapter for name in SAVABLE.values() if name in adapter.shapes}
         self.untied = table.spec.tied_embeddings and self._embeddings_differ()
         if table.spec.tied_embeddings and not self.untied:
@@ -132,10 +132,9 @@ class _Fold:
             return self.replaced[name].read(name, region).to(rows.dtype).contiguous()
         if name not in self.deltas:
             return rows
-        total = rows.float()
-        for adapter, name_a, name_b in self.deltas[name]:
-            b = adapter.read(name_b, Region((region.offsets[0], 0), (region.sizes[0], adapter.settings.rank)))
-            total = torch.addmm(total, b.float(), adapter.tensor(name_a).float(), alpha=adapter.settings.scale)
+        total = base = rows.float()
+        for adapter, linear in self.deltas[name]:
+            total = _folded(total, base, region, adapter, linear)
         return total.to(rows.dtype)
 
     def _embeddings_differ(self) -> bool:
@@ -160,6 +159,32 @@ class _Fold:
             if name in metadata:
                 metadata[name] += added
         return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _folded(total: Tensor, base: Tensor, region: Region, adapter: PeftAdapter, linear: HfLinear) -> Tensor:
+    """fp32 rows `region` of a weight [out, in] with one more adapter; `base`: the same rows before any."""
+    settings, (name_a, name_b) = adapter.settings, linear.lora_names()
+    first, count = region.offsets[0], region.sizes[0]
+    b = adapter.read(name_b, Region((first, 0), (count, settings.rank_of(linear.name)))).float()
+    a, scale = adapter.tensor(name_a).float(), settings.scale_of(linear.name)
+    total = torch.addmm(total, b, a, alpha=scale)
+    if settings.dora:
+        magnitude = adapter.read(f"{linear.name}.lora_magnitude_vector", Region((first,), (count,))).float()
+        length = torch.linalg.vector_norm(torch.addmm(base, b, a, alpha=scale), dim=1)
+        total *= (magnitude / length)[:, None]
+    return total
+
+
+def _refuse_unfoldable(table: ModelTable, adapter: PeftAdapter) -> None:
+    """ConfigError for adapters of what is no linear of the base's files."""
+    settings = adapter.settings
+    for parameter in adapted_parameters(table, settings).values():
+        raise ConfigError(
+            f"{settings.path}: merge does not fold adapters of parameters ({parameter.name}; target_parameters) yet: "
+            "PEFT's merge_and_unload does"
+        )
+    if settings.lora_bias:
+        raise ConfigError(f"{settings.path}: lora_bias=True: merge has no bias in the base to fold B's bias into")
 
 
 def _check_base(base: Path, table: ModelTable) -> dict[str, StoredTensor]:

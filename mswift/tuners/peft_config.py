@@ -1,28 +1,19 @@
 """adapter_config.json: what mswift writes (as PEFT 0.21.2 does) and the strict reading of anybody's.
 
-Reading refuses by name what would change the adapter's meaning and is not implemented here; a field that only
+Reading refuses by name what would change the adapter's meaning and is not known here; a field that only
 concerned its initialisation or its bookkeeping is ignored. A field PEFT adds later is refused unless it is off.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mswift import rundir
-from mswift.converters.adapters import (
-    ALL_LINEAR,
-    SAVABLE,
-    LoraConfig,
-    Table,
-    expand_modules_to_save,
-    linears,
-    lora_shapes,
-    saved_shapes,
-)
+from mswift.converters.adapters import LoraConfig, Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.settings import PeftSettings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,31 +23,37 @@ PREFIX = "base_model.model."
 _PEFT_VERSION = "0.21.2"
 _OFF: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
-    "alpha_pattern": {},
     "arrow_config": None,
     "bias": "none",
     "corda_config": None,
     "eva_config": None,
-    "exclude_modules": None,
     "fan_in_fan_out": False,
     "kasa_config": None,
     "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
-    "rank_pattern": {},
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
-    "use_rslora": False,
     "velora_config": None,
 }
+"""Fields that are refused unless they have this value (or are off)."""
+
+_PLAIN: Mapping[str, Any] = {
+    "alpha_pattern": {},
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "target_parameters": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+"""Fields that `PeftSettings` carries, as an adapter without them has them."""
+
 _IGNORED: tuple[str, ...] = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -69,43 +66,6 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # others (pissa, olora, 
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights")
 
 
-@dataclass(frozen=True)
-class PeftSettings:
-    """The fields of an adapter_config.json that say what the adapter is."""
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...] | str
-    modules_to_save: tuple[str, ...]
-    dropout: float
-    ensure_weight_tying: bool
-    path: Path
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def selects(self, module: str) -> bool:
-        """Whether PEFT gives this module (model.layers.0.self_attn.q_proj) an adapter: a suffix, or a whole regex."""
-        if isinstance(self.target_modules, str):
-            return self.target_modules == ALL_LINEAR or re.fullmatch(self.target_modules, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
-
-
-def promised_shapes(table: Table, settings: PeftSettings) -> dict[str, tuple[int, ...]]:
-    """What a configuration promises on this model: LoRA of the selected linears, and modules_to_save.
-
-    Raises ConfigError when it selects no linear of the model.
-    """
-    modules = [linear for linear in linears(table) if settings.selects(linear.name)]
-    if not modules:
-        raise ConfigError(f"{settings.path}: target_modules={settings.target_modules!r} match no linear of the model")
-    saved = tuple(name for name in SAVABLE if name in settings.modules_to_save)
-    if len(saved) != len(set(settings.modules_to_save)):
-        raise ConfigError(f"{settings.path}: modules_to_save={settings.modules_to_save!r}; known: {' '.join(SAVABLE)}")
-    return lora_shapes(modules, settings.rank) | saved_shapes(table, saved)
-
-
 def peft_config(
     config: LoraConfig, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
 ) -> dict[str, Any]:
@@ -115,6 +75,7 @@ def peft_config(
         sorted(
             {
                 **_OFF,
+                **_PLAIN,
                 "auto_mapping": None,
                 "base_model_name_or_path": base_model,
                 "ensure_weight_tying": tied and bool(modules_to_save),
@@ -188,26 +149,87 @@ def read_peft_config(adapter: Path) -> PeftSettings:
 
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
-    path, data = adapter / CONFIG_FILE, read_adapter_json(adapter)
+    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE)
+
+
+def parse_peft_config(data: Mapping[str, Any], path: Path) -> PeftSettings:
+    """The content of an adapter_config.json; `path` is its name in errors, which are those of `read_peft_config`."""
     _refuse_unsupported(data, path)
-    rank, alpha, targets = data.get("r"), data.get("lora_alpha"), data.get("target_modules")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    rank, alpha = data.get("r"), data.get("lora_alpha")
+    if not _is_rank(rank) or not _is_number(alpha):
         raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a number")
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise CheckpointError(f"{path}: target_modules={targets!r} must be a list of module names or a pattern")
-    try:
-        re.compile(targets if isinstance(targets, str) else "")
-    except re.error as error:
-        raise CheckpointError(f"{path}: target_modules={targets!r} is no regular expression ({error})") from None
+    layers_pattern = data.get("layers_pattern") or ()
     return PeftSettings(
         rank=rank,
         alpha=alpha,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=_names(data, "target_modules", path, required=not data.get("target_parameters")),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         dropout=float(data.get("lora_dropout") or 0.0),
         ensure_weight_tying=bool(data.get("ensure_weight_tying")),
         path=path,
+        rslora=_flag(data, "use_rslora", path),
+        dora=_flag(data, "use_dora", path),
+        lora_bias=_flag(data, "lora_bias", path),
+        rank_pattern=_patterns(data, "rank_pattern", path, _is_rank),
+        alpha_pattern=_patterns(data, "alpha_pattern", path, _is_number),
+        exclude_modules=_names(data, "exclude_modules", path),
+        layers_to_transform=_layers(data, path),
+        layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
+        target_parameters=tuple(sorted(data.get("target_parameters") or ())),
     )
+
+
+def _is_rank(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flag(data: Mapping[str, Any], name: str, path: Path) -> bool:
+    value = data.get(name) or False
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name}={value!r} must be true or false")
+    return value
+
+
+def _layers(data: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    value = data.get("layers_to_transform")
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(n) is int for n in layers):
+        raise CheckpointError(f"{path}: layers_to_transform={value!r} must be layer numbers")
+    return tuple(layers)
+
+
+def _names(data: Mapping[str, Any], name: str, path: Path, *, required: bool = False) -> tuple[str, ...] | str:
+    """A list of module names, or a pattern; () for an absent one."""
+    value = data.get(name)
+    if value is None and not required:
+        return ()
+    if isinstance(value, str):
+        _check_pattern(value, name, path)
+        return value
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise CheckpointError(f"{path}: {name}={value!r} must be a list of module names or a pattern")
+    return tuple(value)
+
+
+def _patterns(data: Mapping[str, Any], name: str, path: Path, valid: Callable[[Any], bool]) -> dict[str, Any]:
+    """Pattern of a module's name -> number."""
+    value = data.get(name) or {}
+    if not isinstance(value, dict) or not all(valid(number) for number in value.values()):
+        raise CheckpointError(f"{path}: {name}={value!r} must give module names numbers")
+    for pattern in value:
+        _check_pattern(pattern, name, path)
+    return value
+
+
+def _check_pattern(pattern: str, name: str, path: Path) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(f"{path}: {name}={pattern!r} is no regular expression ({error})") from None
 
 
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
@@ -218,7 +240,7 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights={data['init_lora_weights']!r} has changed the base weights as well; save the "
             "adapter with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
         )
-    known = {*_OFF, *_IGNORED, *_READ, "ensure_weight_tying"}
+    known = {*_OFF, *_PLAIN, *_IGNORED, *_READ, "ensure_weight_tying"}
     for name, value in data.items():
         if name in _OFF and value and value != _OFF[name]:
             raise ConfigError(f"{path}: {name}={value!r} is not supported by mswift (only {name}={_OFF[name]!r})")

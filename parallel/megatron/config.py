@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mswift.converters.adapters import LoraConfig
 from mswift.converters.spec import ModelSpec
+from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -51,7 +52,9 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm == "head",
-        gated_linear_unit=True,
+        gated_linear_unit=spec.gated,
+        attention_output_gate=spec.attention_gate,
+        softmax_scale=spec.attention_scale,
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # megatron-core's hook for a module of ours: mswift.parallel.activations
         add_bias_linear=False,  # biases of o_proj, gate, up and down: mswift.parallel.megatron.spec
@@ -66,6 +69,8 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         pipeline_model_parallel_size=dims.pp,
         context_parallel_size=dims.cp,
         sequence_parallel=dims.sequence_parallel,
+        expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.sizes["etp"],
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,  # apex
         apply_rope_fusion=False,  # Transformer Engine
@@ -73,6 +78,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **moe_options(spec.moe),
     )
 
 

@@ -24,7 +24,7 @@ def has_onednn() -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] @ weight [m, k]^T -> [..., m]; oneDNN in fp32, torch's own in other dtypes."""
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or not x.numel():  # an expert may get no token, of which oneDNN makes no product
         return torch.matmul(x, weight.t())
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
 

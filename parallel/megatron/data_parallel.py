@@ -12,12 +12,18 @@ class DataParallel(DistributedDataParallel):
     step of a 10M model on a CPU.
     """
 
+    @property
+    def _has_replicas(self) -> bool:
+        """Of dense parameters or of experts, which may have some where the dense ones have none."""
+        experts = self.intra_expt_dp_group.size() if self.expert_parallel_buffers else 1
+        return max(int(self.dp_cp_group.size()), int(experts)) > 1
+
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Sum gradients over data-parallel ranks."""
-        if self.dp_cp_group.size() > 1:
+        if self._has_replicas:
             super().finish_grad_sync(force_all_reduce=force_all_reduce)
 
     def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather updated weights from data-parallel ranks."""
-        if self.dp_cp_group.size() > 1:
+        if self._has_replicas:
             super().start_param_sync(*args, **kwargs)

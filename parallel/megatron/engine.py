@@ -4,7 +4,7 @@ Shapes: b microbatch size, s padded sequence length, V vocabulary (without paddi
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,10 @@ from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, tr
 from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
-from mswift.parallel.megatron.placement import Placed, place_adapter, place_parameters
+from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_parameters
 from mswift.parallel.megatron.schedule import Microbatch, StepResult
 from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
-from mswift.topology import ParallelDims
+from mswift.topology import ParallelDims, check_experts
 
 __all__ = ["EngineConfig", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
 
@@ -40,13 +40,14 @@ class MegatronEngine:
 
     def __init__(self, table: ModelTable, dims: ParallelDims, config: EngineConfig, device: torch.device) -> None:
         table.check_tp(dims.tp)
+        check_experts(dims, table.spec.expert_layout)
         world.enter(dims, config.seed)
         self.table, self.dims, self.config, self.device = table, dims, config, device
         self.coordinate = dims.coordinate(dist.get_rank())
         self.optimizer_step = 0
         self._core_config = transformer_config(table.spec, dims, config)
-        self._core_config.finalize_model_grads_func = self._finalize_gradients
         chunks = build_model(table.spec, dims, self._core_config, device)
+        self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
         self._place(chunks)
         self._chunks = [DataParallel(self._core_config, ddp_config(), chunk) for chunk in chunks]
         self._optimizer = ShardedOptimizer(self._chunks, config)
@@ -55,14 +56,13 @@ class MegatronEngine:
     def _place(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Note what every parameter is of the whole; add adapters in between, since they rename the base."""
         layers = self.dims.stage_layers(self.table.spec.num_layers, self.coordinate.pp)
-        tp, size = self.coordinate.tp, self.dims.tp
-        self._base = [
-            p for chunk in chunks for p in place_parameters(chunk, self.table, layers=layers, tp_rank=tp, tp_size=size)
-        ]
+        moe = self.table.spec.moe
+        place = RankPlace.of(self.dims, dist.get_rank(), moe.num_experts if moe else 0)
+        self._base = [p for chunk in chunks for p in place_parameters(chunk, self.table, place, layers)]
         self._trained = self._base
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
-            self._trained = [place_adapter(*adapter, tp_rank=tp) for adapter in adapter_tensors(chunks)]
+            self._trained = [place_adapter(*adapter, tp_rank=self.coordinate.tp) for adapter in adapter_tensors(chunks)]
 
     # -- weights
 
@@ -74,7 +74,7 @@ class MegatronEngine:
         """
         if reader.table.spec != self.table.spec:
             raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self.table.spec}")
-        self._read_parameters(self._base, reader.read, SOURCE_DTYPES[reader.dtype])
+        self._read_parameters(self._base, reader.read, lambda placed: SOURCE_DTYPES[reader.dtype_of(placed.key)])
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
@@ -89,7 +89,7 @@ class MegatronEngine:
 
         `read` is asked for exactly the regions of this rank. The next update is number `optimizer_step` + 1.
         """
-        self._read_parameters(self._trained, read, DTYPES[self.config.dtype])
+        self._read_parameters(self._trained, read, lambda placed: placed.parameter.dtype)
         self.optimizer_step = optimizer_step
         for placed, (start, stop) in self._owned():
             if self.config.dtype != "F32":
@@ -100,10 +100,13 @@ class MegatronEngine:
                 for name, values in self._optimizer.states(placed.parameter):
                     read_range(placed, values, start, stop, read, f"optimizer.{name}.")
 
-    def _read_parameters(self, parameters: Sequence[Placed], read: Read, dtype: torch.dtype) -> None:
+    def _read_parameters(
+        self, parameters: Sequence[Placed], read: Read, stored: Callable[[Placed], torch.dtype]
+    ) -> None:
+        """stored: the dtype in which `read` delivers a parameter."""
         for placed in parameters:
             values = placed.parameter.data.view(-1)
-            read_range(placed, values, 0, values.numel(), read, dtype=dtype)
+            read_range(placed, values, 0, values.numel(), read, dtype=stored(placed))
         self._optimizer.reload_parameters()
 
     def model_shards(self) -> Iterator[StateShard]:
@@ -111,6 +114,9 @@ class MegatronEngine:
 
         A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
         """
+        for placed in self._trained:
+            if placed.is_buffer and placed.is_primary:
+                yield from shards_of_range(placed, placed.parameter.view(-1), 0, placed.parameter.numel())
         for placed, (start, stop) in self._owned():
             if placed.is_primary:
                 values = placed.parameter.detach().view(-1)[start:stop]
@@ -137,7 +143,7 @@ class MegatronEngine:
     def _owned(self) -> Iterator[tuple[Placed, tuple[int, int]]]:
         """Trained parameters and the flat range of them that this data-parallel rank updates."""
         for placed in self._trained:
-            span = self._optimizer.owned_range(placed.parameter)
+            span = None if placed.is_buffer else self._optimizer.owned_range(placed.parameter)
             if span is not None:
                 yield placed, span
 
@@ -204,10 +210,13 @@ class MegatronEngine:
     @property
     def trainable_parameters(self) -> int:
         """Elements that the whole job trains."""
-        mine = sum(part.region.num_elements for placed in self._trained if placed.is_primary for part in placed.parts)
+        mine = [0, 0]
+        for placed in self._trained:
+            if placed.is_primary and not placed.is_buffer:
+                mine[placed.is_expert] += sum(part.region.num_elements for part in placed.parts)
         total = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
-        return int(total) // self.dims.dp
+        return int(total[0]) // self.dims.dp + int(total[1]) // self.dims.edp
 
     def close(self) -> None:
         """Give megatron-core's groups back; the engine is of no use afterwards.

@@ -12,7 +12,7 @@ from importlib import metadata
 from packaging.version import InvalidVersion, Version
 
 from mswift.errors import ConfigError
-from mswift.parallel.megatron import cpu_linear, no_gpu
+from mswift.parallel.megatron import cpu_linear, no_gpu, no_te
 
 TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
@@ -55,9 +55,14 @@ def apply(*, on_gpu: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # five "X is not installed" at import; it is hidden on purpose
         import megatron.core.tensor_parallel.layers
+        import megatron.core.tensor_parallel.mappings
         import megatron.core.tensor_parallel.random
+        import megatron.core.transformer.moe.token_dispatcher
+    no_te.name_missing_kernels(megatron.core.transformer.moe.moe_utils)
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
+        no_gpu.replace_uneven_collectives(megatron.core.tensor_parallel.mappings)
+        no_gpu.replace_split_counts(megatron.core.transformer.moe.token_dispatcher)
         cpu_linear.replace_linears(megatron.core.tensor_parallel.layers)
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)

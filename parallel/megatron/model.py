@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mswift.converters.spec import ModelSpec
 from mswift.parallel.loss import vocab_parallel_cross_entropy
+from mswift.parallel.megatron.ends import scale_ends
+from mswift.parallel.megatron.moe import mark_experts
 from mswift.parallel.megatron.spec import block_spec, check_computed, rotary_tables
 from mswift.topology import ParallelDims
 
@@ -52,7 +54,7 @@ def build_model(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model = DenseModel(
         config,
-        block_spec(spec, dims.stage_layers(spec.num_layers, stage), rotary_tables(spec, device)),
+        block_spec(spec, dims.stage_layers(spec.num_layers, stage), rotary_tables(spec, device), config),
         vocab_size=padded_vocab_size(spec.vocab_size, dims.tp),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=stage == 0,
@@ -63,6 +65,8 @@ def build_model(
     )
     model.num_real_rows = spec.vocab_size
     _mark_cut_parameters(model)
+    mark_experts(model)
+    scale_ends(model, spec)
     return [model]
 
 

@@ -44,6 +44,9 @@ class NoStream:
     def record(self, *_args: Any) -> None:
         pass
 
+    def record_event(self, *_args: Any) -> "NoStream":
+        return NoStream()
+
     def synchronize(self) -> None:
         pass
 
@@ -67,6 +70,45 @@ def replace_rng_access(random: ModuleType) -> None:
     # the two generators are one here, so the warning that both changed says nothing
     quiet = logging.getLogger(random.__name__)
     quiet.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def replace_split_counts(token_dispatcher: ModuleType) -> None:
+    """Counts for all_to_all become numpy arrays on the way from the GPU, which there is none; gloo wants them so."""
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = counts  # type: ignore[attr-defined]
+
+
+def replace_uneven_collectives(mappings: ModuleType) -> None:
+    """Gather, reduce-scatter of parts of unequal length (tokens of experts), which gloo lacks: padded to one length."""
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(x: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, None, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        whole = gather(_with_rows(x, max(sizes)), group)
+        return torch.cat([part[:n] for part, n in zip(whole.chunk(len(sizes)), sizes, strict=True)])
+
+    def scatter_uneven(x: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(x, group, None, use_global_buffer)
+        sizes = [int(size) for size in input_split_sizes]
+        padded = torch.cat([_with_rows(part, max(sizes)) for part in x.split(sizes)])
+        return scatter(padded, group)[: sizes[group.rank()]].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven  # type: ignore[attr-defined]
+    mappings._reduce_scatter_along_first_dim = scatter_uneven  # type: ignore[attr-defined]
+
+
+def _with_rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    """x [n, ...] with rows of zeros behind it: [count, ...]."""
+    return torch.cat((x, x.new_zeros(count - x.shape[0], *x.shape[1:]))) if x.shape[0] < count else x
 
 
 def _means_cuda(device: object) -> bool:

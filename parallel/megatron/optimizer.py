@@ -18,23 +18,26 @@ STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 class ShardedOptimizer:
     """Clips, steps and gathers; each data-parallel rank updates its flat range of every parameter.
 
+    Experts have an optimizer of their own in megatron-core's chain, over their own data-parallel groups; the gradient
+    norm is one.
     Vectors (norms, biases) have no weight decay.
     """
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
         self._config = config
         self._chained = get_megatron_optimizer(optimizer_config(config), list(chunks), use_gloo_process_groups=False)
-        (inner,) = self._chained.chained_optimizers
-        self._inner: DistributedOptimizer = inner
-        if not inner.is_stub_optimizer:
-            inner.optimizer = _update_rule(inner.optimizer.param_groups, config)
-        if config.dtype == "F32":  # masters are views of the model's weights: there is nothing to copy back
-            inner._copy_main_params_to_model_params = lambda: None
+        self._inners: list[DistributedOptimizer] = list(self._chained.chained_optimizers)
+        for inner in self._inners:
+            if not inner.is_stub_optimizer:
+                inner.optimizer = _update_rule(inner.optimizer.param_groups, config)
+            if config.dtype == "F32":  # masters are views of the model's weights: there is nothing to copy back
+                inner._copy_main_params_to_model_params = lambda: None
 
     def step(self, lr: float) -> float:
         """One update from the gradients in the buffers; returns their global L2 norm before clipping."""
-        for group in self._inner.param_groups:
-            group["lr"] = lr
+        for inner in self._inners:
+            for group in inner.param_groups:
+                group["lr"] = lr
         _, grad_norm, _ = self._chained.step()
         self._chained.zero_grad()
         return float(grad_norm)
@@ -43,35 +46,45 @@ class ShardedOptimizer:
         """Take master weights from the model; after weights were loaded from outside."""
         self._chained.reload_model_params()
 
-    def owned_range(self, parameter: nn.Parameter) -> tuple[int, int] | None:
+    def owned_range(self, parameter: Tensor) -> tuple[int, int] | None:
         """Flat range [start, stop) of a trained parameter that this rank updates, or None."""
-        if self._inner.is_stub_optimizer or parameter not in self._inner.model_param_group_index_map:
+        inner = self._of(parameter)
+        if inner is None:
             return None
-        span = self._inner._get_model_param_range_map(parameter)["param"]
+        span = inner._get_model_param_range_map(parameter)["param"]
         return span.start, span.end
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 values [stop - start] that the update rule works on; of an fp32 model a view of its weights."""
-        group, order = self._inner.model_param_group_index_map[parameter]
-        return self._inner.optimizer.param_groups[group]["params"][order]  # type: ignore[no-any-return]
+    def _of(self, parameter: Tensor) -> DistributedOptimizer | None:
+        """The optimizer with a share of the parameter on this rank: the dense one, or the experts'."""
+        mine = (inner for inner in self._inners if not inner.is_stub_optimizer)
+        return next((inner for inner in mine if parameter in inner.model_param_group_index_map), None)
 
-    def states(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    def master(self, parameter: Tensor) -> Tensor:
+        """The fp32 values [stop - start] that the update rule works on; of an fp32 model a view of its weights."""
+        inner = self._of(parameter)
+        assert inner is not None
+        group, order = inner.model_param_group_index_map[parameter]
+        return inner.optimizer.param_groups[group]["params"][order]  # type: ignore[no-any-return]
+
+    def states(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor [stop - start]) of the update rule; none before the first step."""
-        state = self._inner.optimizer.state.get(self.master(parameter), {})
+        inner = self._of(parameter)
+        state = {} if inner is None else inner.optimizer.state.get(self.master(parameter), {})
         for name in STATES[self._config.optimizer]:
             if name in state:
                 yield name, state[name]
 
-    def make_states(self, parameter: nn.Parameter, step: int) -> None:
+    def make_states(self, parameter: Tensor, step: int) -> None:
         """Allocate the state as it is after `step` updates, tensors still zero.
 
         Every parameter gets a step counter of its own: torch's Adam counts in place.
         """
-        master = self.master(parameter)
+        inner, master = self._of(parameter), self.master(parameter)
+        assert inner is not None
         state: dict[str, Tensor] = {name: torch.zeros_like(master) for name in STATES[self._config.optimizer]}
         if self._config.optimizer == "adam":
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
-        self._inner.optimizer.state[master] = state
+        inner.optimizer.state[master] = state
 
 
 def _update_rule(groups: list[dict[str, Any]], config: EngineConfig) -> torch.optim.Optimizer:

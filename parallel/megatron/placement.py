@@ -7,80 +7,146 @@ tensor that they hold. Padded vocabulary rows belong to no part.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.topology import ParallelDims
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _RENAMED = {  # the PyTorch layer keeps its norms apart; checkpoints name them as Transformer Engine's fused layer does
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "input_layernorm.weight": tuple(
+        f"{linear}.layer_norm_weight"
+        for linear in ("self_attention.linear_qkv", "self_attention.in_proj", "mixer.in_proj")
+    ),
+    "input_layernorm.bias": ("self_attention.linear_qkv.layer_norm_bias",),
+    "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight",),
+    "pre_mlp_layernorm.bias": ("mlp.linear_fc1.layer_norm_bias",),
+    "self_attn_bda.post_layernorm.weight": ("self_attention.linear_proj.post_layernorm.weight",),
+    "mlp_bda.post_layernorm.weight": ("mlp.linear_fc2.post_layernorm.weight",),
+    "decoder.final_layernorm.weight": ("decoder.final_norm.weight",),
 }
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `first_row` .. of the local parameter hold `region` of the global tensor."""
+    """Rows `first_row` .. of the local parameter hold `region` of the global tensor `key` of that shape."""
 
     first_row: int
     region: Region
+    key: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter and its place. `is_primary`: this rank, and no other of its tensor-parallel group and no other
+    """A parameter (or buffer) and its place. `is_primary`: this rank, and no other of its tensor-parallel group and
 
-    pipeline stage, answers for it (replicated parameters and the second copy of a tied embedding are the others').
+    no other pipeline stage, answers for it (replicated parameters and the second copy of a tied embedding are the
+    others'). A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer shares it out.
+    key: of the global tensor, or of the first one, if checkpoints have the parameter in slices.
     """
 
     key: str
-    shape: tuple[int, ...]
-    parameter: nn.Parameter
+    parameter: Tensor
     parts: tuple[Part, ...]
     is_primary: bool
+    is_buffer: bool = False
+    is_expert: bool = False
 
 
-def megatron_key(name: str) -> tuple[str, int | None]:
-    """Parameter name inside a chunk -> (key in checkpoints, layer counted inside the chunk)."""
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return name, None
-    return "decoder.layers." + _RENAMED.get(match[2], match[2]), int(match[1])
+@dataclass(frozen=True)
+class RankPlace:
+    """This rank's place on the axes that cut parameters: (rank, size) of tensor parallelism, and of that of experts.
+
+    first_expert: global number of local expert 0; is_first_replica: data-parallel rank 0.
+    """
+
+    tp: tuple[int, int]
+    etp: tuple[int, int] = (0, 1)
+    first_expert: int = 0
+    is_first_replica: bool = True
+
+    @staticmethod
+    def of(dims: ParallelDims, rank: int, num_experts: int) -> "RankPlace":
+        """Of one rank of a layout."""
+        here, sizes = dims.coordinate(rank), dims.sizes
+        etp, ep = (dims.members(axis, rank).index(rank) for axis in ("etp", "ep"))
+        return RankPlace(
+            (here.tp, dims.tp), (etp, sizes["etp"]), ep * (num_experts // dims.ep), here.dp == 0 and here.cp == 0
+        )
 
 
-def place_parameters(
-    chunk: nn.Module, table: ModelTable, *, layers: range, tp_rank: int, tp_size: int
-) -> Iterator[Placed]:
-    """Every parameter of a chunk that holds the global `layers`. To be called before adapters are added."""
-    for name, parameter in chunk.named_parameters():
-        name, local = megatron_key(name)
-        layer = None if local is None else layers[local]
+class Name(NamedTuple):
+    """A parameter's name in checkpoints ("decoder.layers." + the rest), its layer and expert, counted in the chunk."""
+
+    key: str
+    layer: int | None = None
+    expert: int | None = None
+
+
+def megatron_name(name: str) -> Name:
+    """Of a parameter inside a chunk; norms keep the names of the modules."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return Name(name)
+    expert = _EXPERT.fullmatch(layer[2])
+    if expert is None:
+        return Name(f"decoder.layers.{layer[2]}", int(layer[1]))
+    return Name(f"decoder.layers.mlp.experts.experts.{expert[2]}", int(layer[1]), int(expert[1]))
+
+
+def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, layers: range) -> Iterator[Placed]:
+    """Every parameter and buffer of a chunk that holds the global `layers`. To be called before adapters are added."""
+    for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers()):
+        found = megatron_name(name)
+        layer = None if found.layer is None else layers[found.layer]
         copied = name == OUTPUT and table.spec.tied_embeddings
-        key = table.key(EMBEDDING if copied else name, layer)
-        regions = table.shard(key, tp_rank, tp_size, layer if table.megatron[key].stacked else None)
+        keys = _stored_keys(table, EMBEDDING if copied else found.key, layer)
+        expert = None if found.expert is None else place.first_expert + found.expert
+        tp_rank, tp_size = place.tp if expert is None else place.etp
+        regions = [
+            (key, region)
+            for key in keys
+            for region in table.shard(key, tp_rank, tp_size, layer if table.megatron[key].stacked else None, expert)
+        ]
+        is_buffer = not isinstance(parameter, nn.Parameter)
         is_cut = getattr(parameter, "tensor_model_parallel", False)
-        parts = _parts(regions, tuple(parameter.shape), lead=table.megatron[key].num_lead_axes)
-        yield Placed(key, table.megatron[key].shape, parameter, parts, not copied and (is_cut or tp_rank == 0))
+        is_primary = not copied and (is_cut or tp_rank == 0) and (place.is_first_replica or not is_buffer)
+        parts = _parts(regions, tuple(parameter.shape), table)
+        yield Placed(keys[0], parameter, parts, is_primary, is_buffer, expert is not None)
+
+
+def _stored_keys(table: ModelTable, name: str, layer: int | None) -> tuple[str, ...]:
+    """The key of the parameter in checkpoints of this model, or those of its slices, whichever name it has there."""
+    rest = name.removeprefix("decoder.layers.")
+    spellings = (rest, *_RENAMED.get(rest, ()), rest.replace("self_attention.", "mixer."))
+    keys = [table.key(name.removesuffix(rest) + spelling, layer) for spelling in spellings]
+    found = next((key for key in keys if key in table.megatron or key in table.slices), keys[0])
+    return table.slices.get(found, (found,))
 
 
 def place_adapter(name: str, shape: Sequence[int], region: Region, parameter: nn.Parameter, tp_rank: int) -> Placed:
     """One trained parameter of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
     is_cut = getattr(parameter, "tensor_model_parallel", False)
     is_copy = getattr(parameter, "shared", False)
-    parts = (Part(0, region),) if region.num_elements else ()
-    return Placed(f"adapter.{name}", tuple(shape), parameter, parts, not is_copy and (is_cut or tp_rank == 0))
+    key = f"adapter.{name}"
+    parts = (Part(0, region, key, tuple(shape)),) if region.num_elements else ()
+    return Placed(key, parameter, parts, not is_copy and (is_cut or tp_rank == 0))
 
 
-def _parts(regions: Sequence[Region], local: tuple[int, ...], *, lead: int) -> tuple[Part, ...]:
+def _parts(regions: Sequence[tuple[str, Region]], local: tuple[int, ...], table: ModelTable) -> tuple[Part, ...]:
     """Lay regions one after the other along axis 0 of the local tensor."""
     parts, row = [], 0
-    for region in regions:
-        sizes = region.sizes[lead:]
+    for key, region in regions:
+        sizes = region.sizes[table.megatron[key].num_lead_axes :]
         assert sizes[1:] == local[1:], (region, local)
-        parts.append(Part(row, region))
+        parts.append(Part(row, region, key, table.megatron[key].shape))
         row += sizes[0]
     assert row <= local[0], (regions, local)
     return tuple(parts)

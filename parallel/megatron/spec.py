@@ -10,40 +10,33 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
-from mswift.converters.spec import LayerSpec, ModelSpec, RopeSpec
+from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
+from mswift.parallel.activations import ACTIVATIONS
+from mswift.parallel.megatron.delta import delta_net_spec
+from mswift.parallel.megatron.mamba import mamba_mixer_spec
+from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
+from mswift.parallel.megatron.moe import moe_mlp_spec
+from mswift.parallel.megatron.residual import residual_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
-from mswift.parallel.norms import RMSNorm
+from mswift.parallel.norms import norm_class
 from mswift.parallel.rotary import RotaryTable
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
-    "activation": ("silu",),
-    "gated": (True,),
-    "norm": ("rms",),
-    "zero_centered_norm": (False,),
-    "pre_norm": (True,),
-    "post_norm": (False,),
-    "qk_norm": ("none", "head"),
-    "attention_scale": (None,),
-    "attention_softcap": (None,),
-    "attention_sinks": (False,),
-    "attention_gate": (False,),
-    "swiglu_limit": (None,),
-    "embedding_multiplier": (1.0,),
-    "residual_multiplier": (1.0,),
-    "logit_divisor": (1.0,),
-    "logit_softcap": (None,),
+    "dropout": (0.0,),
     "mtp_layers": ((),),
-    "moe": (None,),
-    "mla": (None,),
-    "mamba": (None,),
-    "delta": (None,),
 }
 """Fields of ModelSpec and the values with which training computes the model's function."""
+
+REMEDIES = {
+    "dropout": ", and trained without dropout once its config.json says 0",
+    "mtp_layers": ", and trained without these layers once their tensors are left out, as transformers' "
+    "save_pretrained does",
+}
 
 
 def check_computed(spec: ModelSpec) -> None:
@@ -52,52 +45,57 @@ def check_computed(spec: ModelSpec) -> None:
         if getattr(spec, name) not in values:
             raise ConfigError(
                 f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
-                "the model can be converted"
+                f"the model can be converted{REMEDIES.get(name, '')}"
             )
-    for rope in spec.ropes:
-        if rope.kind in ("yarn", "longrope") or rope.rotary_dim is not None or rope.interleaved:
-            raise ConfigError(f"model_type {spec.model_type!r}: training does not compute {rope} yet")
-    if any(layer.window is not None or layer.rope != 0 for layer in spec.layers):
-        raise ConfigError(f"model_type {spec.model_type!r}: training does not compute sliding windows yet")
+    if spec.swiglu_limit is not None and spec.activation != "quick_gelu":
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute swiglu_limit {spec.swiglu_limit} of "
+            f"activation {spec.activation!r} yet; the model can be converted"
+        )
+    if (spec.activation, spec.gated) not in ACTIVATIONS:
+        kind = "gated" if spec.gated else "without a gate"
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute activation {spec.activation!r} {kind} yet; "
+            "the model can be converted"
+        )
 
 
-def add_residual(_training: bool, _fused: bool) -> Any:
-    """What megatron-core calls bias-dropout-add, without dropout: residual + (x + bias)."""
-
-    def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _probability: float) -> Tensor:
-        x, bias = x_with_bias
-        return residual + (x if bias is None else x + bias)
-
-    return add
-
-
-def layer_spec(spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable]) -> ModuleSpec:
-    """One decoder layer."""
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=self_attention_spec(spec, layer, rotary[layer.rope or 0]),
-            self_attn_bda=add_residual,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=dense_mlp_spec(spec),
-            mlp_bda=add_residual,
-            cross_attention=IdentityOp,
-        ),
-    )
+def layer_spec(
+    spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable], config: TransformerConfig
+) -> ModuleSpec:
+    """One decoder layer; without a mixer, or without an MLP, nothing is in its place."""
+    norm = norm_class(spec) if spec.pre_norm else IdentityOp
+    table = None if layer.rope is None else rotary[layer.rope]
+    parts: dict[str, Any] = {}
+    if layer.mixer != "none":
+        parts |= {"input_layernorm": norm, "self_attn_bda": residual_spec(spec, config)}
+        parts["self_attention"] = _mixer_spec(spec, layer, table)
+    if layer.mlp != "none":
+        parts |= {"pre_mlp_layernorm": norm, "mlp_bda": residual_spec(spec, config)}
+        parts["mlp"] = moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec)
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**parts))
 
 
-def block_spec(spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable]) -> TransformerBlockSubmodules:
+def _mixer_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
+    if layer.mixer == "mamba":
+        assert spec.mamba is not None
+        return mamba_mixer_spec(spec.mamba)
+    if layer.mixer == "delta":
+        assert spec.delta is not None
+        return delta_net_spec(spec.delta)
+    return self_attention_spec(spec, layer, rotary) if spec.mla is None else latent_attention_spec(spec, rotary)
+
+
+def block_spec(
+    spec: ModelSpec, layers: range, rotary: Sequence[RotaryTable], config: TransformerConfig
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the norm behind the last of them."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec, spec.layer(n), rotary) for n in layers], layer_norm=RMSNorm
+        layer_specs=[layer_spec(spec, spec.layer(n), rotary, config) for n in layers], layer_norm=norm_class(spec)
     )
 
 
 def rotary_tables(spec: ModelSpec, device: torch.device) -> list[RotaryTable]:
     """One for each of `spec.ropes`; all layers of one rank share them."""
-
-    def table(rope: RopeSpec) -> RotaryTable:
-        return RotaryTable(rope, spec.head_dim, device)
-
-    return [table(rope) for rope in spec.ropes]
+    width = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
+    return [RotaryTable(rope, width, device) for rope in spec.ropes]

@@ -155,8 +155,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(models: Path, tmp_p
     merge(tmp_path / "wide", [adapter], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"--output_dir .*out exists already"):
         merge(tmp_path / "wide", [adapter], tmp_path / "out")
-    edit_config(adapter, use_dora=True)
-    with pytest.raises(ConfigError, match="use_dora"):
+    edit_config(adapter, use_dora=True)  # without its magnitude vectors
+    with pytest.raises(CheckpointError, match=r"lacks .*lora_magnitude_vector \[64\]"):
         merge(tmp_path / "wide", [adapter], tmp_path / "dora")
     assert not list(tmp_path.glob(".*"))
 
@@ -208,11 +208,11 @@ def test_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_tolerance_sees_a_wrong_fold(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partner: a scale of alpha in place of alpha / rank."""
-    from mswift.tuners.peft_config import PeftSettings
+    from mswift.tuners.settings import PeftSettings
 
     adapter = random_adapter(tmp_path / "a", models / "untied")
     theirs = load_peft(models / "untied", adapter)(TOKENS).logits
     with monkeypatch.context() as patch:
-        patch.setattr(PeftSettings, "scale", property(lambda self: self.alpha))
+        patch.setattr(PeftSettings, "scale_of", lambda self, name: self.alpha)
         merge(models / "untied", [adapter], tmp_path / "scale")
     assert difference(load(tmp_path / "scale")(TOKENS).logits, theirs) > 100 * LOGITS

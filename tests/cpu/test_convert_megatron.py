@@ -60,7 +60,11 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
 def load_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], str]) -> dict[str, Any]:
     """Local tensors by (key, global offset) after dist_checkpointing.load with that strictness."""
     path, config, world_size, layout, strict = payload
-    model = core_model(config, world_size, layout)  # before the first import of megatron.core
+    return load_into(core_model(config, world_size, layout), path, strict)
+
+
+def load_into(model: Any, path: str, strict: str) -> dict[str, Any]:
+    """The same for a model of megatron-core that is there."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory

@@ -128,7 +128,7 @@ def _held(engine: Any) -> dict[str, Any]:
     """What this rank keeps beside the weights: elements of gradient buffers, of masters; frozen ones with either."""
     trained = {id(p.parameter) for p in engine._trained}
     frozen = [p.parameter for p in engine._base if id(p.parameter) not in trained]
-    groups = engine._optimizer._inner.optimizer.param_groups
+    groups = engine._optimizer._chained.param_groups
     return {
         "coordinate": engine.coordinate,
         "dtypes": {str(p.parameter.dtype) for p in engine._trained},
@@ -165,7 +165,7 @@ def broken_rule(name: str | None) -> Iterator[None]:
 @torch.no_grad()
 def _break_model(engine: Any, name: str | None) -> None:
     if name == "cut marks":  # on the masters, of which the gradient norm is taken
-        for group in engine._optimizer._inner.optimizer.param_groups:
+        for group in engine._optimizer._chained.param_groups:
             for parameter in group["params"]:
                 parameter.tensor_model_parallel = False
     for module in engine._chunks[0].modules():

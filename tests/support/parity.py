@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import Arrays, MemoryReader, assemble, gather, to_hf, weights_of
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -32,21 +32,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 9, "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2"},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 9},
 }
 
 
 def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
-    """A tiny fp32 transformers model; vectors (norms, biases) are random as well."""
+    """A tiny fp32 transformers model; vectors (norms, biases, a router's correction) are random as well."""
+    return model_of(BASE | MODELS[name] | changes, seed)
+
+
+def model_of(fields: Mapping[str, Any], seed: int = 0) -> torch.nn.Module:
+    """The same for any config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = BASE | MODELS[name] | changes
     config = AutoConfig.for_model(**fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        saved = model.state_dict()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in saved and tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor), alpha=0.2)
     return model
 
 
@@ -169,14 +177,20 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], what: Seq
 
 @contextmanager
 def broken_rule(name: str | None) -> Iterator[None]:
-    """Leave out one collective or rule of megatron-core on this rank."""
+    """Leave out one collective or rule on this rank: one of those below, or "file:function", a context manager."""
     from importlib import import_module
     from unittest.mock import patch
+
+    if name is not None and ":" in name:
+        with load(name)():
+            yield
+        return
 
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import layers
 
-    from mswift.parallel.megatron import engine
+    from mswift.parallel import activations, norms
+    from mswift.parallel.megatron import engine, self_attention, width_norm
 
     finalize = import_module("megatron.core.distributed.finalize_model_grads")  # a function hides the module
     places: dict[str, tuple[Any, str, Any]] = {
@@ -184,6 +198,16 @@ def broken_rule(name: str | None) -> Iterator[None]:
         "tied embedding reduce": (finalize, "_allreduce_word_embedding_grads", lambda *_, **__: None),
         "dp reduce": (DistributedDataParallel, "finish_grad_sync", lambda *_, **__: None),
         "sp norm reduce": (finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None),
+        "sp norm reduce of biases": (finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None),
+        "width norm's sum": (width_norm, "_summed", lambda x, _group: x.clone()),
+        "width norm's gradient sum": (
+            width_norm._SumOverRanks,
+            "backward",
+            staticmethod(lambda _ctx, gradient: (gradient, None)),
+        ),
+        "1 + w": (norms.ZeroCenteredRMSNorm, "forward", norms.RMSNorm.forward),
+        "neighbours": (self_attention, "rotate", _rotate_halves),
+        "tanh": (activations.GeluTanh, "approximate", "none"),
         "token weights": (engine.schedule, "_weighted_loss", _unweighted),
     }
     if name not in places:
@@ -198,6 +222,12 @@ def _unweighted(losses: torch.Tensor, _weights: torch.Tensor) -> Any:
     return total, torch.zeros((), dtype=torch.int), total.detach()
 
 
+def _rotate_halves(x: Any, cos: Any, sin: Any, **_interleaved: bool) -> Any:
+    from mswift.parallel.rotary import rotate
+
+    return rotate(x, cos, sin)
+
+
 @torch.no_grad()
 def _break_model(engine: Any, name: str | None) -> None:
     model = engine._chunks[0].module
@@ -207,15 +237,16 @@ def _break_model(engine: Any, name: str | None) -> None:
         weight = model.decoder.layers[0].self_attention.linear_qkv.weight
         weight.copy_(weight.roll(weight.shape[0] // 2, 0))
     elif name == "tp mark":
-        for group in engine._optimizer._inner.optimizer.param_groups:
+        for group in engine._optimizer._chained.param_groups:
             for parameter in group["params"]:
                 parameter.tensor_model_parallel = False
 
 
 def _optimizer(model: torch.nn.Module, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith("bias")}
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.get("weight_decay", 0.1)},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": settings.get("weight_decay", 0.1)},
+        {"params": [p for n, p in model.named_parameters() if n not in matrices], "weight_decay": 0.0},
     ]
     if settings.get("optimizer") == "sgd":
         return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings.get("sgd_momentum", 0.9))

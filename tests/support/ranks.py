@@ -129,7 +129,8 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{file}:{function.__qualname__}"
 
 
-def _load(name: str) -> Callable[[Any], Any]:
+def load(name: str) -> Callable[..., Any]:
+    """The function of "file:function"."""
     file, _, function = name.partition(":")
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     return getattr(module, function)  # type: ignore[no-any-return]
@@ -143,7 +144,7 @@ def _work(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = (True, _load(name)(payload))
+            answer = (True, load(name)(payload))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))

@@ -6,47 +6,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
 
-from mswift.converters.layout import Piece, Region
-from mswift.converters.plan import ModelTable, table_for
+from mswift.converters.layout import Region
+from mswift.converters.plan import table_for
+from tests.support.arrays import Arrays, to_hf, to_megatron
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def to_megatron(hf: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
-    """Every Megatron tensor of the table from the tensors of the HF model."""
-    some = next(iter(hf.values()))
-    out: Arrays = {key: np.zeros(tensor.shape, some.dtype) for key, tensor in table.megatron.items()}
-    for key in table.megatron:
-        for piece in table.pieces(key):
-            _view(out[key], piece, 1)[...] = _view(hf[piece.names[0]], piece, 0)
-    return out
-
-
-def to_hf(megatron: Mapping[str, np.ndarray[Any, Any]], table: ModelTable) -> Arrays:
-    """The inverse of `to_megatron`."""
-    some = next(iter(megatron.values()))
-    out: Arrays = {name: np.zeros(shape, some.dtype) for name, shape in table.hf.items()}
-    for key in table.megatron:
-        for piece in table.pieces(key):
-            _view(out[piece.names[0]], piece, 0)[...] = _view(megatron[key], piece, 1)
-    return out
-
-
-def _view(array: np.ndarray[Any, Any], piece: Piece, side: int) -> np.ndarray[Any, Any]:
-    start = array[tuple(slice(i, None) for i in piece.starts[side])]
-    strides = [array.strides[dim.axis[side]] * dim.step[side] for dim in piece.dims]
-    return as_strided(start, [dim.size for dim in piece.dims], strides)
+__all__ = ["Arrays", "MemoryReader", "assemble", "gather", "read_array", "to_hf", "to_megatron", "weights_of"]
 
 
 class MemoryReader:
     """A `WeightReader` over the weights of a transformers model."""
 
     def __init__(self, config: dict[str, Any], hf: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        self.config, self.table, self.dtype = config, table_for(config), "F32"
+        self.config, self.table, self.dtype = config, table_for(config, hf), "F32"
         self.hf_files = Path("memory")
         self.tensors = to_megatron(hf, self.table)
+
+    def dtype_of(self, key: str) -> str:
+        """Dtype of one Megatron tensor."""
+        return self.dtype
 
     def read(self, key: str, region: Region, out: memoryview) -> None:
         """Bytes of a region, C order."""
@@ -60,8 +38,10 @@ def read_array(array: np.ndarray[Any, Any], region: Region, out: memoryview) -> 
 
 
 def weights_of(model: torch.nn.Module) -> Arrays:
-    """fp32 weights of a transformers model by name; a tied head is left out."""
-    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    """fp32 weights of a transformers model by name, buffers that it saves among them; a tied head is left out."""
+    saved = model.state_dict()
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().numpy() for name, tensor in tensors if name in saved}
 
 
 def gather(shards: Iterable[Any]) -> dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]]:

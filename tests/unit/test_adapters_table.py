@@ -20,7 +20,8 @@ from mswift.converters.adapters import (
 from mswift.converters.plan import ModelTable, table_for
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.init import kaiming_uniform
-from mswift.tuners.peft_config import adapter_files, promised_shapes, read_peft_config
+from mswift.tuners.peft_config import adapter_files, read_peft_config
+from mswift.tuners.shapes import promised_shapes
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -95,7 +96,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     settings = read_peft_config(written(tmp_path))
-    assert (settings.rank, settings.scale, settings.target_modules) == (4, 2.0, ALL)
+    assert (settings.rank, settings.scale_of("x"), settings.target_modules) == (4, 2.0, ALL)
     assert promised_shapes(table(), settings) == adapter_shapes(table(), LoraConfig(4, 8, ALL))
 
 
@@ -121,14 +122,36 @@ def test_target_modules_mean_what_peft_means(tmp_path: Path, target: Any, layers
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}),
-        ("bias", "all"), ("lora_bias", True), ("fan_in_fan_out", True), ("layers_to_transform", [0]),
-        ("exclude_modules", ["q_proj"]), ("trainable_token_indices", [3]), ("target_parameters", ["x"]),
+        ("bias", "all"), ("fan_in_fan_out", True), ("trainable_token_indices", [3]), ("use_qalora", True),
         ("layer_replication", [[0, 1]]), ("init_lora_weights", "pissa"), ("some_later_field", 3), ("peft_type", "IA3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
+        read_peft_config(written(tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}),
+        ("lora_bias", True), ("target_parameters", ["mlp.experts.down_proj"]),
+    ],
+)  # fmt: skip
+def test_what_training_lacks_is_read_and_refused_there(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field}=.*not supported by training"):
+        read_peft_config(written(tmp_path, **{field: value})).require_plain("training")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", 1), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", ["q_proj"]), ("alpha_pattern", {"(": 8}),
+        ("layers_to_transform", ["0"]), ("exclude_modules", "("), ("target_modules", 3), ("lora_alpha", True),
+    ],
+)  # fmt: skip
+def test_senseless_fields_are_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=field):
         read_peft_config(written(tmp_path, **{field: value}))
 
 

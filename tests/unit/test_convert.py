@@ -4,8 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from tests.support.checkpoints import (
     NUMPY,
     Array,
     at,
-    hf_shapes,
     megatron_tensors,
     random_model,
     random_tensors,
@@ -443,35 +440,3 @@ def test_wrong_flags(changes: dict[str, Any], message: str, tmp_path: Path) -> N
 
 def test_sizes() -> None:
     assert [commands.parse_size(s) for s in ("5GB", "1.5 KiB", "7", "2mb")] == [5 * 10**9, 1536, 7, 2 * 10**6]
-
-
-MEASURE = """
-import sys
-from pathlib import Path
-from mswift.converters.engine import convert
-convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], num_workers=4)
-heavy = {"torch", "transformers", "megatron"} & set(sys.modules)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(int(status["VmHWM"].split()[0]), *heavy)
-"""
-
-
-def test_memory_is_bounded_and_torch_is_not_imported(tmp_path: Path) -> None:
-    """A model of 0.25 GB (holes in a sparse file) moves in less than 128 MiB, both ways."""
-    config = tiny_config(hidden_size=2048, intermediate_size=8192, head_dim=512, num_hidden_layers=1, vocab_size=12000)
-    write_model(tmp_path / "hf", config, {})
-    header, position = {}, 0
-    for name, shape in hf_shapes(config).items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    assert position > 2 * 10**8
-    text = json.dumps(header).encode()
-    with open(tmp_path / "hf" / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + position)
-    for source, destination, to in (("hf", "m", "megatron"), ("m", "back", "hf")):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / source), str(tmp_path / destination), to]
-        peak_kib, *heavy = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert not heavy
-        assert int(peak_kib) < 128 * 1024

@@ -1,0 +1,38 @@
+"""Multipliers and caps at both ends of a model: behind the embedding, and on the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mswift.converters.spec import ModelSpec
+
+
+def scale_ends(model: Any, spec: ModelSpec) -> None:
+    """Add what the model has of embedding multiplier, logit divisor and logit soft-cap to a GPTModel, in place."""
+    if spec.embedding_multiplier != 1.0 and hasattr(model, "embedding"):
+        _multiply_embeddings(model.embedding, spec)
+    if (spec.logit_divisor != 1.0 or spec.logit_softcap is not None) and hasattr(model, "output_layer"):
+        _scale_logits(model.output_layer, spec.logit_divisor, spec.logit_softcap)
+
+
+def _multiply_embeddings(embedding: nn.Module, spec: ModelSpec) -> None:
+    def multiply(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        factor = spec.embedding_multiplier
+        if spec.rounded_embedding_multiplier:
+            factor = float(torch.tensor(factor, dtype=output.dtype))
+        return output * factor
+
+    embedding.register_forward_hook(multiply)
+
+
+def _scale_logits(output_layer: nn.Module, divisor: float, softcap: float | None) -> None:
+    def scale(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output
+        if divisor != 1.0:
+            logits = logits / divisor
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits, bias
+
+    output_layer.register_forward_hook(scale)

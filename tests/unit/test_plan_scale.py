@@ -1,0 +1,94 @@
+"""Planning from headers alone at the size of DeepSeek-V3 (671B) and Qwen3-235B-A22B, in seconds and little memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mswift.converters.catalog import family_for, spec_for
+from mswift.converters.plan import ModelTable
+from tests.support.deepseek import V3, hub_tensors
+from tests.support.sparse import write_sparse_model
+
+SHARD_BYTES = 8_450_000_000
+LARGEST_SECONDS = 5.0
+"""Of CPU; 0.9 on one idle core of an EPYC, and 10 are promised."""
+LARGEST_BYTES = 1 << 30
+
+PROGRAM = """
+import json, resource, sys, time
+from pathlib import Path
+{work}
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, text]))
+"""
+PLAN = """
+from mswift.converters import engine
+planned = engine.plan(Path(sys.argv[1]), "megatron")
+text = engine.describe(planned, engine.MAX_SHARD_BYTES)
+"""
+READER = """
+from mswift.converters.reader import WeightReader
+reader = WeightReader(Path(sys.argv[1]))
+text = f"{len(reader.table.hf):,} tensors"
+"""
+
+
+def measured(work: str, model: Path) -> tuple[float, int, str]:
+    """(CPU seconds, peak bytes, text) of a process that does this and nothing else, without torch."""
+    program = PROGRAM.format(work=work)
+    done = subprocess.run([sys.executable, "-c", program, str(model)], capture_output=True, text=True, check=True)
+    seconds, peak, text = json.loads(done.stdout)
+    return seconds, peak, text
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse") / "DeepSeek-V3"
+    assert write_sparse_model(path, V3, hub_tensors(V3), SHARD_BYTES) == 163
+    return path
+
+
+def test_deepseek_v3_is_planned_in_seconds(deepseek_v3: Path) -> None:
+    seconds, peak, text = measured(PLAN, deepseek_v3)
+    assert "46,181 tensors, 682,636,487,424 elements" in text
+    assert "each element moves exactly once" in text
+    assert "dropped model.layers.61.embed_tokens.weight: equal to model.embed_tokens.weight" in text
+    assert seconds < LARGEST_SECONDS, seconds
+    assert peak < LARGEST_BYTES, peak
+
+
+def test_training_opens_deepseek_v3_in_seconds(deepseek_v3: Path) -> None:
+    seconds, peak, text = measured(READER, deepseek_v3)
+    assert text == "46,181 tensors"
+    assert seconds < LARGEST_SECONDS, seconds
+    assert peak < LARGEST_BYTES, peak
+
+
+QWEN3_235B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 40960,
+    "max_window_layers": 94, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 1536,
+    "norm_topk_prob": True, "num_attention_heads": 64, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 94, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spelling", "count"), [("experts_each", 36_945), ("experts_stacked", 1_037)])
+def test_qwen3_235b_is_planned_in_seconds(spelling: str, count: int, tmp_path: Path) -> None:
+    """94 layers with 128 experts each; one tensor an expert, or one for all of a layer."""
+    family = family_for(QWEN3_235B)
+    table = ModelTable(QWEN3_235B, family, spec_for(QWEN3_235B, family), spelling)
+    tensors = {name: ("BF16", table.hf[name]) for name in table.hf_order}
+    write_sparse_model(tmp_path / "m", QWEN3_235B, tensors, SHARD_BYTES)
+    seconds, peak, text = measured(PLAN, tmp_path / "m")
+    assert f"{count:,} tensors, 235,093,634,560 elements" in text
+    assert seconds < LARGEST_SECONDS, seconds
+    assert peak < LARGEST_BYTES, peak

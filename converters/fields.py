@@ -46,8 +46,10 @@ class Fields:
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._error(name, f"must be a positive integer, not {value!r:.100}")
+        if value >= _LARGEST:
+            raise self._error(name, f"must be a positive integer below 2^40, not {value!r:.100}")
         return value
 
     def count(self, name: str, default: int) -> int:

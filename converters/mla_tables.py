@@ -100,16 +100,25 @@ def mla_model(
 
 
 def deepseek_moe(
-    config: Fields, *, groups: int, best: int, width: int, shared: int, scale: float = 1.0, **features: Any
+    config: Fields,
+    *,
+    groups: int,
+    best: int,
+    width: int,
+    shared: int,
+    scale: float = 1.0,
+    experts: tuple[int | None, int | None] = (None, None),
+    **features: Any,
 ) -> MoeSpec:
     """The mixture of experts; tokens choose among the `best` of `groups` groups of experts.
 
-    width, shared, scale: the family's defaults of moe_intermediate_size, n_shared_experts, routed_scaling_factor.
+    width, shared, scale, experts: the family's defaults of moe_intermediate_size, n_shared_experts,
+    routed_scaling_factor and of (n_routed_experts, num_experts_per_tok).
     """
     moe = moe_spec(
         config,
         num_experts=("n_routed_experts", "num_local_experts"),
-        ffn_default=width,
+        defaults=(*experts, width),
         scale=config.number("routed_scaling_factor", scale),
         num_groups=groups,
         topk_groups=best,

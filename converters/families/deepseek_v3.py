@@ -20,7 +20,7 @@ def _spec(config: Fields) -> ModelSpec:
         width=2048,
         shared=1,
         scale=2.5,
-        defaults=(256, 8),
+        experts=(256, 8),
         score="sigmoid",
         normalize=config.flag("norm_topk_prob", True),
         correction_bias=True,

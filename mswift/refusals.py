@@ -6,7 +6,7 @@ works. What only the data or the names of the model's modules can tell is refuse
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
@@ -22,6 +22,26 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
 
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "dropout": (0.0,),
+    "mtp_layers": ((),),
+}
+"""Fields of ModelSpec and the values with which training computes the model's function."""
+
+COMPUTED_ACTIVATIONS = frozenset(
+    {
+        *(("silu", True), ("gelu", True), ("gelu_tanh", True), ("quick_gelu", True)),
+        *(("gelu", False), ("gelu_tanh", False), ("relu2", False)),
+    }
+)
+"""(`ModelSpec.activation`, `ModelSpec.gated`) that training computes (`mswift.parallel.activations`)."""
+
+REMEDIES = {
+    "dropout": ", and trained without dropout once its config.json says 0",
+    "mtp_layers": ", and trained without these layers once their tensors are left out, as transformers' "
+    "save_pretrained does",
+}
+
 
 def check_train(config: TrainConfig, spec: ModelSpec, world_size: int) -> ParallelDims:
     """The layout of the run on `world_size` ranks. Raises the first of `train_refusals`."""
@@ -31,8 +51,12 @@ def check_train(config: TrainConfig, spec: ModelSpec, world_size: int) -> Parall
 
 
 def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> list[ConfigError]:
-    """Every reason not to start, the flags alone first, then layout and batch."""
+    """Every reason not to start, the flags alone first, then the model, layout and batch."""
     refusals = list(_flag_refusals(config))
+    try:
+        check_computed(spec)
+    except ConfigError as error:
+        refusals.append(error)
     try:
         check_model_fits(config, spec)
         dims = dims_of(config, world_size)
@@ -41,6 +65,27 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
     except LayoutError as error:
         refusals.append(error)
     return refusals
+
+
+def check_computed(spec: ModelSpec) -> None:
+    """ConfigError for the first feature of the model that training does not compute; its conversion is not affected."""
+    for name, values in COMPUTED.items():
+        if getattr(spec, name) not in values:
+            raise ConfigError(
+                f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
+                f"the model can be converted{REMEDIES.get(name, '')}"
+            )
+    if spec.swiglu_limit is not None and spec.activation != "quick_gelu":
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute swiglu_limit {spec.swiglu_limit} of "
+            f"activation {spec.activation!r} yet; the model can be converted"
+        )
+    if (spec.activation, spec.gated) not in COMPUTED_ACTIVATIONS:
+        kind = "gated" if spec.gated else "without a gate"
+        raise ConfigError(
+            f"model_type {spec.model_type!r}: training does not compute activation {spec.activation!r} {kind} yet; "
+            "the model can be converted"
+        )
 
 
 def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:

@@ -19,7 +19,8 @@ from mswift.converters.spec import ModelSpec
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
 from mswift.parallel.megatron.moe import mark_experts
-from mswift.parallel.megatron.spec import block_spec, check_computed, rotary_tables
+from mswift.parallel.megatron.spec import block_spec, rotary_tables
+from mswift.refusals import check_computed
 from mswift.topology import ParallelDims
 
 

@@ -1,6 +1,6 @@
 """The layers of a decoder for megatron-core, put together from the parts beside this file.
 
-What a model needs and no part computes is refused here, by the name of the field.
+What a model needs and no part computes is refused by `mswift.refusals.check_computed`.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mswift.converters.spec import LayerSpec, ModelSpec
-from mswift.errors import ConfigError
-from mswift.parallel.activations import ACTIVATIONS
 from mswift.parallel.megatron.delta import delta_net_spec
 from mswift.parallel.megatron.mamba import mamba_mixer_spec
 from mswift.parallel.megatron.mla import latent_attention_spec
@@ -25,39 +23,6 @@ from mswift.parallel.megatron.residual import residual_spec
 from mswift.parallel.megatron.self_attention import self_attention_spec
 from mswift.parallel.norms import norm_class
 from mswift.parallel.rotary import RotaryTable
-
-COMPUTED: dict[str, tuple[Any, ...]] = {
-    "dropout": (0.0,),
-    "mtp_layers": ((),),
-}
-"""Fields of ModelSpec and the values with which training computes the model's function."""
-
-REMEDIES = {
-    "dropout": ", and trained without dropout once its config.json says 0",
-    "mtp_layers": ", and trained without these layers once their tensors are left out, as transformers' "
-    "save_pretrained does",
-}
-
-
-def check_computed(spec: ModelSpec) -> None:
-    """ConfigError for the first feature of the model that training does not compute; its conversion is not affected."""
-    for name, values in COMPUTED.items():
-        if getattr(spec, name) not in values:
-            raise ConfigError(
-                f"model_type {spec.model_type!r}: training does not compute {name} {getattr(spec, name)!r} yet; "
-                f"the model can be converted{REMEDIES.get(name, '')}"
-            )
-    if spec.swiglu_limit is not None and spec.activation != "quick_gelu":
-        raise ConfigError(
-            f"model_type {spec.model_type!r}: training does not compute swiglu_limit {spec.swiglu_limit} of "
-            f"activation {spec.activation!r} yet; the model can be converted"
-        )
-    if (spec.activation, spec.gated) not in ACTIVATIONS:
-        kind = "gated" if spec.gated else "without a gate"
-        raise ConfigError(
-            f"model_type {spec.model_type!r}: training does not compute activation {spec.activation!r} {kind} yet; "
-            "the model can be converted"
-        )
 
 
 def layer_spec(

@@ -14,6 +14,7 @@ import pytest
 
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
+from mswift.refusals import check_computed
 from tests.support.deepseek import V3
 from tests.support.parity import MODELS, differences, megatron_run, random_model, random_steps, reference
 from tests.support.spaces import weights_of
@@ -81,8 +82,6 @@ def test_three_steps_of_sgd_equal_transformers(name: str, layout: str) -> None:
 
 
 def test_training_refuses_a_prediction_layer_and_says_what_to_do() -> None:
-    from mswift.parallel.megatron.spec import check_computed
-
     spec = table_for(V3).spec
     with pytest.raises(ConfigError, match=r"does not compute mtp_layers .*can be converted, and trained without"):
         check_computed(spec)

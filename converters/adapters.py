@@ -151,9 +151,14 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
 
-    Raises ConfigError for a name the model does not have, with the nearest one, and for adapters on experts, which
-    training does not have.
+    Raises ConfigError for a name the model does not have, with the nearest one, for a model with recurrent mixers, and
+    for adapters on experts, which training does not have.
     """
+    if table.spec.mamba is not None or table.spec.delta is not None:
+        raise ConfigError(
+            f"--tuner_type lora: a model of model_type {table.spec.model_type!r} has mixers that take no adapter yet; "
+            "use --tuner_type full"
+        )
     leaves = _trainable_leaves(table)
     if not names:
         raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
@@ -196,7 +201,17 @@ def lora_shapes(modules: Iterable[HfLinear], rank: int) -> dict[str, tuple[int, 
 
 
 def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names)."""
+    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names).
+
+    ConfigError for a model that names its embedding otherwise.
+    """
+    if not modules_to_save:
+        return {}
+    if SAVABLE[EMBED] not in table.hf:
+        raise ConfigError(
+            f"modules_to_save {' '.join(modules_to_save)}: the tensors of model_type {table.spec.model_type!r} have "
+            f"other names than {' and '.join(SAVABLE.values())}; leave it out"
+        )
     embedding = table.hf[SAVABLE[EMBED]]
     return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
 

@@ -62,7 +62,11 @@ def convert(config: ConvertConfig) -> int:
         from mswift.converters.optimizer_state import convert_with_optimizer  # imports numpy
 
         with_states = convert_with_optimizer(
-            source, target, config.to, lambda place: engine.convert(source, place, config.to, **common)
+            source,
+            target,
+            config.to,
+            lambda place: engine.convert(source, place, config.to, **common),
+            options.model_config,
         )
         print(f"{config.output_dir}: {with_states}")
         return 0
@@ -91,7 +95,7 @@ def check_adapter_flags(config: ConvertConfig, source: Path) -> None:
 
 def check_optimizer_flags(config: ConvertConfig) -> None:
     """ConfigError for what goes with weights alone."""
-    for name in ("part", "finish", "restart", "dry_run", "hash_output"):
+    for name in ("part", "finish", "restart", "dry_run", "hash_output", "dtype", "ignore_config_fields"):
         if getattr(config, name):
             raise ConfigError(f"--{name} is for weights alone; leave out --optimizer, or --{name}")
     if not config.hash_source:

@@ -92,6 +92,13 @@ class Fields:
             return None
         return default if name not in self._config and default is None else self.number(name, default)
 
+    def optional_integer(self, name: str, default: int) -> int | None:
+        """A positive integer or null, which turns off what an absent field leaves at its default."""
+        if name in self._config and self._config[name] is None:
+            self._read.add(name)
+            return None
+        return self.integer(name, default)
+
     def fraction(self, name: str, default: float) -> float:
         """A number from 0 up to, not including, 1."""
         value = self.take(name, default)

@@ -21,7 +21,7 @@ from mswift.converters.io.safetensors import SINGLE, read_header
 from mswift.converters.io.side_files import OPTIMIZER_RECORD as RECORD
 from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.strided import cut, gather
-from mswift.converters.io.torch_dist import COMMON, TorchDistSource
+from mswift.converters.io.torch_dist import COMMON, TorchDistSource, other_name
 from mswift.converters.layout import Region
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for
@@ -38,10 +38,13 @@ _CORE_MASTERS = ("param", "fp32_param")
 _LAYOUT_BOUND = "optimizer.distributed."
 
 
-def open_states(path: Path) -> "MegatronStates | HfStates":
-    """The states in a directory; CheckpointError if there are none, or not for every weight."""
+def open_states(path: Path, model_config: Path | None = None) -> "MegatronStates | HfStates":
+    """The states in a directory; CheckpointError if there are none, or not for every weight.
+
+    model_config: config.json, or its directory, of a checkpoint that has none.
+    """
     if (path / METADATA).exists():
-        return MegatronStates(path)
+        return MegatronStates(path, model_config)
     if (path / FOLDER).is_dir():
         return HfStates(path)
     raise ConfigError(
@@ -70,23 +73,27 @@ class MegatronStates:
     """`optimizer.<state>.<key>` of a checkpoint, or `optimizer.state.<state>.<key>` as megatron-core writes it.
 
     step: updates done, None if not known; run: run.json; generators: their states by name; recorded: the hashes that
-    the source itself states.
+    the source itself states; dropped: rows that pad the vocabulary, which are no part of any state, with the reason.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model_config: Path | None = None) -> None:
         self.path = path
         self._files = TorchDistSource(path)
         folder = path / HF_FOLDER
         recorded = read_manifest(path)
-        self.table = table_for(read_config(folder), recorded.tensors if recorded else ())
+        if model_config is None and not (folder / "config.json").is_file():
+            raise ConfigError(f"{path}: has no {HF_FOLDER}/config.json; name the model's: --model_config DIR")
+        self.table = table_for(read_config(model_config or folder), recorded.tensors if recorded else ())
         names = [name for name in self._files.tensors if name.startswith(OURS)]
         self._refuse_layout_bound(names)
         core = any(name.startswith(CORE) for name in names)
         self._keys: dict[str, str] = {}
+        self.dropped: dict[str, str] = {}
+        aliases = {other_name(key): key for key in self.table.megatron if other_name(key)}
         for name in names:
             state, _, key = name.removeprefix(CORE if core else OURS).partition(".")
             state = "master" if core and state in _CORE_MASTERS else state
-            self._keys[f"{state} {key}"] = name
+            self._keys[f"{state} {aliases.get(key, key)}"] = name
         self.states = tuple(sorted({entry.partition(" ")[0] for entry in self._keys}))
         self._check()
         has_record = (path / RECORD).is_file()
@@ -111,14 +118,25 @@ class MegatronStates:
         shapes = {key: tensor.shape for key, tensor in self.table.megatron.items()}
         for state in self.states:
             own = {e.partition(" ")[2]: n for e, n in self._keys.items() if e.startswith(f"{state} ")}
-            check_shapes(
-                f"{self.path}, state {state}", {k: self._files.tensors[n].shape for k, n in own.items()}, shapes
-            )
+            found = {key: self._without_padding(key, name) for key, name in own.items()}
+            check_shapes(f"{self.path}, state {state}", found, shapes)
             for name in own.values():
                 if self._files.tensors[name].dtype != "F32":
                     raise CheckpointError(
                         f"{self.path}: {name} is {self._files.tensors[name].dtype}; optimizer state is carried in F32"
                     )
+
+    def _without_padding(self, key: str, name: str) -> tuple[int, ...]:
+        """Shape of a stored state, without the rows that pad the vocabulary."""
+        shape = self._files.tensors[name].shape
+        tensor = self.table.megatron.get(key)
+        if tensor is None or tensor.rule.cut is None or not tensor.rule.cut.uneven:
+            return shape
+        rows = tensor.shape[0]
+        if shape[1:] != tensor.shape[1:] or shape[0] <= rows:
+            return shape
+        self.dropped[f"{name}[{rows}:{shape[0]}]"] = f"{shape[0] - rows} rows that pad the vocabulary of {rows}"
+        return tensor.shape
 
     def _bytes(self, name: str) -> bytes:
         shape = self._files.tensors[name].shape
@@ -168,6 +186,7 @@ class HfStates:
         if read_config(path) != read_config(path / FOLDER / self.states[0]):
             raise CheckpointError(f"{path / FOLDER}: its config.json is not that of the model beside it")
         self._stored = {state: read_header(path / FOLDER / state / SINGLE) for state in self.states}
+        self.dropped: dict[str, str] = {}
         self.step, self.run, self.recorded = record["step"], record["run"], record["states"]
         rng = path / FOLDER / RNG
         self.generators = {n: b"".join(_blocks(t)) for n, t in read_header(rng).items()} if rng.is_file() else {}

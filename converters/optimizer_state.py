@@ -72,6 +72,7 @@ def convert_with_optimizer(
     destination: Path,
     to: Literal["megatron", "hf"],
     convert_weights: Callable[[Path], Manifest],
+    model_config: Path | None = None,
 ) -> StateReport:
     """Weights by `convert_weights`, states beside them, published together by one rename.
 
@@ -79,7 +80,7 @@ def convert_with_optimizer(
     belongs to one layout; then nothing is published.
     """
     check_absent(destination, "--output_dir")
-    states = open_states(source)
+    states = open_states(source, model_config)
     with _building(destination) as directory:
         weights = convert_weights(directory)
         if to == "hf":
@@ -91,6 +92,7 @@ def convert_with_optimizer(
             "version": 1,
             "step": states.step,
             "states": hashes,
+            "dropped": states.dropped,
             "run": states.run,
         }
         write_file(directory / RECORD, (json.dumps(record, indent=1) + "\n").encode())

@@ -1,10 +1,11 @@
-"""LoRA on megatron-core's column- and row-parallel linears, one A and B per HF linear, whatever Megatron fuses.
+"""LoRA on column-parallel, row-parallel and duplicated linears, one A and B per HF linear, whatever Megatron fuses.
 
 Shapes: s sequence (s/tp under sequence parallelism before a column base, after a row base), b batch, i/o features of
 an HF linear, r rank, n linears fused in one base. The base is unchanged; a forward hook adds scale * B(A(x)).
 
   column base (qkv, fc1)   A [r, i] replicated     B [o/tp, r] cut like the base's rows
   row base (proj, fc2)     A [r, i/tp] cut         B [o, r] replicated
+  whole base (MLA's down)  A [r, i] replicated     B [o, r] replicated
 
 What crosses ranks is r wide, never i or o wide. Under sequence parallelism the replicated matrix sees a part of the
 sequence, so its gradient is a partial sum: `sequence_parallel=True` has megatron-core sum it over the TP group.
@@ -46,9 +47,10 @@ from mswift.converters.adapters import (
 )
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.parallel.megatron.linears import DuplicatedLinear
 from mswift.tuners.init import kaiming_uniform
 
-Base: TypeAlias = ColumnParallelLinear | RowParallelLinear
+Base: TypeAlias = ColumnParallelLinear | RowParallelLinear | DuplicatedLinear
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _SLOT = "adapter_slot"
@@ -80,8 +82,9 @@ class LoraPair(nn.Module):
     def __init__(self, linear: HfLinear, config: LoraConfig, base: Base, rows: Sequence[tuple[int, int]]):
         super().__init__()
         weight, rank, size = base.weight, base.tp_group.rank(), base.tp_group.size()
-        column = isinstance(base, ColumnParallelLinear)
-        inputs = (0, linear.in_features) if column else _part(linear.in_features, rank, size)
+        inputs = (0, linear.in_features)
+        if isinstance(base, RowParallelLinear):
+            inputs = _part(linear.in_features, rank, size)
         name_a, name_b = linear.lora_names()
         start = torch.from_numpy(kaiming_uniform(config.seed, name_a, config.rank, linear.in_features))
         start = start[:, inputs[0] : inputs[0] + inputs[1]]
@@ -90,11 +93,13 @@ class LoraPair(nn.Module):
         shape_a, shape_b = linear.lora_shapes(config.rank).values()
         _mark(self.lora_A, name_a, shape_a, [Region((0, inputs[0]), (config.rank, inputs[1]))])
         _mark(self.lora_B, name_b, shape_b, [Region((first, 0), (count, config.rank)) for first, count in rows])
-        cut, whole, dim = (self.lora_B, self.lora_A, 0) if column else (self.lora_A, self.lora_B, 1)
-        set_tensor_model_parallel_attributes(cut, True, dim, 1)
-        whole.sequence_parallel = base.sequence_parallel  # type: ignore[attr-defined]
-        for parameter in (cut, whole):
+        cut_a, cut_b = isinstance(base, RowParallelLinear), isinstance(base, ColumnParallelLinear)
+        for parameter, is_cut, dim in ((self.lora_A, cut_a, 1), (self.lora_B, cut_b, 0)):
             parameter.allreduce = True  # type: ignore[attr-defined]  # not an expert: reduced over data parallel ranks
+            if is_cut:
+                set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+            else:
+                parameter.sequence_parallel = base.sequence_parallel  # type: ignore[attr-defined]
 
 
 class FusedLora(nn.Module):
@@ -107,6 +112,7 @@ class FusedLora(nn.Module):
     def __init__(self, blocks: Sequence[tuple[HfLinear, Block]], config: LoraConfig, base: Base, groups: int):
         super().__init__()
         self.column, self.group = isinstance(base, ColumnParallelLinear), base.tp_group
+        self.whole = isinstance(base, DuplicatedLinear)
         self.sequence_parallel, self.scale, self.rank = base.sequence_parallel, config.scale, config.rank
         self.groups = groups // self.group.size() if groups > 1 else 1
         rank, size = (self.group.rank(), self.group.size()) if self.column else (0, 1)
@@ -135,6 +141,8 @@ class FusedLora(nn.Module):
         return flat.view_as(base_output)
 
     def _across_ranks(self, z: Tensor) -> Tensor:
+        if self.whole:
+            return z
         if self.column and self.sequence_parallel:
             crossed: Tensor = gather_from_sequence_parallel_region(z, group=self.group)
         elif self.column:
@@ -222,8 +230,8 @@ def load_adapter(
 
 
 def _attach(base: nn.Module, blocks: Sequence[tuple[HfLinear, Block]], config: LoraConfig, groups: int) -> None:
-    if not isinstance(base, ColumnParallelLinear | RowParallelLinear):
-        raise TypeError(f"LoRA knows megatron-core's Column/RowParallelLinear, not {type(base).__name__}")
+    if not isinstance(base, Base):
+        raise TypeError(f"LoRA knows column-parallel, row-parallel and duplicated linears, not {type(base).__name__}")
     lora = FusedLora(blocks, config, base, groups)
     base.add_module("lora", lora)
 

@@ -121,7 +121,7 @@ class _Fold:
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """The bytes of one merged tensor, in row blocks."""
-        tensor = self.stored.get(name, self.stored[SAVABLE[EMBED]])  # an untied head starts as the embedding
+        tensor = self.stored[name if name in self.stored else SAVABLE[EMBED]]  # an untied head starts as the embedding
         fd = open_read(tensor.path)
         with open(fd, "rb"):
             offset = tensor.offset

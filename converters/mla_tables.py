@@ -90,7 +90,7 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
 
 def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> MoeSpec:
     """The mixture of experts; tokens choose among the `best` of `groups` groups of experts."""
-    moe = moe_spec(
+    return moe_spec(
         config,
         num_experts=("n_routed_experts", "num_local_experts"),
         scale=config.number("routed_scaling_factor", 1.0),
@@ -99,16 +99,6 @@ def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> 
         shared_ffn_hidden_size=config.integer("moe_intermediate_size") * config.count("n_shared_experts", 0),
         **features,
     )
-    count, top_k = moe.num_experts, moe.top_k
-    if count % groups:
-        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
-    if best > groups:
-        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
-    if top_k > best * (count // groups):
-        raise config.refused(
-            "num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen"
-        )
-    return moe
 
 
 def _mla_spec(config: Fields) -> MlaSpec:

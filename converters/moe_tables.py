@@ -134,11 +134,31 @@ def moe_spec(
     """
     no_router_loss(config)
     name = next((name for name in num_experts if config.take(name) is not None), num_experts[0])
-    return MoeSpec(
-        num_experts=config.integer(name, defaults[0]),
-        top_k=config.integer("num_experts_per_tok", defaults[1]),
+    count, top_k = config.integer(name, defaults[0]), config.integer("num_experts_per_tok", defaults[1])
+    if top_k > count:
+        raise config.refused("num_experts_per_tok", f"is {top_k}; there are {count} experts")
+    moe = MoeSpec(
+        num_experts=count,
+        top_k=top_k,
         ffn_hidden_size=config.integer(ffn),
         score=score,
         normalize=config.flag("norm_topk_prob", False) if normalize is None else normalize,
         **features,  # type: ignore[arg-type]
     )
+    _check_groups(config, moe)
+    return moe
+
+
+def _check_groups(config: Fields, moe: MoeSpec) -> None:
+    """Groups of one size, in which there are as many experts as a token is sent to."""
+    count, groups, best = moe.num_experts, moe.num_groups, moe.topk_groups
+    if count % groups:
+        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
+    if best > groups:
+        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
+    if groups > 1 and moe.group_score == "top2" and count // groups < 2:
+        raise config.refused("n_group", f"is {groups}, but a group of {count} experts is worth its best two")
+    if moe.top_k > best * (count // groups):
+        raise config.refused(
+            "num_experts_per_tok", f"is {moe.top_k}, but {best} groups of {count // groups} experts are chosen"
+        )

@@ -1,13 +1,19 @@
 """`mswift convert` and `mswift verify`."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
+from mswift.converters.catalog import config_path, read_config
+from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.side_files import OPTIMIZER_RECORD
+from mswift.converters.source import SourceOptions, dtype_option
 from mswift.errors import ConfigError
 from mswift.tuners.detect import is_adapter
 
@@ -20,6 +26,7 @@ class _Common(TypedDict):
     max_shard_bytes: int
     num_workers: int | None
     hash_source: bool
+    source_options: SourceOptions
 
 
 def convert(config: ConvertConfig) -> int:
@@ -32,8 +39,14 @@ def convert(config: ConvertConfig) -> int:
         from mswift.tuners import convert as adapters  # imports numpy
 
         return adapters.convert(config, source)
+    options = source_options(config.model_config, config.ignore_config_fields, config.dtype, config.complete_config)
+    check_adapter_flags(config, source)
+    if config.optimizer:
+        check_optimizer_flags(config)
     if config.dry_run:
-        print(engine.describe(engine.plan(source, config.to), max_shard_bytes))
+        planned = engine.plan(source, config.to, options)
+        print(engine.describe(planned, max_shard_bytes))
+        print_notes(planned.source.config, planned.source.config_edits)
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)
@@ -42,8 +55,21 @@ def convert(config: ConvertConfig) -> int:
         max_shard_bytes=max_shard_bytes,
         num_workers=config.num_workers,
         hash_source=config.hash_source,
+        source_options=options,
     )
     target = Path(config.output_dir)
+    if config.optimizer:
+        from mswift.converters.optimizer_state import convert_with_optimizer  # imports numpy
+
+        with_states = convert_with_optimizer(
+            source,
+            target,
+            config.to,
+            lambda place: engine.convert(source, place, config.to, **common),
+            options.model_config,
+        )
+        print(f"{config.output_dir}: {with_states}")
+        return 0
     if part is not None:
         size = engine.convert_part(source, target, config.to, *part, restart=config.restart, **common)
         print(f"{config.output_dir}: part {config.part} is copied, {size:,} bytes; when all are: --finish")
@@ -55,7 +81,25 @@ def convert(config: ConvertConfig) -> int:
             source, target, config.to, hash_output=config.hash_output, restart=config.restart, **common
         )
     print(f"{config.output_dir}: {manifest}")
+    if config.to == "hf":
+        print_notes(read_config(target), {})
     return 0
+
+
+def check_adapter_flags(config: ConvertConfig, source: Path) -> None:
+    """ConfigError for flags that mean something for an adapter only."""
+    for name in ("base_model", "adapter_layout", "fuse_adapters"):
+        if getattr(config, name) != ConvertConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"--{name} is for adapters, and --model {source} is none: leave it out")
+
+
+def check_optimizer_flags(config: ConvertConfig) -> None:
+    """ConfigError for what goes with weights alone."""
+    for name in ("part", "finish", "restart", "dry_run", "hash_output", "dtype", "ignore_config_fields"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} is for weights alone; leave out --optimizer, or --{name}")
+    if not config.hash_source:
+        raise ConfigError("--hash_source false: states are proved by their hashes; leave it out, or --optimizer")
 
 
 def verify(config: VerifyConfig) -> int:
@@ -68,12 +112,38 @@ def verify(config: VerifyConfig) -> int:
         from mswift.tuners.verify import verify_adapters
 
         report = verify_adapters(a, None if config.b is None else locate(config.b, "B"), config.base_model)
-    elif config.b is None:
+        print(report)
+        return 0 if report.equal else 1
+    options = source_options(config.model_config, config.ignore_config_fields, config.dtype, False)
+    if config.b is None:
         report = verification.verify_record(a, progress=True, num_workers=config.num_workers)
     else:
-        report = verification.verify(a, locate(config.b, "B"), progress=True, num_workers=config.num_workers)
+        b = locate(config.b, "B")
+        report = verification.verify(a, b, progress=True, num_workers=config.num_workers, options=options)
+    both = [a] if config.b is None else [a, locate(config.b, "B")]
+    if any((path / OPTIMIZER_RECORD).is_file() for path in both):
+        from mswift.converters.optimizer_state import verify_states
+
+        report.differences += verify_states(*both)
     print(report)
     return 0 if report.equal else 1
+
+
+def source_options(model_config: str | None, ignored: str, dtype: str | None, complete: bool) -> SourceOptions:
+    """The flags that say how a source is read; ConfigError for wrong values."""
+    home = None if model_config is None else Path(model_config)
+    if home is not None and not config_path(home).is_file():
+        raise ConfigError(f"--model_config {home}: is neither a config.json nor a directory with one")
+    names = tuple(name.strip() for name in ignored.split(",") if name.strip())
+    return SourceOptions(home, names, dtype_option(dtype), complete)
+
+
+def print_notes(config: Mapping[str, Any], edits: Mapping[str, Any]) -> None:
+    """What an exported config.json lacks for vLLM."""
+    missing = {name: value for name, value in missing_for_vllm(config).items() if name not in edits}
+    if missing:
+        fields = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in missing.items())
+        print(f"note: vLLM needs fields that config.json lacks: {fields}; --complete_config true adds them")
 
 
 def locate(name: str, flag: str) -> Path:

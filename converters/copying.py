@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
+from mswift.converters.decode import DecodedBytes
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import cut, gather, run_bytes, runs, scatter
-from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Place, Source
+from mswift.converters.source import Place, Source, fetch_from
 from mswift.converters.workers import Buffers
 from mswift.errors import CheckpointError
 
@@ -19,11 +19,6 @@ DIRECT_RUN_BYTES = 64 << 10
 """Shorter runs are gathered in memory: one copy_file_range each would cost more than the copy."""
 
 _NOT_DIRECT = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.ETXTBSY)
-
-
-def num_bytes(source: Source, name: str) -> int:
-    """Size of an HF tensor as the source gives it out."""
-    return prod(source.table.hf[name]) * DTYPE_BYTES[source.dtype_of(name)]
 
 
 @dataclass(frozen=True)
@@ -53,16 +48,36 @@ class TensorBytes:
         return self.places
 
 
+@dataclass(frozen=True)
+class DecodedTensor(TensorBytes):
+    """An HF tensor whose bytes are made while reading."""
+
+    made: DecodedBytes
+
+    def read(self, low: int, high: int, block: memoryview, tile: memoryview) -> memoryview:
+        """Bytes [low, high), in `block`."""
+        return self.made.read(low, high, block)
+
+    def direct(self) -> None:
+        """In no file."""
+
+
 @contextmanager
 def opened(
     source: Source, name: str, files: Descriptors, places_of: Callable[[str], Sequence[Place]] | None = None
 ) -> Iterator[TensorBytes]:
-    """The bytes of an HF tensor of a source; `places_of`: the source's places, remembered.
-
-    (A source that decodes gives its own stream here.)
-    """
-    with placed((places_of or source.places)(name), files) as places:
-        yield TensorBytes(name, num_bytes(source, name), places)
+    """The bytes of an HF tensor of a source; `places_of`: the source's places, remembered."""
+    places_of, size = places_of or source.places, source.num_bytes(name)
+    decoding = source.decoding(name)
+    if decoding is None:
+        with placed(places_of(name), files) as places:
+            yield TensorBytes(name, size, places)
+        return
+    stored = {each: places_of(each) for each in decoding.inputs}
+    with placed([place for places in stored.values() for place in places], files) as together:
+        fds = {place.path: place.fd for place in together}
+        inputs = [(n, [Place(fds[p.path], p.path, p.copy) for p in places]) for n, places in stored.items()]
+        yield DecodedTensor(name, size, (), DecodedBytes(decoding, fetch_from(inputs)))
 
 
 @contextmanager

@@ -104,7 +104,13 @@ HEAD: Table = (
     *norm("decoder.final_layernorm.weight", "model.norm", bias="decoder.final_layernorm.bias"),
     same("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), cut=rows("vocab", uneven=True), when="untied"),
     drop("lm_head.weight", "equal to model.embed_tokens.weight (tie_word_embeddings)", same_as=EMBEDDING, when="tied"),
-    drop(H + "self_attn.rotary_emb.inv_freq", "recomputed from the rope fields of config.json"),
+    *(
+        drop(name, "recomputed from the rope fields of config.json")
+        for name in (
+            "model.rotary_emb.inv_freq",
+            *(H + f"self_attn.rotary_emb.{buffer}" for buffer in ("inv_freq", "cos_cached", "sin_cached")),
+        )
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mswift.converters.io.files import write_file
 from mswift.converters.io.safetensors import INDEX, SINGLE, encode_header
 from mswift.converters.io.torch_dist import PAGE_BYTES, split_region, write_index_files
 from mswift.converters.io.torch_item import tensor_envelope
-from mswift.converters.layout import Chunks, Region, tiling_fault
+from mswift.converters.layout import Chunks, Piece, Region, tiling_fault
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.converters.sources import HF_FOLDER, Place, chunk_places, run_of_bytes
 from mswift.errors import CheckpointError
@@ -24,6 +25,8 @@ FEWEST_FILES = 8
 
 _SMALL_FILE_BYTES = 64 << 20
 
+_NAMES = ("", "")
+_NO_PATH = Path()
 _NOWHERE = -1
 """Places of a destination name their file; a descriptor is opened when they are used."""
 
@@ -182,8 +185,11 @@ class MegatronDestination:
             key = piece.names[1]
             for chunk, _ in self._chunks[key].overlapping(piece.hull(1)):
                 file, offset = self._data[key, chunk]
-                data = (_NOWHERE, self.directory / file, offset)
-                result += chunk_places(piece, self._table.hf[name], chunk, self._dtypes[name], data)
+                shift = tuple(s - o for s, o in zip(piece.starts[1], chunk.offsets, strict=True))
+                moved = Piece(_NAMES, (piece.starts[0], shift), piece.dims)
+                path = self.directory / file
+                for copy in _inside(moved, self._table.hf[name], chunk.sizes, self._dtypes[name]):
+                    result.append(Place(_NOWHERE, path, copy.moved(1, offset)))
         return result
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:
@@ -202,6 +208,13 @@ class MegatronDestination:
     def finish(self) -> None:
         """Writes .metadata, common.pt, metadata.json and the empty objects that megatron-core asks for."""
         write_index_files(self.directory, self._index)
+
+
+@lru_cache(1024)
+def _inside(piece: Piece, hf_shape: tuple[int, ...], sizes: tuple[int, ...], dtype: str) -> tuple[Piece, ...]:
+    """The bytes of a piece inside a chunk, which begins at 0: the same for all layers and experts."""
+    places = chunk_places(piece, hf_shape, Region.full(sizes), dtype, (_NOWHERE, _NO_PATH, 0))
+    return tuple(place.copy for place in places)
 
 
 Destination = HfDestination | MegatronDestination

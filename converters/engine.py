@@ -13,7 +13,6 @@ from typing import Literal
 
 from mswift import __version__
 from mswift.converters import execute
-from mswift.converters.copying import num_bytes
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
 from mswift.converters.finish import finish
 from mswift.converters.io.files import in_words
@@ -22,13 +21,14 @@ from mswift.converters.io.side_files import MANIFEST, identity_of
 from mswift.converters.journal import Done
 from mswift.converters.manifest import DroppedRecord, Manifest, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
-from mswift.converters.sources import Source, open_source
+from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.work import part_of, units_of
 from mswift.converters.workers import default_workers
 from mswift.errors import CheckpointError, MswiftError
 
 Format = Literal["megatron", "hf"]
 MAX_SHARD_BYTES = 5_000_000_000
+_DEFAULTS = SourceOptions()
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Plan:
 
     def num_bytes(self, name: str) -> int:
         """Size of one HF tensor."""
-        return num_bytes(self.source, name)
+        return self.source.num_bytes(name)
 
     @property
     def total_bytes(self) -> int:
         return sum(map(self.num_bytes, self.source.order))
 
 
-def plan(src: Path, to: Format) -> Plan:
+def plan(src: Path, to: Format, options: SourceOptions = _DEFAULTS) -> Plan:
     """Reads config.json and headers only; refuses what the table of the family does not cover exactly once."""
-    source = open_source(src)
-    recorded = read_manifest(src)
+    source = open_source(src, options)
+    recorded = read_manifest(source.path)
     if recorded is not None and set(recorded.tensors) != set(source.table.hf):
         raise CheckpointError(
             f"{src / MANIFEST}: lists {len(recorded.tensors)} tensors, the model has {len(source.table.hf)}: the "
@@ -77,7 +77,8 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     rows = [("rule", "Megatron tensor", "shape", "Hugging Face tensors", "bytes")]
     for key, tensor in table.megatron.items():
         parts = " ".join(part.hf.replace("{l}", "*") for part in tensor.rule.parts)
-        size = prod(tensor.shape) * DTYPE_BYTES[source.dtype]
+        dtype = source.dtype_of(table.pieces(key, range(1), range(1))[0].names[0])
+        size = prod(tensor.shape) * DTYPE_BYTES[dtype]
         rows.append((tensor.rule.kind, key, str(list(tensor.shape)), parts, f"{size:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -91,10 +92,26 @@ def describe(planned: Plan, max_shard_bytes: int) -> str:
     lines.append(
         f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
     )
-    for name, record in planned.dropped.items():
-        how = " (compared when it is converted)" if record.same_as else ""
-        lines.append(f"dropped {name}: {record.reason}{how}")
+    compared = {name: " (compared when it is converted)" for name, d in planned.dropped.items() if d.same_as}
+    reasons = {name: record.reason + compared.get(name, "") for name, record in planned.dropped.items()}
+    lines += [f"dropped {names}: {reason}" for reason, names in grouped(reasons).items()]
+    lines += [f"decoded {names}: {rule}" for rule, names in grouped(source.decoded).items()]
+    for name, value in source.config_edits.items():
+        lines.append(f"config.json: {name} " + ("is left out" if value is None else f"becomes {json.dumps(value)}"))
+    if source.ignored:
+        lines.append(f"config.json: ignored as asked: {', '.join(source.ignored)}")
     return "\n".join(lines)
+
+
+def grouped(said: Mapping[str, str]) -> dict[str, str]:
+    """What is said of names -> the names, in short."""
+    groups: dict[str, list[str]] = {}
+    for name, text in said.items():
+        groups.setdefault(text, []).append(name)
+    return {
+        text: names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names):,} tensors)"
+        for text, names in groups.items()
+    }
 
 
 def convert(
@@ -106,6 +123,7 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     hash_source: bool = True,
+    source_options: SourceOptions = _DEFAULTS,
     hash_output: bool = False,
     restart: bool = False,
 ) -> Manifest:
@@ -115,7 +133,7 @@ def convert(
     was (`restart`: begins anew). ConfigError if `dst` exists; CheckpointError if the source is damaged or the disk
     full. Memory: 3 MiB a worker plus O(number of tensors).
     """
-    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
     done = job.copy(1, 1, restart)
     return job.publish(done, hash_output)
 
@@ -131,13 +149,14 @@ def convert_part(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     hash_source: bool = True,
+    source_options: SourceOptions = _DEFAULTS,
     restart: bool = False,
 ) -> int:
     """Copies part `part` (from 1) of `parts` beside `dst`, continuing an earlier try; returns the part's bytes.
 
     Parts are independent: on any node that sees both directories, at any time, in any order.
     """
-    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
     done = job.copy(part, parts, restart)
     job.close()
     return done.num_bytes
@@ -152,13 +171,14 @@ def finish_parts(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     hash_source: bool = True,
+    source_options: SourceOptions = _DEFAULTS,
     hash_output: bool = False,
 ) -> Manifest:
     """Proves that every part is there, every tensor exactly once, and publishes `dst`.
 
     CheckpointError naming the parts that are missing or incomplete.
     """
-    job = _Job.of(src, dst, to, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
     parts = job.partial.join(job.identity)
     with job.worded(keep=True):
         done = execute.gather_parts(job.partial, parts, job.units)
@@ -172,17 +192,25 @@ class _Job:
         self.started = time.perf_counter()
         self.planned, self.destination, self.partial, self.options = planned, destination, partial, options
         self.units = units_of(destination, planned.source.order, planned.num_bytes)
-        known = [__version__, planned.to, options.hash_source, sorted(planned.restored)]
+        reading = (planned.source.ignored, planned.source.config_edits, planned.source.decoded)
+        known = [__version__, planned.to, options.hash_source, sorted(planned.restored), reading]
         folders = dict.fromkeys((planned.source.path, planned.source.hf_files))
         text = json.dumps([known, list(destination.sizes.items()), identity_of(folders)])
         self.identity = hashlib.sha256(text.encode()).hexdigest()
 
     @staticmethod
     def of(
-        src: Path, dst: Path, to: Format, max_shard_bytes: int, hash_source: bool, workers: int | None, progress: bool
+        src: Path,
+        dst: Path,
+        to: Format,
+        source: SourceOptions,
+        max_shard_bytes: int,
+        hash_source: bool,
+        workers: int | None,
+        progress: bool,
     ) -> "_Job":
         """Plans everything; nothing is written."""
-        planned, partial = plan(Path(src), to), Partial(Path(dst))
+        planned, partial = plan(Path(src), to, source), Partial(Path(dst))
         options = execute.Options(hash_source, workers or default_workers(), progress)
         return _Job(planned, _destination(planned, partial.data, max_shard_bytes), partial, options)
 
@@ -212,9 +240,10 @@ class _Job:
         return manifest
 
     def _recorded(self) -> dict[str, str]:
-        """Hashes that the source's manifest promises."""
+        """Hashes that the source's manifest promises, of tensors that are taken as they are stored."""
         recorded = self.planned.recorded.tensors if self.planned.recorded else {}
-        return {name: record.sha256 for name, record in recorded.items() if record.sha256 is not None}
+        decoded = self.planned.source.decoded
+        return {n: record.sha256 for n, record in recorded.items() if record.sha256 is not None and n not in decoded}
 
     def close(self) -> None:
         """Gives up locks and files."""

@@ -5,25 +5,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mswift.converters.spec import RopeSpec
+from mswift.converters.without_effect import HARMLESS_AT, WITHOUT_EFFECT
 from mswift.errors import ConfigError
 
-# fmt: off
-WITHOUT_EFFECT = frozenset(
-    {
-        "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-        "ep_size",
-        "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-        "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "seq_aux",
-        "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
-        "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict",
-    }
-)
-# fmt: on
-"""Fields that change neither the weights' layout nor the function computed from tokens to logits."""
+_LARGEST = 1 << 40
 
 _ROPE_KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -48,11 +33,13 @@ class Fields:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._read: set[str] = set()
+        self._last = ""
         self.model_type = str(config.get("model_type"))
 
     def take(self, name: str, default: Any = None) -> Any:
         """The raw value; null counts as absent."""
         self._read.add(name)
+        self._last = name
         value = self._config.get(name)
         return default if value is None else value
 
@@ -60,7 +47,9 @@ class Fields:
         """A positive integer; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(name, f"must be a positive integer, not {value!r}")
+            raise self._error(name, f"must be a positive integer, not {value!r:.100}")
+        if value >= _LARGEST:
+            raise self._error(name, f"must be a positive integer below 2^40, not {value!r:.100}")
         return value
 
     def count(self, name: str, default: int) -> int:
@@ -78,8 +67,8 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self._error(name, f"must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self._error(name, f"must be a positive number, not {value!r:.100}")
         return float(value)
 
     def check(self, name: str, value: Any, supported: Collection[Any]) -> None:
@@ -103,6 +92,13 @@ class Fields:
             return None
         return default if name not in self._config and default is None else self.number(name, default)
 
+    def optional_integer(self, name: str, default: int) -> int | None:
+        """A positive integer or null, which turns off what an absent field leaves at its default."""
+        if name in self._config and self._config[name] is None:
+            self._read.add(name)
+            return None
+        return self.integer(name, default)
+
     def fraction(self, name: str, default: float) -> float:
         """A number from 0 up to, not including, 1."""
         value = self.take(name, default)
@@ -122,13 +118,6 @@ class Fields:
         value = self.take(name, supported)
         if value != supported:
             raise self._error(name, f"is {value!r}; only {supported!r} is supported")
-
-    def choice(self, name: str, *supported: str) -> str:
-        """One of these values; the first one if the field is absent."""
-        value = self.take(name, supported[0])
-        if value not in supported:
-            raise self._error(name, f"is {value!r}; supported: {', '.join(supported)}")
-        return str(value)
 
     def no_sliding_window(self, *, switch: str | None = None) -> None:
         """Refuses a sliding window that masks anything; `switch` is the field that turns it on, if there is one."""
@@ -219,11 +208,20 @@ class Fields:
 
     def finish(self, architecture: str) -> None:
         """Refuses fields that nobody read, and other heads than the causal language model."""
-        for name in self._config:
-            if name not in self._read and name not in WITHOUT_EFFECT:
+        for name, value in self._config.items():
+            if name in self._read or name in WITHOUT_EFFECT:
+                continue
+            if name in HARMLESS_AT:
+                if value not in HARMLESS_AT[name]:
+                    raise self._error(name, f"is {value!r}; only {HARMLESS_AT[name][0]!r} is supported")
+            else:
                 near = difflib.get_close_matches(name, [*self._read, *WITHOUT_EFFECT], 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise self._error(name, f"is not known to have no effect on the model{hint}")
+                raise self._error(
+                    name,
+                    f"is not known to have no effect on the model{hint}; if it has none, mswift convert "
+                    f"--ignore_config_fields {name} leaves it aside",
+                )
         heads = self._config.get("architectures")
         if heads is not None and heads != [architecture]:
             raise self._error("architectures", f"is {heads}; only ['{architecture}'] is supported")
@@ -231,6 +229,11 @@ class Fields:
     def refused(self, name: str, what: str) -> ConfigError:
         """The error that names the field; to be raised by who reads fields together."""
         return self._error(name, what)
+
+    def wrong_kind(self, error: Exception) -> ConfigError:
+        """The error for a value that is no number, list or object where one is needed; names the field read last."""
+        what = f"or one read before it, has a value of the wrong kind ({type(error).__name__}: {error})"
+        return self._error(self._last, what)
 
     def _error(self, name: str, what: str) -> ConfigError:
         return ConfigError(f"config.json of model_type {self.model_type!r}: field {name!r} {what}")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from mswift.converters.destinations import Destination
 from mswift.converters.execute import Options
-from mswift.converters.io.side_files import carried_files
 from mswift.converters.manifest import DroppedRecord, FileRecord, Manifest, TensorRecord, hash_frame, hash_whole
 from mswift.converters.proof import Measured, measure
-from mswift.converters.sources import Source, open_source
+from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.workers import Buffers, InOrder, run_all
 from mswift.errors import CheckpointError
 
@@ -29,11 +28,11 @@ def finish(
     """
     _clear(destination)
     destination.finish()
-    side_files = _carry(source.hf_files, destination.directory / destination.side_folder)
+    side_files = _carry(source.side_files(), destination.directory / destination.side_folder)
     files = _files(destination, side_files, options.num_workers)
     measured: Mapping[str, Measured] = {}
     if hash_output:
-        written = open_source(destination.directory)
+        written = open_source(destination.directory, SourceOptions(ignored=source.ignored))
         measured = measure(written, options.num_workers, options.progress)
         written.close()
         wrong = [name for name, sha256 in hashes.items() if sha256 not in (None, measured[name].sha256)]
@@ -47,17 +46,20 @@ def finish(
         source.format,
         destination.format,
         source.table.family.model_type,
-        {name: _record(source, name, hashes[name]) for name in source.table.hf_order},
+        {name: _record(source, name, hashes[name], source.decoded.get(name, "")) for name in source.table.hf_order},
         dropped,
         files,
+        ignored_config_fields=source.ignored,
+        config_edits=source.config_edits,
         non_finite={n: each.non_finite for n, each in measured.items() if each.non_finite} if hash_output else None,
     )
 
 
-def _record(source: Source, name: str, sha256: str | None) -> TensorRecord:
+def _record(source: Source, name: str, sha256: str | None, decoded: str) -> TensorRecord:
     keys = [piece.names[1] for piece in source.table.hf_pieces[name]]
     rule = source.table.megatron[keys[0]].rule.kind
-    return TensorRecord(source.dtype_of(name), source.table.hf[name], sha256, rule, " ".join(dict.fromkeys(keys)))
+    keys_text = " ".join(dict.fromkeys(keys))
+    return TensorRecord(source.dtype_of(name), source.table.hf[name], sha256, rule, keys_text, decoded)
 
 
 def _clear(destination: Destination) -> None:
@@ -67,13 +69,16 @@ def _clear(destination: Destination) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _carry(source: Path, folder: Path) -> list[Path]:
-    """Copies what is not weights, byte for byte; returns the copies."""
+def _carry(files: Mapping[str, Path | bytes], folder: Path) -> list[Path]:
+    """Copies what is not weights; returns the copies."""
     folder.mkdir(exist_ok=True)
     copies = []
-    for path in carried_files(source):
-        copies.append(folder / path.name)
-        shutil.copyfile(path, copies[-1])
+    for name, content in files.items():
+        copies.append(folder / name)
+        if isinstance(content, bytes):
+            copies[-1].write_bytes(content)
+        else:
+            shutil.copyfile(content, copies[-1])
         with open(copies[-1], "rb+") as file:
             os.fsync(file.fileno())
     return copies

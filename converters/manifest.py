@@ -7,6 +7,7 @@ bytes are laid out: a round trip is proved by equal digests.
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -24,13 +25,17 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One HF tensor: sha256 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor."""
+    """One HF tensor: sha256 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor.
+
+    decoded: how its bytes were made of the source's, if they are not the same (dequantised, cast).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str | None
     rule: str
     megatron: str
+    decoded: str = ""
 
     @property
     def num_elements(self) -> int:
@@ -69,6 +74,8 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     seconds: float = 0.0
     non_finite: Mapping[str, int] | None = None
+    ignored_config_fields: Sequence[str] = ()
+    config_edits: Mapping[str, Any] = field(default_factory=dict)
 
     def timed(self, seconds: float) -> "Manifest":
         """The same with the seconds that the conversion took."""
@@ -106,6 +113,12 @@ class Manifest:
             reasons.setdefault(record.reason, []).append(name)
         for reason, names in reasons.items():
             lines.append(f"  dropped   {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}")
+        for name, value in self.config_edits.items():
+            lines.append(f"  config    {name} " + ("left out" if value is None else f"is now {json.dumps(value)}"))
+        if self.ignored_config_fields:
+            lines.append(f"  config    ignored as asked: {', '.join(self.ignored_config_fields)}")
+        rules = Counter(t.decoded for t in self.tensors.values() if t.decoded)
+        lines += [f"  decoded   {count:,} tensors: {rule}" for rule, count in rules.items()]
         return "\n".join(lines)
 
     def write(self, directory: Path) -> None:
@@ -122,6 +135,8 @@ class Manifest:
             "num_bytes": self.num_bytes,
             "seconds": round(self.seconds, 3),
             "non_finite": self.non_finite,
+            "ignored_config_fields": list(self.ignored_config_fields),
+            "config_edits": dict(self.config_edits),
             "tensors": {name: vars(t) for name, t in self.tensors.items()},
             "dropped": {name: asdict(d) for name, d in self.dropped.items()},
             "files": {name: asdict(f) for name, f in self.files.items()},
@@ -152,7 +167,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         dropped = {n: DroppedRecord(**d) for n, d in value["dropped"].items()}
         files = {n: FileRecord(**f) for n, f in value["files"].items()}
         kinds = (value["source_format"], value["format"], value["model_type"])
-        manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], value.get("non_finite"))
+        reading = (tuple(value.get("ignored_config_fields", ())), dict(value.get("config_edits", {})))
+        manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], value.get("non_finite"), *reading)
         intact = value["manifest_sha256"] == _own_hash(value)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None

@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from mswift.converters.catalog import family_for, spec_for
+from mswift.converters.coverage import prove_coverage
 from mswift.converters.family import Family, features_of, holds, sizes_of
-from mswift.converters.layout import Piece, Region, tiling_fault
+from mswift.converters.layout import Piece, Region
 from mswift.converters.rules import LAYERS, MTP_LAYERS, Drop, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError
@@ -64,23 +65,30 @@ class ModelTable:
                 for tensor in self._tensors(rule):
                     megatron[tensor.key] = tensor
         self.megatron: Mapping[str, MegatronTensor] = megatron
-        hf: dict[str, tuple[int, ...]] = {}
-        self._own_dtype: set[str] = set()
-        for tensor in megatron.values():
-            experts = range(self.sizes["experts"]) if tensor.rule.experts == "each" else range(1)
-            for part in tensor.rule.parts:
-                shape = tensor.rule.hf_shape(part, self.sizes)
-                for layer in self._layers(tensor):
-                    for expert in experts:
-                        name = part.hf.format(l=layer, e=expert)
-                        if hf.setdefault(name, shape) != shape:
-                            raise CheckpointError(f"{name}: the table gives it shapes {hf[name]} and {shape}")
-                        if tensor.rule.own_dtype:
-                            self._own_dtype.add(name)
-        self.hf: Mapping[str, tuple[int, ...]] = hf
+        self.hf: Mapping[str, tuple[int, ...]]
+        self.hf, self.expert_of, self._own_dtype = self._hf_tensors()
         self.dropped: Mapping[str, Drop] = {
             name: d for d in family.table if isinstance(d, Drop) for name in self._drop_names(d)
         }
+
+    def _hf_tensors(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int], set[str]]:
+        """Shape of every HF tensor, its expert (-1: of none, or of all), the names with a dtype of their own."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        expert_of: dict[str, int] = {}
+        own_dtype: set[str] = set()
+        for tensor in self.megatron.values():
+            rule = tensor.rule
+            experts = range(self.sizes["experts"]) if rule.experts == "each" else range(-1, 0)
+            for part in rule.parts:
+                shape = rule.hf_shape(part, self.sizes)
+                for name, expert in ((part.hf.format(l=n, e=e), e) for n in self._layers(tensor) for e in experts):
+                    if shapes.setdefault(name, shape) != shape:
+                        raise CheckpointError(f"{name}: the table gives it shapes {shapes[name]} and {shape}")
+                    if expert_of.setdefault(name, expert) != expert:
+                        raise CheckpointError(f"{name}: the table gives it to experts {expert_of[name]} and {expert}")
+                    if rule.own_dtype:
+                        own_dtype.add(name)
+        return shapes, expert_of, own_dtype
 
     def _tensors(self, rule: Rule) -> Iterator[MegatronTensor]:
         """The Megatron tensors of a rule: one, one a layer, or none."""
@@ -107,8 +115,7 @@ class ModelTable:
     def _drop_names(self, drop: Drop) -> Iterator[str]:
         if "{l}" not in drop.hf:
             if holds(drop.when, self._features):
-                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
-                    yield drop.hf.format(e=expert)
+                yield drop.hf
             return
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
@@ -119,6 +126,16 @@ class ModelTable:
         """HF names and Megatron keys of the multi-token-prediction layers."""
         keys = {key for key, tensor in self.megatron.items() if tensor.rule.in_mtp}
         return keys | {piece.names[0] for key in keys for piece in self.pieces(key)}
+
+    @cached_property
+    def slices(self) -> Mapping[str, tuple[str, ...]]:
+        """Name of a parameter that checkpoints hold in slices (`<name>.z`, `<name>.x`) -> their keys, in its order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for key in self.megatron:
+            name = key.rpartition(".")[0]
+            if name.endswith((".weight", ".bias")):
+                found[name] = (*found.get(name, ()), key)
+        return found
 
     def key(self, name: str, layer: int | None) -> str:
         """The key of a layer's tensor, given as "decoder.layers." + its rest; layer in HF's count."""
@@ -259,24 +276,7 @@ class ModelTable:
 
     def prove_coverage(self) -> None:
         """CheckpointError unless the rules consume every HF element and write every Megatron element once."""
-        pieces: tuple[dict[str, list[Piece]], dict[str, list[Piece]]] = ({}, {})
-        for key in self.megatron:
-            for piece in self.pieces(key):
-                for side in (0, 1):
-                    pieces[side].setdefault(piece.names[side], []).append(piece)
-        shapes = (self.hf, {key: tensor.shape for key, tensor in self.megatron.items()})
-        proved = set()  # layers and experts are alike
-        for side, what in ((0, "Hugging Face"), (1, "Megatron")):
-            for name, shape in shapes[side].items():
-                mine = pieces[side].get(name, [])
-                alike = (shape, tuple(piece.footprint(side) for piece in mine))
-                fault = None if alike in proved else tiling_fault([b for p in mine for b in p.boxes(side)], shape)
-                proved.add(alike)
-                if fault is not None:
-                    raise CheckpointError(
-                        f"the table of {self.family.model_type} does not move {what} tensor {name} "
-                        f"of shape {list(shape)} exactly once: {fault}"
-                    )
+        prove_coverage(self)
 
 
 def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTable:
@@ -288,6 +288,8 @@ def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTabl
     family = family_for(config)
     spec = spec_for(config, family)
     names = frozenset(stored)
+    if names and not spec.mtp_layers:
+        spec = replace(spec, mtp_layers=family.optional_mtp_layers)
     spellings = family.spellings if names else family.spellings[:1]
     tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
     table = max(tables, key=lambda each: len(each.hf.keys() & names))

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from mswift.converters.copying import num_bytes, opened
+from mswift.converters.copying import opened
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.sources import Source
@@ -25,7 +25,7 @@ def measure(source: Source, num_workers: int, progress: bool) -> dict[str, Measu
     """Reads every tensor of a source once, several at a time."""
     found: dict[str, Measured] = {}
     files = Descriptors()
-    sizes = {name: num_bytes(source, name) for name in source.order}
+    sizes = {name: source.num_bytes(name) for name in source.order}
     with progress_bar(sum(sizes.values()), "verify", progress) as advance:
 
         def work(name: str, buffers: Buffers) -> None:

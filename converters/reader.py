@@ -1,13 +1,15 @@
 """Reads regions of Megatron tensors out of Hugging Face or torch_dist files: exactly the bytes asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.converters.io.files import PIECE_BYTES
-from mswift.converters.io.strided import gather
+from mswift.converters.io.strided import Read, gather, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
-from mswift.converters.sources import HEAD, HfSource, MegatronSource, open_source
+from mswift.converters.sources import HEAD, MegatronSource, Place, open_source
 from mswift.errors import CheckpointError
 
 
@@ -26,7 +28,8 @@ class WeightReader:
         self.dtype: str = self._source.dtype
         self.hf_files: Path = self._source.hf_files
         self._hf_bytes = 0
-        self._tile = memoryview(bytearray(PIECE_BYTES))
+        self._tile, self._block = (memoryview(bytearray(PIECE_BYTES)) for _ in range(2))
+        self._last: tuple[str, Read] | None = None
 
     def dtype_of(self, key: str) -> str:
         """Dtype of one Megatron tensor; `dtype` but for the few that may have their own."""
@@ -34,30 +37,53 @@ class WeightReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read so far."""
+        """Bytes of weights read so far (of decoded ones: bytes made)."""
         return self._source.files.bytes_read if isinstance(self._source, MegatronSource) else self._hf_bytes
+
+    def side_files(self) -> dict[str, bytes]:
+        """config.json (as it must be beside the weights as they are read here), tokenizer and the like."""
+        files = self._source.side_files()
+        if self._source.ignored:
+            files[IGNORED_FIELDS] = json.dumps({"ignored_config_fields": self._source.ignored}).encode()
+        return {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
 
     def read(self, key: str, region: Region, out: memoryview) -> None:
         """Fills `out` with the C-order bytes of that region of the global tensor `key`."""
         if isinstance(self._source, MegatronSource):
-            self._source.files.read(key, region, out)
+            self._source.read(key, region, out)
         else:
-            self._read_hf(self._source, key, region, out.cast("B"))
+            self._read_hf(key, region, out.cast("B"))
 
-    def _read_hf(self, source: HfSource, key: str, region: Region, out: memoryview) -> None:
+    def _read_hf(self, key: str, region: Region, out: memoryview) -> None:
         tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype_of(key)]
         if region.intersect(Region.full(tensor.shape)) != region:
-            raise CheckpointError(f"{source.path}: {key} has shape {list(tensor.shape)}; {region} lies outside")
+            raise CheckpointError(f"{self._source.path}: {key} has shape {list(tensor.shape)}; {region} lies outside")
         if len(out) != region.num_elements * item_bytes:
             raise ValueError(f"{key}{region}: {len(out)} bytes given, {region.num_elements * item_bytes} needed")
         for whole in self.table.pieces_in(key, region):
             for piece in restrict(whole, region, 1):
-                self._hf_bytes += self._gather(source, piece, region, item_bytes, out)
+                self._hf_bytes += self._gather(piece, region, item_bytes, out)
 
-    def _gather(self, source: HfSource, piece: Piece, region: Region, item_bytes: int, out: memoryview) -> int:
+    def _gather(self, piece: Piece, region: Region, item_bytes: int, out: memoryview) -> int:
         name, start = piece.names[0], piece.starts[1]
-        stored = source.tensors[name]
         local = tuple(s - o for s, o in zip(start, region.offsets, strict=True))
         to_out = Piece(piece.names, (piece.starts[0], local), piece.dims).inverse()
-        copy = flatten(to_out, (region.sizes, stored.shape), item_bytes)
-        return gather(source.fd(stored.path), stored.path, copy.moved(1, stored.offset), out, 0, self._tile)
+        copy = flatten(to_out, (region.sizes, self.table.hf[name]), item_bytes)
+        run = self._one_run(name)
+        if run is not None:
+            return gather(run.fd, run.path, copy.moved(1, run.copy.starts[1][0]), out, 0, self._tile)
+        return gather_from(self._stream(name), copy, out, self._block)
+
+    def _one_run(self, name: str) -> Place | None:
+        """The place of an HF tensor that lies in one run of a file."""
+        if self._source.decoding(name) is not None:
+            return None
+        places = self._source.places(name)
+        dims = places[0].copy.dims
+        return places[0] if len(places) == 1 and len(dims) <= 1 else None
+
+    def _stream(self, name: str) -> Read:
+        """The bytes of an HF tensor; the last stream is kept, as it may hold what it decoded."""
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._source.stream(name, self._tile))
+        return self._last[1]

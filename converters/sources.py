@@ -1,234 +1,268 @@
-"""Where a model's weights come from: a Hugging Face directory, or a torch_dist one (converted, or a checkpoint)."""
+"""Where a model's weights come from: Hugging Face files, a torch_dist directory, or a plain DCP checkpoint."""
 
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from mswift.converters.catalog import read_config
+from mswift.converters.decode import HasShape, dequantised
 from mswift.converters.io.dcp_metadata import METADATA
-from mswift.converters.io.files import open_read, read_exactly
-from mswift.converters.io.safetensors import StoredTensor, read_directory
-from mswift.converters.io.torch_dist import TorchDistSource, other_name
-from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
+from mswift.converters.io.megatron_lm import check_args, resolve, strip_prefix
+from mswift.converters.io.safetensors import SAFETENSORS
+from mswift.converters.io.stored import StoredTensor
+from mswift.converters.io.torch_bin import TORCH_BIN
+from mswift.converters.io.torch_dist import TensorInfo, TorchDistSource, other_name
+from mswift.converters.layout import Region, identity
 from mswift.converters.manifest import read_manifest
-from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
+from mswift.converters.plan import DTYPE_BYTES, table_for
+from mswift.converters.quantization import FIELD, quantization_of
+from mswift.converters.source import Place, Source, SourceOptions, check_shapes, chunk_places, run_of_bytes
 from mswift.errors import CheckpointError
 
+__all__ = [
+    "DcpSource",
+    "HfSource",
+    "MegatronSource",
+    "Place",
+    "Source",
+    "SourceOptions",
+    "chunk_places",
+    "open_source",
+    "run_of_bytes",
+]
+
 HF_FOLDER = "hf"
-_NOT_WEIGHTS = ("optimizer.", "rng.")
 _ADAPTER = "adapter."
+_TRAINING_STATE = "state of training (optimizer, random numbers); weights only are converted"
 HEAD = "lm_head.weight"
+_DEFAULTS = SourceOptions()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Bytes of one HF tensor (side 0 of the flat map) in a file (side 1)."""
+class _NamedSource(Source):
+    """Tensors stored under their HF names, some of them perhaps quantised."""
 
-    fd: int
-    path: Path
-    copy: Piece
-
-
-def run_of_bytes(name: str, size: int, offset: int) -> Piece:
-    """A tensor that lies in one run of a file."""
-    return Piece((name, name), ((0,), (offset,)), (Dim(size, (0, 0), (1, 1)),))
-
-
-def chunk_places(
-    piece: Piece, hf_shape: tuple[int, ...], chunk: Region, dtype: str, data: tuple[int, Path, int]
-) -> Iterator[Place]:
-    """The bytes of a piece of an HF tensor that lie in one chunk of its Megatron tensor; data: (fd, path, offset)."""
-    fd, path, offset = data
-    for part in restrict(piece, chunk, 1):
-        local = tuple(s - o for s, o in zip(part.starts[1], chunk.offsets, strict=True))
-        inside = Piece(part.names, (part.starts[0], local), part.dims)
-        copy = flatten(inside, (hf_shape, chunk.sizes), DTYPE_BYTES[dtype])
-        yield Place(fd, path, copy.moved(1, offset))
-
-
-class HfSource:
-    """The tensors of a Hugging Face directory, checked against the table of its config.json.
-
-    `dropped`: tensors that no model reads, with the reason; `repeats`: those among them whose bytes must equal
-    another tensor's (a tied checkpoint's own `lm_head.weight`), which `check_repeats` reads and compares.
-    """
-
-    format = "safetensors"
-
-    def __init__(self, path: Path) -> None:
-        self.path = self.hf_files = path
-        self.config = read_config(path)
-        stored = read_directory(path)
-        self.table: ModelTable = table_for(self.config, stored)
-        self.fds: dict[Path, int] = {}
-        self.all_tensors: Mapping[str, StoredTensor] = stored
-        drops = {name: self.table.dropped[name] for name in stored if name in self.table.dropped}
+    def _adopt(self, stored: Mapping[str, HasShape]) -> None:
+        """Takes the stored tensors in: dequantises, drops, checks."""
+        quantization = quantization_of(self.config)
+        if quantization is not None:
+            made = dequantised(stored, quantization, self.options.dtype or "BF16")
+            if not made:
+                raise CheckpointError(
+                    f"{self.path}: config.json has a {FIELD} ({quantization.method}), but no tensor is quantised; "
+                    "remove the field"
+                )
+            self._decodings |= made
+        inputs = {name for decoding in self._decodings.values() for name in decoding.inputs}
+        logical: dict[str, HasShape] = {name: t for name, t in stored.items() if name not in inputs}
+        for name, decoding in self._decodings.items():
+            if name in logical:
+                raise CheckpointError(f"{self.path}: holds {name} and the quantised {', '.join(decoding.inputs)}")
+            logical[name] = decoding
+        self._stored, self._logical = stored, logical
+        self.table = table_for(self.config, logical)
+        drops = {name: self.table.dropped[name] for name in logical if name in self.table.dropped}
         self.dropped = {name: drop.reason for name, drop in drops.items()}
         self.repeats = {name: drop.same_as for name, drop in drops.items() if drop.same_as}
-        self.tensors = {name: tensor for name, tensor in stored.items() if name not in self.dropped}
-        check_shapes(str(path), {n: t.shape for n, t in self.tensors.items()}, self.table.hf)
-        self.dtype = one_dtype(str(path), {n: t.dtype for n, t in self.tensors.items()}, self.table.has_own_dtype)
+        kept = {name: tensor for name, tensor in logical.items() if name not in self.dropped}
+        check_shapes(str(self.path), {n: t.shape for n, t in kept.items()}, self.table.hf)
+        self._cast_all(self.table.has_own_dtype)
+        self.dtype = self._one_dtype(self.table.has_own_dtype)
+
+    def check_repeats(self, names: Collection[str] | None = None) -> None:
+        for name, original in self.repeats.items():
+            if original in self._logical and (names is None or name in names):
+                self._check_repeat(original, name, self.dropped[name])
+
+    def stored_dtype(self, name: str) -> str:
+        return self._stored[name].dtype
+
+    def _check_repeat(self, original: str, name: str, reason: str) -> None:
+        first, second = self._logical[original], self._logical[name]
+        where = f"{self.path}: {name} ({reason})"
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            raise CheckpointError(
+                f"{where} is {second.dtype} {list(second.shape)}, but {original} is {first.dtype} {list(first.shape)}"
+            )
+        a, b, tile = (memoryview(bytearray(1 << 20)) for _ in range(3))
+        size = Region.full(second.shape).num_elements * DTYPE_BYTES[second.dtype]
+        streams = [self.stream(each, tile) for each in (original, name)]
+        for low in range(0, size, 1 << 20):
+            high = min(size, low + (1 << 20))
+            if streams[0](low, high, a) != streams[1](low, high, b):
+                hint = "; set tie_word_embeddings to false to keep it" if name == HEAD else ""
+                raise CheckpointError(f"{where} differs from {original}{hint}")
+
+
+class HfSource(_NamedSource):
+    """The safetensors files of a Hugging Face directory, or else its pytorch_model.bin."""
+
+    def __init__(self, path: Path, options: SourceOptions = _DEFAULTS) -> None:
+        super().__init__(path, options.model_config or path, options)
+        files = TORCH_BIN if TORCH_BIN.present(path) and not SAFETENSORS.present(path) else SAFETENSORS
+        self.format = "safetensors" if files is SAFETENSORS else "pytorch_bin"
+        self.all_tensors: Mapping[str, StoredTensor] = files.read_directory(path)
+        if not self.all_tensors:
+            raise CheckpointError(
+                f"{path}: has neither {SAFETENSORS.single} nor {SAFETENSORS.index}, other *.safetensors, or "
+                f"{TORCH_BIN.single}: no weights"
+            )
+        self._adopt(self.all_tensors)
+        self.tensors = {name: self.all_tensors[self._first_input(name)] for name in self.table.hf}
         self.order = sorted(self.tensors, key=lambda n: (self.tensors[n].path, self.tensors[n].offset))
 
-    def dtype_of(self, name: str) -> str:
-        """Dtype of one HF tensor; `dtype` but for the few that may have their own."""
-        return self.tensors[name].dtype
+    def _first_input(self, name: str) -> str:
+        decoding = self.decoding(name)
+        return name if decoding is None else decoding.inputs[0]
 
     def places(self, name: str) -> list[Place]:
-        """Where the bytes of an HF tensor lie."""
-        tensor = self.tensors[name]
-        return [Place(self.fd(tensor.path), tensor.path, run_of_bytes(name, tensor.nbytes, tensor.offset))]
+        tensor = self.all_tensors[name]
+        return [Place(self.fd(tensor.path), tensor.path, tensor.copy(name))]
 
     def extents(self) -> dict[str, list[tuple[int, int]]]:
-        """File name -> (offset, size) of every tensor in it."""
         result: dict[str, list[tuple[int, int]]] = {}
         for tensor in self.all_tensors.values():
             result.setdefault(tensor.path.name, []).append((tensor.offset, tensor.nbytes))
         return result
 
-    def fd(self, path: Path) -> int:
-        """An open descriptor of one of the weight files."""
-        fd = self.fds.get(path)
-        if fd is None:
-            fd = open_read(path)
-            if self.fds.setdefault(path, fd) != fd:  # another thread was faster
-                os.close(fd)
-        return self.fds[path]
+
+class DcpSource(_NamedSource):
+    """A checkpoint that torch.distributed.checkpoint wrote, of tensors under their HF names (perhaps in a dict)."""
+
+    format = "dcp"
+
+    def __init__(self, path: Path, files: TorchDistSource, options: SourceOptions) -> None:
+        super().__init__(path, _config_home(path, options), options)
+        self.files = files
+        weights, self._prefix, dropped = strip_prefix(files.tensors, table_for(self.config).hf)
+        self._adopt(weights)
+        self.dropped |= dict.fromkeys(dropped, _TRAINING_STATE)
+        self.order = self.table.hf_order
+
+    def places(self, name: str) -> list[Place]:
+        key, tensor = self._prefix + name, self._stored[name]
+        whole = Region.full(tensor.shape)
+        piece = identity((name, key), whole, (whole.offsets, whole.offsets))
+        result: list[Place] = []
+        for chunk, _ in self.files.chunks(key).overlapping(whole):
+            result += chunk_places(piece, tensor.shape, chunk, tensor.dtype, self.files.chunk_data(key, chunk))
+        return result
+
+    def extents(self) -> dict[str, list[tuple[int, int]]]:
+        return {}
 
     def close(self) -> None:
-        """Closes the files."""
-        while self.fds:
-            os.close(self.fds.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "fds"):
-            self.close()
-
-    def check_repeats(self, names: Collection[str] | None = None) -> None:
-        """CheckpointError unless the repeats (some of them, or all) have the bytes of their originals."""
-        for name, original in self.repeats.items():
-            if original in self.all_tensors and (names is None or name in names):
-                self._check_repeat(original, name, self.dropped[name])
-
-    def _check_repeat(self, original: str, name: str, reason: str) -> None:
-        first, second = self.all_tensors[original], self.all_tensors[name]
-        where = f"{second.path}: {name} ({reason})"
-        if (first.dtype, first.shape) != (second.dtype, second.shape):
-            raise CheckpointError(
-                f"{where} is {second.dtype} {list(second.shape)}, but {original} is {first.dtype} {list(first.shape)}"
-            )
-        a, b = (memoryview(bytearray(1 << 20)) for _ in range(2))
-        for start in range(0, second.nbytes, 1 << 20):
-            size = min(1 << 20, second.nbytes - start)
-            for tensor, buffer in ((first, a), (second, b)):
-                read_exactly(self.fd(tensor.path), buffer[:size], tensor.offset + start, tensor.path)
-            if a[:size] != b[:size]:
-                hint = "; set tie_word_embeddings to false to keep it" if name == HEAD else ""
-                raise CheckpointError(f"{where} differs from {original}{hint}")
+        super().close()
+        if hasattr(self, "files"):
+            self.files.close()
 
 
-class MegatronSource:
-    """The model tensors of a torch_dist directory with its hf/ folder, checked against the table of its config."""
+class MegatronSource(Source):
+    """The model tensors of a torch_dist directory, checked against the table of its config.
+
+    The config lies in its hf/ folder, or is given. `dropped` names the rows of a padded vocabulary, and state of
+    training that a foreign program stored beside the weights.
+    """
 
     format = "torch_dist"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.hf_files = path / HF_FOLDER
-        self.files = TorchDistSource(path)
-        if not (self.hf_files / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: has no {HF_FOLDER}/config.json, so its model is not known; "
-                "put the Hugging Face config.json and tokenizer there"
-            )
-        self.config = read_config(self.hf_files)
+    def __init__(self, path: Path, options: SourceOptions = _DEFAULTS, files: TorchDistSource | None = None) -> None:
+        self.files = files or TorchDistSource(path)
+        super().__init__(path, _config_home(path, options), options)
         recorded = read_manifest(path)
-        self.table: ModelTable = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
-        others = {other_name(key): key for key in self.table.megatron}
-        self.files.rename({name: key for name, key in others.items() if name in self.files.tensors})
-        shapes = {n: t.shape for n, t in self.files.tensors.items() if not n.startswith(_NOT_WEIGHTS)}
-        if shapes and all(name.startswith(_ADAPTER) for name in shapes):
+        self.table = table_for(self.config, recorded.tensors if recorded else self.files.tensors)
+        weights, self._prefix, state = self._weights()
+        if weights and all(name.startswith(_ADAPTER) for name in weights):
             raise CheckpointError(
                 f"{path}: holds a LoRA adapter and no model weights; give the base model here and the adapter to "
                 "--adapters (mswift export writes it, mswift merge folds it in)"
             )
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
+        padding = self._cut_padding(shapes)
         check_shapes(str(path), shapes, {key: t.shape for key, t in self.table.megatron.items()})
-        own = self.table.megatron
-        self.dtype = one_dtype(
-            str(path), {n: self.files.tensors[n].dtype for n in shapes}, lambda key: own[key].rule.own_dtype
-        )
+        check_args(path, self.table.spec)
+        foreign = not (path / HF_FOLDER).is_dir()
+        self.dropped = padding | (dict.fromkeys(state, _TRAINING_STATE) if foreign else {})
+        own = self.table.has_own_dtype
+        self._cast_all(own)
+        self.dtype = self._one_dtype(own)
         self.order = self.table.hf_order
-        self.dropped: dict[str, str] = {}
-        self.repeats: dict[str, str] = {}
 
-    def check_repeats(self, names: Collection[str] | None = None) -> None:
-        """There are none here."""
+    def _weights(self) -> tuple[dict[str, TensorInfo], str, Sequence[str]]:
+        """`strip_prefix` of the files, tensors under the names of the table: some of megatron-core's have two."""
+        found = strip_prefix(self.files.tensors, self.table.megatron)
+        prefix = found[1]
+        names = {prefix + other_name(key): prefix + key for key in self.table.megatron if other_name(key)}
+        self.files.rename({name: key for name, key in names.items() if name in self.files.tensors})
+        return strip_prefix(self.files.tensors, self.table.megatron)
 
-    def dtype_of(self, name: str) -> str:
-        """Dtype of one HF tensor; `dtype` but for the few that may have their own."""
-        return self.files.tensors[self.table.hf_pieces[name][0].names[1]].dtype
+    def _cut_padding(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        """Takes the rows behind the vocabulary off `shapes`; returns name of the rows -> reason."""
+        dropped = {}
+        for key, tensor in self.table.megatron.items():
+            shape, cut_rule = shapes.get(key), tensor.rule.cut
+            if shape is None or cut_rule is None or not cut_rule.uneven or shape[1:] != tensor.shape[1:]:
+                continue
+            rows = tensor.shape[0]
+            if shape[0] > rows:
+                shapes[key] = tensor.shape
+                dropped[f"{key}[{rows}:{shape[0]}]"] = f"{shape[0] - rows} rows that pad the vocabulary of {rows}"
+        return dropped
+
+    def key(self, name: str) -> str:
+        """Megatron tensor that holds an HF tensor, as it is called in the files."""
+        return self._prefix + self.table.hf_pieces[name][0].names[1]
+
+    def stored_dtype(self, name: str) -> str:
+        return self.files.tensors[self.key(name)].dtype
+
+    def read(self, key: str, region: Region, out: memoryview) -> None:
+        """Fills `out` with the C-order bytes of a region of a Megatron tensor."""
+        shape = self.table.megatron[key].shape
+        if region.intersect(Region.full(shape)) != region:
+            raise CheckpointError(f"{self.path}: {key} has shape {list(shape)}; {region} lies outside")
+        self.files.read(self._prefix + key, region, out)
 
     def places(self, name: str) -> list[Place]:
-        """Where the bytes of an HF tensor lie."""
         shape, result = self.table.hf[name], list[Place]()
+        dtype = self.stored_dtype(name)
         for piece in self.table.hf_pieces[name]:
-            key = piece.names[1]
+            key = self._prefix + piece.names[1]
             for chunk, _ in self.files.chunks(key).overlapping(piece.hull(1)):
-                result += chunk_places(piece, shape, chunk, self.dtype_of(name), self.files.chunk_data(key, chunk))
+                result += chunk_places(piece, shape, chunk, dtype, self.files.chunk_data(key, chunk))
         return result
 
     def extents(self) -> dict[str, list[tuple[int, int]]]:
-        """File name -> (offset, size) of every chunk of a model tensor in it."""
         result: dict[str, list[tuple[int, int]]] = {}
         for key, tensor in self.table.megatron.items():
-            for chunk, _ in self.files.chunks(key).overlapping(Region.full(tensor.shape)):
-                _, path, offset = self.files.chunk_data(key, chunk)
-                item_bytes = DTYPE_BYTES[self.files.tensors[key].dtype]
+            name = self._prefix + key
+            for chunk, _ in self.files.chunks(name).overlapping(Region.full(tensor.shape)):
+                _, path, offset = self.files.chunk_data(name, chunk)
+                item_bytes = DTYPE_BYTES[self.files.tensors[name].dtype]
                 result.setdefault(path.name, []).append((offset, chunk.num_elements * item_bytes))
         return result
 
     def close(self) -> None:
-        """Closes the files."""
+        super().close()
         self.files.close()
 
 
-Source = HfSource | MegatronSource
+def _config_home(path: Path, options: SourceOptions) -> Path:
+    """Where the config.json of a checkpoint lies that is no Hugging Face directory."""
+    if options.model_config is not None:
+        return options.model_config
+    for home in (path / HF_FOLDER, path):
+        if (home / "config.json").is_file():
+            return home
+    raise CheckpointError(
+        f"{path}: has no {HF_FOLDER}/config.json, so its model is not known; give --model_config DIR with the Hugging "
+        "Face config.json (and tokenizer), or put them there"
+    )
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, options: SourceOptions = _DEFAULTS) -> Source:
     """The weights in that directory; strict: CheckpointError for a missing, extra or misshapen tensor."""
-    path = Path(path)
-    if (path / METADATA).exists() or any(path.glob("*.distcp")):
-        return MegatronSource(path)
-    return HfSource(path)
-
-
-def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """CheckpointError unless the names are the same and every shape is."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or extra:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in (("missing", missing), ("not in the model", extra))
-            if names
-        ]
-        raise CheckpointError(
-            f"{where}: has {len(found)} tensors, its config.json describes {len(expected)}: {'; '.join(parts)}"
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}; config.json says {list(shape)}")
-
-
-def one_dtype(where: str, dtypes: Mapping[str, str], has_own: Callable[[str], bool]) -> str:
-    """The one floating dtype of all tensors but those that may have their own; CheckpointError naming the first
-    that differs.
-    """
-    first_name, first = next(((n, d) for n, d in dtypes.items() if not has_own(n)), ("", ""))
-    for name, dtype in dtypes.items():
-        if dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{where}: {name} is {dtype}; weights must be one of {', '.join(WEIGHT_DTYPES)}")
-        if dtype != first and not has_own(name):
-            raise CheckpointError(f"{where}: {name} is {dtype}, but {first_name} is {first}; one dtype is expected")
-    return first
+    path = resolve(Path(path))
+    if not ((path / METADATA).exists() or any(path.glob("*.distcp"))):
+        return HfSource(path, options)
+    files = TorchDistSource(path)
+    if files.is_megatron:
+        return MegatronSource(path, options, files)
+    return DcpSource(path, files, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from mswift import rundir
-from mswift.converters.copying import num_bytes, opened
+from mswift.converters.copying import opened
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import MANIFEST
@@ -17,12 +17,13 @@ from mswift.converters.layout import strides
 from mswift.converters.manifest import Manifest, hash_frame, hash_whole, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.converters.proof import measure
-from mswift.converters.sources import Source, open_source
+from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.work import LARGEST_SPAN_BYTES, spans
 from mswift.converters.workers import Buffers, InOrder, default_workers, progress_bar, run_all
 from mswift.errors import CheckpointError, ConfigError
 
 SHOWN_DIFFERENCES = 10
+_DEFAULTS = SourceOptions()
 
 
 @dataclass
@@ -50,12 +51,14 @@ class Report:
         return "\n".join([f"DIFFERENT: {self.subject}", *shown, *tail])
 
 
-def verify(a: Path, b: Path, *, progress: bool = False, num_workers: int | None = None) -> Report:
+def verify(
+    a: Path, b: Path, *, progress: bool = False, num_workers: int | None = None, options: SourceOptions = _DEFAULTS
+) -> Report:
     """Compares every element of the model in `a` with that in `b`, whatever their formats and sharding.
 
     CheckpointError if one of them cannot be read; differences are in the report, in the model's order.
     """
-    left, right = open_source(Path(a)), open_source(Path(b))
+    left, right = open_source(Path(a), options), open_source(Path(b), options)
     report = Report(f"{a} ({left.format}) and {b} ({right.format})")
     report.differences += _model_differences(left, right)
     same_shape = [name for name in left.table.hf_order if left.table.hf[name] == right.table.hf.get(name)]
@@ -76,7 +79,10 @@ def _dtype_differences(dtypes: Mapping[str, tuple[str, str]], a: Path, b: Path) 
         if pair[0] != pair[1]:
             found.setdefault(pair, []).append(name)
     for (mine, theirs), names in found.items():
-        yield f"dtype: {mine} in {a}, {theirs} in {b} ({len(names)} of {len(dtypes)} tensors, {names[0]} first)"
+        yield (
+            f"dtype: {mine} in {a}, {theirs} in {b}"
+            + f" ({len(names)} of {len(dtypes)} tensors, {names[0]} first; --dtype compares both in one)"
+        )
 
 
 def _model_differences(left: Source, right: Source) -> Iterable[str]:
@@ -97,7 +103,7 @@ class _Comparison:
 
     def __init__(self, left: Source, right: Source, names: Sequence[str]) -> None:
         self.left, self.right, self.names = left, right, names
-        self.sizes = {name: num_bytes(left, name) for name in names}
+        self.sizes = {name: left.num_bytes(name) for name in names}
         self._files = Descriptors()
         self._lock = Lock()
         self._first: dict[str, tuple[int, bytes, bytes]] = {}

@@ -140,11 +140,16 @@ def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) 
     """
     if destination.exists() and not (destination / COMMIT).exists():
         destination.rename(destination.with_name(f"{destination.name}.not-committed-{time.time_ns()}"))
+    write_commit(directory, files)
+    directory.rename(destination)
+    fsync_path(destination.parent)
+
+
+def write_commit(directory: Path, files: Mapping[str, FileRecord]) -> None:
+    """COMMIT of a directory that is published under another name afterwards."""
     records = {n: {"size": r.size_bytes, "sha256": r.sha256} for n, r in sorted(files.items())}
     write_json(directory / COMMIT, {"version": _COMMIT_VERSION, "files": records})
     fsync_path(directory)
-    directory.rename(destination)
-    fsync_path(destination.parent)
 
 
 def await_commit(checkpoint: Path, seconds: float) -> None:

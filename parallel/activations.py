@@ -74,6 +74,17 @@ class GegluTanh(Geglu):
     approximate = "tanh"
 
 
+class SquaredRelu(nn.Module):
+    """max(x, 0) ** 2 (So et al. 2021)."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the output of linear_fc1."""
+        return F.relu(x).square()
+
+
 class QuickGlu(nn.Module):
     """gate * sigmoid(1.702 gate) * (up + offset), gate and up clamped before: gate to at most `limit`, |up| too."""
 
@@ -98,6 +109,7 @@ ACTIVATIONS: dict[tuple[str, bool], type[nn.Module]] = {
     ("gelu_tanh", True): GegluTanh,
     ("gelu", False): Gelu,
     ("gelu_tanh", False): GeluTanh,
+    ("relu2", False): SquaredRelu,
     ("quick_gelu", True): QuickGlu,
 }
 """By (`ModelSpec.activation`, `ModelSpec.gated`): those that training computes."""

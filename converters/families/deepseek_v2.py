@@ -12,11 +12,11 @@ def _spec(config: Fields) -> ModelSpec:
     config.require("scoring_func", "softmax")
     config.require("norm_topk_prob", False)  # transformers ignores it, DeepSeek's own class does not
     groups, best = config.take("n_group"), config.take("topk_group")  # no part of the greedy choice
-    if config.choice("topk_method", "greedy", "group_limited_greedy") == "greedy":
+    if config.one_of("topk_method", ("greedy", "group_limited_greedy")) == "greedy":
         groups = best = 1
     else:
         groups, best = config.integer("n_group"), config.integer("topk_group")
-    moe = deepseek_moe(config, groups=groups, best=best)
+    moe = deepseek_moe(config, groups=groups, best=best, width=1407, shared=2, experts=(64, None))
     return mla_model(config, max_positions=2048, moe=moe, interleaved=True)
 
 

@@ -15,9 +15,14 @@ MLP = (
 )
 GELU = "gelu_pytorch_tanh"
 FIXED = {
-    "activation_function": GELU, "mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True,
+    "mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True,
 }  # fmt: skip
-UNREAD = ("layer_norm_epsilon", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")  # by transformers
+UNREAD = (
+    "activation_function",
+    "layer_norm_epsilon",
+    "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32",
+)  # by transformers
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,13 +1,13 @@
 """`.metadata` of torch.distributed.checkpoint: the tensors, their chunks, and which bytes of which file hold each."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, load_pickle
+from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, brief, load_pickle
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def read_metadata(directory: Path) -> Index:
         return _index(load_pickle(data))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is not the metadata of a checkpoint ({type(error).__name__}: {error})"
         ) from None
@@ -65,7 +65,7 @@ def _index(metadata: Record) -> Index:
             continue
         shape, dtype = _ints(entry.field("size")), entry.field("properties").state[0]
         if dtype not in TORCH_DTYPES:
-            raise ValueError(f"tensor {name} has dtype {dtype!r}")
+            raise ValueError(f"tensor {name} has dtype {brief(dtype)}")
         chunks: dict[Region, Item] = {}
         for chunk in entry.field("chunks"):
             region = Region(_ints(chunk.field("offsets")), _ints(chunk.field("sizes")))
@@ -87,14 +87,14 @@ def _item(info: Record) -> Item:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not a name")
+        raise TypeError(f"{brief(value)} is not a name")
     return value
 
 
 def _ints(values: Any) -> tuple[int, ...]:
     result = tuple(values)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in result):
-        raise TypeError(f"{result!r:.80} are not sizes")
+        raise TypeError(f"{brief(result)} are not sizes")
     return result
 
 
@@ -122,21 +122,30 @@ def encode_metadata(index: Index) -> bytes:
         state = {"relative_path": item.file, "offset": item.offset, "length": item.length}
         return new("_StorageInfo", state, "torch.distributed.checkpoint.filesystem")
 
-    entries: dict[str, Any] = {name: new("BytesStorageMetadata", None) for name in index.objects}
-    storage = [(key(name, None), info(item)) for name, item in index.objects.items()]
-    for name, (dtype, shape, chunks) in index.tensors.items():
-        described = [new("ChunkStorageMetadata", {"offsets": size(r.offsets), "sizes": size(r.sizes)}) for r in chunks]
-        state = {"properties": properties(dtype), "size": size(shape), "chunks": described}
-        entries[name] = new("TensorStorageMetadata", state)
-        storage += [(key(name, region.offsets), info(item)) for region, item in chunks.items()]
+    def entries() -> Iterator[tuple[Any, Any]]:
+        for name in index.objects:
+            yield partial(out.plain, name), new("BytesStorageMetadata", None)
+        for name, (dtype, shape, chunks) in index.tensors.items():
+            boxes = ({"offsets": size(r.offsets), "sizes": size(r.sizes)} for r in chunks)
+            described = partial(out.items, (new("ChunkStorageMetadata", box) for box in boxes))
+            state = {"properties": properties(dtype), "size": size(shape), "chunks": described}
+            yield partial(out.plain, name), new("TensorStorageMetadata", state)
+
+    def storage() -> Iterator[tuple[Any, Any]]:
+        for name, item in index.objects.items():
+            yield key(name, None), info(item)
+        for name, (_, _, chunks) in index.tensors.items():
+            for region, item in chunks.items():
+                yield key(name, region.offsets), info(item)
+
     meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     out.instance(
         _METADATA,
         "Metadata",
         {
-            "state_dict_metadata": entries,
+            "state_dict_metadata": partial(out.pairs, entries()),
             "planner_data": None,
-            "storage_data": partial(out.pairs, storage),
+            "storage_data": partial(out.pairs, storage()),
             "storage_meta": new("StorageMeta", meta),
             "version": "1.0.0",
         },

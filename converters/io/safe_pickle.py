@@ -2,9 +2,12 @@
 
 import io
 import pickle
+import reprlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mswift.converters.io.pickle_scan import scan
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -32,9 +35,32 @@ def _record(name: str) -> type[Record]:
     return type(name, (Record,), {})
 
 
-def _tensor(storage: tuple[str, int], offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
-    """(storage class, its length, first element, shape, strides) of a pickled tensor."""
-    return (*storage, offset, tuple(size), tuple(stride))
+class PickledTensor(NamedTuple):
+    """A tensor as a pickle describes it: class, record and length of its storage; first element, shape, strides."""
+
+    storage: str
+    key: str
+    numel: int
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Dict(dict[Any, Any]):
+    """An OrderedDict without the attributes that a pickle sets (a state dict's `_metadata`)."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> PickledTensor:
+    name, key, numel = storage
+    return PickledTensor(name, key, numel, offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    """An nn.Parameter is its tensor."""
+    return data
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -62,28 +88,68 @@ TORCH_DTYPES = {
 _DTYPES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 
 
+_STATE_DICT: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+}
+"""What a state dict of tensors needs."""
+
+_INERT_PACKAGES = frozenset({"argparse", "megatron", "torch", "numpy", "pathlib", "collections", "enum", "signal"})
+"""Classes of these stand in the arguments that Megatron-LM stores; each becomes a `Record`, none is imported."""
+
+
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> None:
+        scan(data)
+        super().__init__(io.BytesIO(data))
+        self._allowed, self._inert = allowed, inert
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if module == "torch" and name.endswith("Storage") and name.isalnum():
             return name
         try:
-            return _ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
+            if self._inert and module.split(".", 1)[0] in _INERT_PACKAGES:
+                return _record(name)
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        kind, storage, _key, _device, numel = pid
+        kind, storage, key, _device, numel = pid
         if kind != "storage":
             raise pickle.UnpicklingError(f"it refers to {kind!r}")
-        return storage, numel
+        if not (isinstance(storage, str) and isinstance(key, str) and type(numel) is int):
+            raise pickle.UnpicklingError("it refers to a storage without name, record or length")
+        return storage, key, numel
 
 
 def load_pickle(data: bytes) -> Any:
     """Unpickles with an allow-list of inert stand-ins; pickle.UnpicklingError for anything else or broken bytes."""
+    return _load(data, _ALLOWED)
+
+
+def load_state_dict(data: bytes) -> Any:
+    """Like load_pickle, with an allow-list of what a state dict of tensors needs; they become `PickledTensor`."""
+    return _load(data, _STATE_DICT)
+
+
+def load_arguments(data: bytes) -> Any:
+    """Like load_pickle, with more stand-ins: for what Megatron-LM stores beside the tensors."""
+    return _load(data, _ALLOWED, inert=True)
+
+
+def brief(value: Any) -> str:
+    """A value for a message; nested ones are cut short before they are written out."""
+    return reprlib.repr(value)[:100]
+
+
+def _load(data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> Any:
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return _Unpickler(data, allowed, inert=inert).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:
@@ -102,7 +168,7 @@ class PickleWriter:
         return bytes(self._out + b".")
 
     def plain(self, value: Any) -> None:
-        """None, bool, int, str, and tuples, lists, dicts of values or of callables that write one."""
+        """None, bool, int, float, str, and tuples, lists, dicts of values or of callables that write one."""
         if callable(value):
             value()
         elif value is None:
@@ -111,6 +177,8 @@ class PickleWriter:
             self._out += b"\x88" if value else b"\x89"
         elif isinstance(value, int):
             self._int(value)
+        elif isinstance(value, float):
+            self._out += b"G" + struct.pack(">d", value)
         elif isinstance(value, str):
             data = value.encode("utf-8")
             self._out += b"X" + struct.pack("<I", len(data)) + data
@@ -130,8 +198,15 @@ class PickleWriter:
         else:
             raise TypeError(f"cannot pickle {type(value).__name__}")
 
-    def pairs(self, pairs: Sequence[tuple[Callable[[], None], Any]]) -> None:
-        """A dict whose keys are written by callables."""
+    def items(self, values: Iterable[Any]) -> None:
+        """A list whose values are made while it is written."""
+        self._out += b"]("
+        for value in values:
+            self.plain(value)
+        self._out += b"e"
+
+    def pairs(self, pairs: Iterable[tuple[Callable[[], None], Any]]) -> None:
+        """A dict whose keys are written by callables; pairs are made while it is written."""
         self._out += b"}("
         for key, item in pairs:
             key()

@@ -3,33 +3,20 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import open_read, read_bytes
+from mswift.converters.io.stored import FileFormat, StoredTensor, check_names
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LARGEST_HEADER_BYTES = 100_000_000
+MOST_AXES = 64
 _FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: file, absolute byte offset, C order."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -66,6 +53,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(entries).__name__}, not an object")
+    check_names(path, entries)
     return entries
 
 
@@ -88,7 +76,9 @@ def _entry(path: Path, name: str, value: Any, data: int) -> StoredTensor:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    return (
+        isinstance(value, list) and len(value) <= MOST_AXES and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    )
 
 
 def _check_tiling(path: Path, tensors: Mapping[str, StoredTensor], data: int, size: int) -> None:
@@ -107,60 +97,14 @@ def _check_tiling(path: Path, tensors: Mapping[str, StoredTensor], data: int, si
         )
 
 
+SAFETENSORS = FileFormat(SINGLE, INDEX, "*.safetensors", read_header)
+
+
 def read_directory(model_dir: Path) -> dict[str, StoredTensor]:
-    """Every tensor of model.safetensors, or of the shards that the index names; CheckpointError on any mismatch."""
-    index, single = model_dir / INDEX, model_dir / SINGLE
-    if index.exists() and single.exists():
-        raise CheckpointError(f"{model_dir}: has both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if single.exists():
-        _check_inside(model_dir, SINGLE, single)
-        return read_header(single)
-    if not index.exists():
+    """Every tensor of the safetensors files of a directory; CheckpointError on any mismatch."""
+    if not SAFETENSORS.present(model_dir):
         raise CheckpointError(f"{model_dir}: has neither {SINGLE} nor {INDEX}")
-    weight_map = _read_index(index)
-    tensors: dict[str, StoredTensor] = {}
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        _check_inside(model_dir, file, index)
-    absent = [file for file in files if not (model_dir / file).exists()]
-    if absent:
-        verb = "do not exist" if len(absent) > 1 else "does not exist"
-        raise CheckpointError(
-            f"{index}: names {', '.join(absent[:5])}, which {verb} ({len(absent)} of {len(files)} files)"
-        )
-    for file in files:
-        path = model_dir / file
-        for name, tensor in read_header(path).items():
-            if weight_map.get(name) != file:
-                said = weight_map.get(name, "no file")
-                raise CheckpointError(f"{path}: holds tensor {name!r}, which the index places in {said}")
-            tensors[name] = tensor
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{model_dir / file}: lacks tensor {name!r}, which the index places there")
-    return tensors
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        value = json.loads(index.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not valid JSON ({error})") from None
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
-    return weight_map
-
-
-def _check_inside(model_dir: Path, file: str, index: Path) -> None:
-    """Weights lie in the model's directory, or are links into the blobs of their own hub cache."""
-    if PurePosixPath(file).name != file or file in ("", ".", "..") or "\0" in file:
-        raise CheckpointError(f"{index}: {file!r} is not a plain file name; weights must lie in {model_dir}")
-    path = model_dir / file
-    if path.is_symlink():
-        target, home = path.resolve(), model_dir.resolve()
-        if target.parent not in (home, home.parent.parent / "blobs"):
-            raise CheckpointError(f"{path}: is a link to {target}, outside {model_dir}; put the file itself there")
+    return SAFETENSORS.read_directory(model_dir)
 
 
 def encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]], align: int = 4096) -> tuple[bytes, dict[str, int]]:

@@ -1,12 +1,16 @@
 """The files of a model directory that are not weights."""
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.errors import CheckpointError
 
 MANIFEST = "mswift_manifest.json"
+OPTIMIZER_RECORD = "mswift_optimizer.json"
 LARGEST_BYTES = 256 << 20
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -16,12 +20,19 @@ _WEIGHTS = frozenset(
 def carried_files(model_dir: Path) -> list[Path]:
     """config.json, generation_config.json, tokenizer and other files at the top of the directory, sorted by name.
 
-    Left out: weights and their indexes, hidden files, sub-directories, the converter's manifest.
+    A file instead of a directory is that file.
+
+    Left out: weights and their indexes, hidden files, sub-directories, the converter's records.
     """
     files = []
-    for path in sorted(model_dir.iterdir()):
+    for path in _inside(model_dir):
         name = path.name
-        if name.startswith(".") or name == MANIFEST or name.endswith(".index.json") or not path.is_file():
+        if (
+            name.startswith(".")
+            or name in (MANIFEST, OPTIMIZER_RECORD, IGNORED_FIELDS)
+            or name.endswith(".index.json")
+            or not path.is_file()
+        ):
             continue
         if path.suffix in _WEIGHTS:
             continue
@@ -34,6 +45,18 @@ def carried_files(model_dir: Path) -> list[Path]:
     return files
 
 
+def _inside(folder: Path) -> list[Path]:
+    return [folder] if folder.is_file() else sorted(folder.iterdir())
+
+
+def edited_json(path: Path, edits: Mapping[str, Any]) -> bytes:
+    """A JSON object with other values for some fields; None leaves a field out."""
+    value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    value |= edits
+    kept = {name: item for name, item in value.items() if not (name in edits and item is None)}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
     """(name, size, time of change or sha256) of all files of a model that a conversion reads, by name.
 
@@ -43,7 +66,9 @@ def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
     for folder in folders:
         for path in carried_files(folder):
             found.append((path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and (path.suffix in _WEIGHTS or path.name == MANIFEST or path.name == ".metadata"):
+        for path in _inside(folder):
+            if path.is_file() and (
+                path.suffix in _WEIGHTS or path.name in (MANIFEST, OPTIMIZER_RECORD) or path.name == ".metadata"
+            ):
                 found.append((path.name, path.stat().st_size, str(path.stat().st_mtime_ns)))
     return found

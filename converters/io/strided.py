@@ -5,7 +5,7 @@ What is contiguous in the file moves by one system call: directly if it is conti
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -49,6 +49,31 @@ def gather(fd: int, path: Path, copy: Piece, memory: memoryview, base: int, tile
             read_exactly(fd, tile[:size], offset, path)
             _copy(_view(memory, start - base, dims, 0), _view(tile, 0, dims, 1))
         count += size
+    return count
+
+
+_SHORT_RUN_BYTES = 1 << 10
+
+Read = Callable[[int, int, memoryview], memoryview]
+"""(low, high, block) -> bytes [low, high) of a stream, in block."""
+
+
+def gather_from(read: Read, copy: Piece, memory: memoryview, block: memoryview) -> int:
+    """Like `gather` (base 0), with the bytes of side 1 out of a stream, in its order; returns bytes read.
+
+    Long runs are read alone; where runs are short, what lies between them is read too.
+    """
+    back = copy.inverse()
+    runs = _file_runs(copy, len(block)) if copy.dims[-1].size >= _SHORT_RUN_BYTES else (copy,)
+    count = 0
+    for part in runs:
+        first, end = part.starts[1][0], part.starts[1][0] + _span(part.dims, 1)
+        for low in range(first, end, len(block)):
+            data = read(low, min(end, low + len(block)), block)
+            count += len(data)
+            for piece in cut(back if part is copy else part.inverse(), low, low + len(data)):
+                (source,), (target,), dims = piece.starts[0], piece.starts[1], piece.dims
+                _copy(_view(memory, target, dims, 1), _view(data, source - low, dims, 0))
     return count
 
 

@@ -30,8 +30,9 @@ _BACKEND = {
     "common_backend_version": 1,
 }
 _LINEAR = re.compile(
-    r"(?P<module>decoder\.layers\.(?P<layer>\d+\.)?.*\."
-    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out))\.weight(\.\w+)?"
+    r"(?P<module>(decoder\.layers\.(?P<layer>\d+\.)?|mtp\.layers\.(?P<mtp>\d+\.))(.*\.)?"
+    r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out|eh_proj|linear_q_proj|"
+    r"linear_q_down_proj|linear_q_up_proj|linear_kv_down_proj|linear_kv_up_proj))\.weight(\.\w+)?"
 )
 _LAYERS, _NORM, _ROUTER = "decoder.layers.", "mlp.linear_fc1.layer_norm_weight", "mlp.router.weight"
 _MAMBA_MODEL_NORM = "decoder.final_norm.weight"
@@ -57,10 +58,16 @@ class TorchDistSource:
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()
         }
+        self.objects = tuple(self._index.objects)
         self.bytes_read = 0
         self._data: dict[tuple[str, Region], int] = {}
         self._chunks: dict[str, Chunks] = {}
         self._scratch = local()
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether megatron-core's dist_checkpointing (or mswift) wrote it, not torch.distributed.checkpoint alone."""
+        return (self.path / BACKEND).is_file() or any("decoder." in name for name in self.tensors)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors other names: old -> new."""
@@ -251,6 +258,19 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
     objects (empty), which megatron-core's local spec asks for, are added where weights of layers are present.
     """
     index = Index()
+    _extend(index, Path(directory), files)
+    return write_index_files(Path(directory), index)
+
+
+def rewrite_index(directory: Path, index: Index, files: Sequence[WrittenFile]) -> None:
+    """The same for files that were added to a directory whose index was `index`; its objects stay as they are."""
+    _extend(index, directory, files)
+    (directory / METADATA).unlink()
+    write_file(directory / METADATA, encode_metadata(index))
+    sync_directory(directory)
+
+
+def _extend(index: Index, directory: Path, files: Sequence[WrittenFile]) -> None:
     for file in files:
         for chunk in file.chunks:
             entry = index.tensors.setdefault(chunk.key, (chunk.dtype, chunk.shape, {}))
@@ -266,7 +286,6 @@ def write_index(directory: Path, files: Sequence[WrittenFile]) -> list[WrittenFi
         fault = tiling_fault(list(chunks), shape)
         if fault is not None:
             raise CheckpointError(f"{directory}: chunks of {key} of shape {list(shape)}: {fault}")
-    return write_index_files(Path(directory), index)
 
 
 def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
@@ -281,7 +300,7 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
             index.objects[name] = Item(OBJECTS, 0, len(empty))
     if index.objects:
         written[OBJECTS] = empty
-    written[COMMON] = object_item({})
+    written[COMMON] = object_item({})  # what it holds, dist_checkpointing.load adds to every state dict
     written[BACKEND] = json.dumps(_BACKEND).encode()
     written[METADATA] = encode_metadata(index)
     for name, data in written.items():
@@ -309,7 +328,7 @@ def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:
         yield "output_layer._extra_state/shard_0_1"
     linear = _LINEAR.fullmatch(key)
     if linear is not None:
-        axes = (linear["layer"] is None) + (".experts.experts." in key)
+        axes = (linear["layer"] is None and linear["mtp"] is None) + (".experts.experts." in key)
         sizes = shape[:axes] or (1,)
         of = ".".join(map(str, sizes))
         for place in product(*map(range, sizes)):

@@ -11,18 +11,22 @@ import struct
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import read_bytes
-from mswift.converters.io.safe_pickle import PickleWriter, load_pickle
+from mswift.converters.io.safe_pickle import PickledTensor, PickleWriter, brief, load_pickle
 from mswift.converters.layout import strides
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
 LARGEST_ITEM_BYTES = 1 << 30
 """Larger tensors are stored as several chunks (zip records end at 4 GiB)."""
+
+LARGEST_PICKLE_BYTES = 256 << 20
+"""No list of records or tensors is larger."""
 
 STORAGES = {
     "BOOL": "BoolStorage", "U8": "ByteStorage", "I8": "CharStorage", "I16": "ShortStorage", "I32": "IntStorage",
@@ -131,21 +135,31 @@ def locate_data(fd: int, path: Path, offset: int, length: int, dtype: str, shape
 
 
 def _locate_foreign(fd: int, path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ...]) -> int:
-    records = _central_directory(fd, path, offset, length)
+    records = zip_records(fd, path, offset, length)
     archive = next(iter(records)).split("/", 1)[0]
     start, size = records[f"{archive}/data.pkl"]
+    if size > LARGEST_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {size:,} bytes")
     stored = load_pickle(read_bytes(fd, size, start, path))
-    expected = (STORAGES[dtype], prod(shape), 0, shape, strides(shape))
-    if stored != expected:
-        raise ValueError(f"it holds {stored}")
-    start, size = records[f"{archive}/data/0"]
+    if not isinstance(stored, PickledTensor) or not _holds(stored, dtype, shape):
+        raise ValueError(f"it holds {brief(stored)}")
+    start, size = records[f"{archive}/data/{stored.key}"]
     if size != prod(shape) * DTYPE_BYTES[dtype] or start + size > offset + length:
         raise ValueError(f"its data record has {size} bytes")
     return start
 
 
-def _central_directory(fd: int, path: Path, offset: int, length: int) -> dict[str, tuple[int, int]]:
-    """Name -> (absolute position of the data, size) of every record of the zip at [offset, offset + length)."""
+def _holds(stored: PickledTensor, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is the whole of its storage, in C order."""
+    steps = all(n == 1 or s == c for n, s, c in zip(shape, stored.strides, strides(shape), strict=False))
+    return (*stored[:1], *stored[2:5]) == (STORAGES[dtype], prod(shape), 0, shape) and steps
+
+
+def zip_records(fd: int, path: Path, offset: int, length: int) -> dict[str, tuple[int, int]]:
+    """Name -> (absolute position of the data, size) of every record of the zip at [offset, offset + length).
+
+    ValueError, struct.error or IndexError if it is no zip of stored records that lie apart.
+    """
     count = min(length, 4096)
     tail = read_bytes(fd, count, offset + length - count, path)
     end = tail.rindex(struct.pack("<I", _END))
@@ -153,18 +167,28 @@ def _central_directory(fd: int, path: Path, offset: int, length: int) -> dict[st
     if 0xFFFFFFFF in (size, start) or n == 0xFFFF:
         end64 = tail.rindex(struct.pack("<I", _END64))
         n, size, start = struct.unpack_from("<QQQ", tail, end64 + 32)
-    if start + size > length:
+    if start + size > length or size > LARGEST_PICKLE_BYTES:
         raise ValueError("its zip directory lies outside the item")
-    directory, position, records = read_bytes(fd, size, offset + start, path), 0, {}
+    directory, position, records = read_bytes(fd, size, offset + start, path), 0, dict[str, tuple[int, int]]()
     for _ in range(n):
-        stored, names, extras, comments = struct.unpack_from("<IHHH", directory, position + 24)
+        (method,) = struct.unpack_from("<H", directory, position + 10)
+        packed, stored, names, extras, comments = struct.unpack_from("<IIHHH", directory, position + 20)
         (header,) = struct.unpack_from("<I", directory, position + 42)
         name = directory[position + 46 : position + 46 + names].decode()
         extra = directory[position + 46 + names : position + 46 + names + extras]
+        if method != 0 or packed != stored or name in records:
+            raise ValueError(f"its record {name!r:.80} is compressed or there twice")
         stored, header = _zip64(extra, stored, header)
+        if header + 30 > length:
+            raise ValueError(f"its record {name!r:.80} lies outside the item")
         a, b = struct.unpack("<HH", read_bytes(fd, 4, offset + header + 26, path))
+        if header + 30 + a + b + stored > length:
+            raise ValueError(f"its record {name!r:.80} lies outside the item")
         records[name] = (offset + header + 30 + a + b, stored)
         position += 46 + names + extras + comments
+    for (first, size), (second, _) in pairwise(sorted(records.values())):
+        if first + size > second:
+            raise ValueError(f"its records overlap at byte {second}")
     return records
 
 

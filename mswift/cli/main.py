@@ -72,7 +72,8 @@ def _report(command: str, error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     where = "" if _rank() is None else f" [rank {_rank()}]"
-    print(f"mswift{' ' * bool(command)}{command}{where}: {error}", file=sys.stderr)
+    text = str(error).encode(errors="backslashreplace").decode()  # a name in a file may hold half a character
+    print(f"mswift{' ' * bool(command)}{command}{where}: {text}", file=sys.stderr)
     return error.exit_status if isinstance(error, MswiftError) else 1
 
 

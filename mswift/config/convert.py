@@ -34,6 +34,8 @@ class ConvertConfig:
     """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
     finish: bool = False
     """Prove that all parts are there and publish the destination."""
+    optimizer: bool = False
+    """Carry the optimizer's state (and a run's position) too: of a checkpoint, or of a directory made with this."""
     base_model: str | None = None
     """Of an adapter: directory of its base, of which only config.json is read. Default: what the adapter names."""
     adapter_layout: Literal["mswift", "fused", "canonical"] = "mswift"
@@ -42,6 +44,15 @@ class ConvertConfig:
     """With --adapter_layout fused: refuse linears that do not share one A (equal), or stack their ranks (stack)."""
     dry_run: bool = False
     """Print the plan as a table, write nothing."""
+    model_config: str | None = None
+    """config.json, or the Hugging Face directory it lies in, of a checkpoint that other programs wrote without one
+    (megatron-core, Megatron-LM, torch.distributed.checkpoint)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Cast the weights, rounding to nearest even; an overflow is refused. Default: as stored (quantised: bfloat16)."""
+    ignore_config_fields: str = ""
+    """Fields of config.json, separated by commas, that mswift does not know and that do not change the model."""
+    complete_config: bool = False
+    """Add to config.json the fields that vLLM needs and that transformers does not write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +71,9 @@ class VerifyConfig:
     """Threads that compare. Default: one more than the processors, at most 8."""
     base_model: str | None = None
     """Of an adapter: directory of its base model, of which only config.json is read."""
+    model_config: str | None = None
+    """config.json, or its directory, of checkpoints without one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compare both after a cast to this dtype. Default: other dtypes are a difference."""
+    ignore_config_fields: str = ""
+    """Fields of config.json, separated by commas, that need not be known."""

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from mswift.converters.io.side_files import carried_files
 from mswift.converters.reader import WeightReader
 from mswift.parallel.megatron.engine import EngineConfig
 from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
@@ -16,7 +15,7 @@ def side_files(reader: WeightReader, config: EngineConfig, base_model: str) -> d
 
     Only where a full run trains in another dtype than config.json states, its `dtype` (or `torch_dtype`) is changed.
     """
-    files = {path.name: path.read_bytes() for path in carried_files(reader.hf_files)}
+    files = reader.side_files()
     if config.lora is not None:
         return files | adapter_files(reader.table, config.lora, config.trainable_modules, base_model)
     files.pop(CONFIG_FILE, None)  # of an adapter that lies beside the model: it would make this an adapter's checkpoint

@@ -64,13 +64,15 @@ class Slot:
 
 
 def slots(table: ModelTable, layout: str) -> Iterator[Slot]:
-    """The places for adapters in a model, experts left out."""
+    """The places for adapters in a model; experts and state-space layers are left out."""
     for tensor in table.megatron.values():
         rule = tensor.rule
         if not is_linear(rule) or rule.experts:
             continue
         base = tensor.key.removesuffix(".weight")
         leaves = [part.hf.split(".")[-2] for part in rule.parts]
+        if not base.rpartition(".")[2].startswith("linear_"):
+            continue  # in_proj of a state-space layer: Megatron-Bridge stores its B in five tensors
         fc1 = base.endswith("linear_fc1")
         if layout == "fused" or len(leaves) == 1:
             module = base.rpartition(".")[2]

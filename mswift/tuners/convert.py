@@ -40,6 +40,9 @@ def open_adapter(path: Path, base_model: str | None) -> AdapterFiles:
 
 def convert(config: ConvertConfig, source: Path) -> int:
     """The command, for a source that `is_adapter`; prints the proof."""
+    for name in ("optimizer", "part", "finish", "hash_output", "dtype", "model_config", "complete_config"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} is for models; {source} is an adapter: leave it out")
     layout, fuse = config.adapter_layout, config.fuse_adapters
     if config.to == "hf" and (layout != "mswift" or fuse != "equal"):
         raise ConfigError("--adapter_layout and --fuse_adapters say how --to megatron is laid out; leave them out")

@@ -20,14 +20,15 @@ from mswift.config.merge import MergeConfig
 from mswift.converters.adapters import EMBED, HEAD, SAVABLE, HfLinear
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
-from mswift.converters.io.safetensors import INDEX, StoredTensor, read_directory
+from mswift.converters.io.safetensors import INDEX, read_directory
 from mswift.converters.io.side_files import carried_files
+from mswift.converters.io.stored import StoredTensor
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
-from mswift.tuners.shapes import adapted_linears, adapted_parameters, promised_shapes
+from mswift.tuners.shapes import adapted_linears, adapted_parameters, adapter_table, promised_shapes
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TIE = "tie_word_embeddings"
@@ -95,9 +96,15 @@ class _Fold:
         self.deltas: dict[str, list[tuple[PeftAdapter, HfLinear]]] = {}  # by name of the weight
         self.replaced: dict[str, PeftAdapter] = {}
         for adapter in adapters:
-            adapter.check(promised_shapes(table, adapter.settings))
-            _refuse_unfoldable(table, adapter)
-            for linear in adapted_linears(table, adapter.settings):
+            own = adapter_table(table, adapter.shapes)
+            adapter.check(promised_shapes(own, adapter.settings))
+            _refuse_unfoldable(own, adapter)
+            for linear in adapted_linears(own, adapter.settings):
+                if f"{linear.name}.weight" not in stored:
+                    raise ConfigError(
+                        f"{adapter.file}: has a LoRA for {linear.name}, but the base keeps its experts in other "
+                        "tensors; save the base with one tensor an expert, as the hub has it"
+                    )
                 self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, linear))
             self.replaced |= {name: adapter for name in SAVABLE.values() if name in adapter.shapes}
         self.untied = table.spec.tied_embeddings and self._embeddings_differ()
@@ -114,7 +121,7 @@ class _Fold:
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """The bytes of one merged tensor, in row blocks."""
-        tensor = self.stored.get(name, self.stored[SAVABLE[EMBED]])  # an untied head starts as the embedding
+        tensor = self.stored[name if name in self.stored else SAVABLE[EMBED]]  # an untied head starts as the embedding
         fd = open_read(tensor.path)
         with open(fd, "rb"):
             offset = tensor.offset

@@ -1,6 +1,6 @@
 """Names and shapes of everything that an adapter holds, as its adapter_config.json promises them for a model."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from mswift.converters.adapters import SAVABLE, HfLinear, all_linears, saved_shapes
@@ -42,10 +42,15 @@ def parameters(table: ModelTable) -> Iterator[HfParameter]:
         return
     if _STACKED in table.family.spellings and table.spelling != _STACKED:
         table = ModelTable(table.config, table.family, table.spec, _STACKED)
+    yield from _parameters(table)
+
+
+def _parameters(table: ModelTable, *, routers_alone: bool = False) -> Iterator[HfParameter]:
     found: dict[str, tuple[int, HfParameter]] = {}
     for tensor in table.megatron.values():
         rule, router = tensor.rule, tensor.rule.megatron.endswith(_ROUTER)
-        if not (rule.in_layer and len(rule.width) == 1 and (rule.experts == "stacked" or router)):
+        stacked = rule.experts == "stacked" and not routers_alone
+        if not (rule.in_layer and len(rule.width) == 1 and (stacked or router)):
             continue
         experts = size_of("experts", table.sizes) if rule.experts else 1
         for layer in range(table.spec.num_layers) if tensor.layer is None else (tensor.layer,):
@@ -59,6 +64,17 @@ def parameters(table: ModelTable) -> Iterator[HfParameter]:
         yield parameter
 
 
+def adapter_table(table: ModelTable, names: Collection[str]) -> ModelTable:
+    """The table in the spelling of experts that an adapter's names speak of: one linear each, else stacked."""
+    if table.spec.moe is None or _STACKED not in table.family.spellings:
+        return table
+    for spelling in table.family.spellings:
+        own = ModelTable(table.config, table.family, table.spec, spelling)
+        if any(linear.expert is not None and linear.lora_names()[0] in names for linear in all_linears(own)):
+            return own
+    return ModelTable(table.config, table.family, table.spec, _STACKED)
+
+
 def adapted_linears(table: ModelTable, settings: PeftSettings) -> list[HfLinear]:
     """The linears that get an A and a B of their own."""
     return [linear for linear in all_linears(table) if settings.selects(linear.name)]
@@ -68,12 +84,15 @@ def adapted_parameters(table: ModelTable, settings: PeftSettings) -> dict[str, H
     """Prefix of the names of A and B -> the parameter.
 
     PEFT wraps a module once for each of its parameters: the last one is outermost, the others lie in `base_layer`s.
+    A router that is named as a module was a linear, in transformers 4.
     """
     modules: dict[str, list[HfParameter]] = {}
     for parameter in parameters(table):
-        by_module = parameter.num_experts == 1 and settings.selects(parameter.module)  # a linear in transformers 4
-        if by_module or settings.selects_parameter(parameter.name):
+        if settings.selects_parameter(parameter.name):
             modules.setdefault(parameter.module, []).append(parameter)
+    for router in _parameters(table, routers_alone=True):
+        if settings.selects(router.module):
+            modules.setdefault(router.module, [router])
     return {
         module + ".base_layer" * depth: parameter
         for module, adapted in modules.items()

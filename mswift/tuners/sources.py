@@ -8,8 +8,9 @@ from pathlib import Path
 from mswift.converters.adapters import trained_name
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import PIECE_BYTES, open_read
-from mswift.converters.io.safetensors import StoredTensor, read_header
+from mswift.converters.io.safetensors import read_header
 from mswift.converters.io.side_files import carried_files
+from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.strided import gather
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region, flatten, identity
@@ -26,7 +27,7 @@ from mswift.tuners.peft_config import (
     read_peft_config,
 )
 from mswift.tuners.settings import PeftSettings
-from mswift.tuners.shapes import promised_shapes
+from mswift.tuners.shapes import adapter_table, promised_shapes
 
 BASE_CONFIG = "config.json"
 
@@ -76,7 +77,7 @@ def open_peft(path: Path, base_model: str | None) -> AdapterFiles:
     files = AdapterFiles(
         path,
         "PEFT",
-        table_for(read_config(base), model_names(own)),
+        adapter_table(table_for(read_config(base)), own),
         settings,
         (path / CONFIG_FILE).read_bytes(),
         (base / BASE_CONFIG).read_bytes(),
@@ -95,7 +96,7 @@ def open_stored(path: Path, base_model: str | None) -> AdapterFiles:
     settings = read_peft_config(folder)
     base = folder if base_model is None and (folder / BASE_CONFIG).is_file() else find_base(path, None, base_model)
     own = {n.removeprefix(STORED): (t.dtype, t.shape) for n, t in source.tensors.items() if n.startswith(STORED)}
-    table = table_for(read_config(base), model_names(own))
+    table = adapter_table(table_for(read_config(base)), own)
     aliases = {name: trained_name(table, name) for name in promised_shapes(table, settings) if name not in own}
     found = {name: own[alias] for name, alias in aliases.items() if alias in own}  # a tied head, stored once
 
@@ -115,11 +116,6 @@ def open_stored(path: Path, base_model: str | None) -> AdapterFiles:
     )
     check_tensors(files)
     return files
-
-
-def model_names(tensors: Mapping[str, object]) -> list[str]:
-    """Names of weights that the adapter's names imply: they tell how its files spell experts."""
-    return [f"{name.rpartition('.lora_')[0]}.weight" for name in tensors if name.endswith(".lora_A.weight")]
 
 
 def check_tensors(files: AdapterFiles) -> None:

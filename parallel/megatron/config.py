@@ -53,6 +53,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=spec.gated,
+        attention_output_gate=spec.attention_gate,
         softmax_scale=spec.attention_scale,
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # megatron-core's hook for a module of ours: mswift.parallel.activations

@@ -19,22 +19,28 @@ from mswift.topology import ParallelDims
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _RENAMED = {  # the PyTorch layer keeps its norms apart; checkpoints name them as Transformer Engine's fused layer does
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
-    "self_attn_bda.post_layernorm.weight": "self_attention.linear_proj.post_layernorm.weight",
-    "mlp_bda.post_layernorm.weight": "mlp.linear_fc2.post_layernorm.weight",
+    "input_layernorm.weight": tuple(
+        f"{linear}.layer_norm_weight"
+        for linear in ("self_attention.linear_qkv", "self_attention.in_proj", "mixer.in_proj")
+    ),
+    "input_layernorm.bias": ("self_attention.linear_qkv.layer_norm_bias",),
+    "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight",),
+    "pre_mlp_layernorm.bias": ("mlp.linear_fc1.layer_norm_bias",),
+    "self_attn_bda.post_layernorm.weight": ("self_attention.linear_proj.post_layernorm.weight",),
+    "mlp_bda.post_layernorm.weight": ("mlp.linear_fc2.post_layernorm.weight",),
+    "decoder.final_layernorm.weight": ("decoder.final_norm.weight",),
 }
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `first_row` .. of the local parameter hold `region` of the global tensor."""
+    """Rows `first_row` .. of the local parameter hold `region` of the global tensor `key` of that shape."""
 
     first_row: int
     region: Region
+    key: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,10 @@ class Placed:
 
     no other pipeline stage, answers for it (replicated parameters and the second copy of a tied embedding are the
     others'). A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer shares it out.
+    key: of the global tensor, or of the first one, if checkpoints have the parameter in slices.
     """
 
     key: str
-    shape: tuple[int, ...]
     parameter: Tensor
     parts: tuple[Part, ...]
     is_primary: bool
@@ -101,40 +107,50 @@ def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, laye
         found = megatron_name(name)
         layer = None if found.layer is None else layers[found.layer]
         copied = name == OUTPUT and table.spec.tied_embeddings
-        key = _stored_key(table, EMBEDDING if copied else found.key, layer)
-        tensor = table.megatron[key]
+        keys = _stored_keys(table, EMBEDDING if copied else found.key, layer)
         expert = None if found.expert is None else place.first_expert + found.expert
         tp_rank, tp_size = place.tp if expert is None else place.etp
-        regions = table.shard(key, tp_rank, tp_size, layer if tensor.stacked else None, expert)
+        regions = [
+            (key, region)
+            for key in keys
+            for region in table.shard(key, tp_rank, tp_size, layer if table.megatron[key].stacked else None, expert)
+        ]
         is_buffer = not isinstance(parameter, nn.Parameter)
         is_cut = getattr(parameter, "tensor_model_parallel", False)
         is_primary = not copied and (is_cut or tp_rank == 0) and (place.is_first_replica or not is_buffer)
-        parts = _parts(regions, tuple(parameter.shape), lead=tensor.num_lead_axes)
-        yield Placed(key, tensor.shape, parameter, parts, is_primary, is_buffer, expert is not None)
+        parts = _parts(regions, tuple(parameter.shape), table)
+        yield Placed(keys[0], parameter, parts, is_primary, is_buffer, expert is not None)
 
 
-def _stored_key(table: ModelTable, name: str, layer: int | None) -> str:
-    """The key of the parameter in checkpoints of this model, whichever name its norms have there."""
+def _stored_keys(table: ModelTable, name: str, layer: int | None) -> tuple[str, ...]:
+    """The key of the parameter in checkpoints of this model, or those of its slices, whichever name it has there."""
     rest = name.removeprefix("decoder.layers.")
-    keys = [table.key(key, layer) for key in (name, "decoder.layers." + _RENAMED.get(rest, rest))]
-    return next((key for key in keys if key in table.megatron), keys[0])
+    spellings = (rest, *_RENAMED.get(rest, ()), rest.replace("self_attention.", "mixer."))
+    keys = [table.key(name.removesuffix(rest) + spelling, layer) for spelling in spellings]
+    found = next((key for key in keys if key in table.megatron or key in table.slices), keys[0])
+    return table.slices.get(found, (found,))
 
 
-def place_adapter(name: str, shape: Sequence[int], region: Region, parameter: nn.Parameter, tp_rank: int) -> Placed:
+def place_adapter(
+    name: str, shape: Sequence[int], regions: Sequence[Region], parameter: nn.Parameter, tp_rank: int
+) -> Placed:
     """One trained parameter of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
     is_cut = getattr(parameter, "tensor_model_parallel", False)
     is_copy = getattr(parameter, "shared", False)
-    parts = (Part(0, region),) if region.num_elements else ()
-    return Placed(f"adapter.{name}", tuple(shape), parameter, parts, not is_copy and (is_cut or tp_rank == 0))
+    key, parts, row = f"adapter.{name}", [], 0
+    for region in regions:
+        parts.append(Part(row, region, key, tuple(shape)))
+        row += region.sizes[0]
+    return Placed(key, parameter, tuple(parts), not is_copy and (is_cut or tp_rank == 0))
 
 
-def _parts(regions: Sequence[Region], local: tuple[int, ...], *, lead: int) -> tuple[Part, ...]:
+def _parts(regions: Sequence[tuple[str, Region]], local: tuple[int, ...], table: ModelTable) -> tuple[Part, ...]:
     """Lay regions one after the other along axis 0 of the local tensor."""
     parts, row = [], 0
-    for region in regions:
-        sizes = region.sizes[lead:]
+    for key, region in regions:
+        sizes = region.sizes[table.megatron[key].num_lead_axes :]
         assert sizes[1:] == local[1:], (region, local)
-        parts.append(Part(row, region))
+        parts.append(Part(row, region, key, table.megatron[key].shape))
         row += sizes[0]
     assert row <= local[0], (regions, local)
     return tuple(parts)

@@ -54,19 +54,23 @@ class RotarySelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, hidden] -> rotated query [s, b, g * r, d], rotated key [s, b, g, d], value [s, b, g, d]."""
+    ) -> tuple[Tensor, ...]:
+        """[s, b, hidden] -> rotated query [s, b, g * r, d], rotated key [s, b, g, d], value [s, b, g, d].
+
+        With output_gate also the gate [s, b, g * r, d]; a group's rows are then query, gate, key, value.
+        """
         mixed, _ = self.linear_qkv(hidden_states)
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         s, b, width = mixed.shape
         heads = width // (groups * head_dim)
-        query, key, value = mixed.view(s, b, groups, heads, head_dim).split([heads - 2, 1, 1], dim=-2)
+        queries = [(heads - 2) // 2] * 2 if output_gate else [heads - 2]
+        query, *gate, key, value = mixed.view(s, b, groups, heads, head_dim).split([*queries, 1, 1], dim=-2)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self._rotary is not None:
             cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
             query, key = (rotate(x, cos, sin, interleaved=self._rotary.interleaved) for x in (query, key))
-        return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2)
+        return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2), *(part.flatten(2, 3) for part in gate)
 
 
 def self_attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from mswift.converters.spec import LayerSpec, ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.activations import ACTIVATIONS
+from mswift.parallel.megatron.delta import delta_net_spec
+from mswift.parallel.megatron.mamba import mamba_mixer_spec
 from mswift.parallel.megatron.mla import latent_attention_spec
 from mswift.parallel.megatron.mlp import dense_mlp_spec
 from mswift.parallel.megatron.moe import moe_mlp_spec
@@ -25,11 +27,8 @@ from mswift.parallel.norms import norm_class
 from mswift.parallel.rotary import RotaryTable
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
-    "attention_gate": (False,),
     "dropout": (0.0,),
     "mtp_layers": ((),),
-    "mamba": (None,),
-    "delta": (None,),
 }
 """Fields of ModelSpec and the values with which training computes the model's function."""
 
@@ -64,24 +63,26 @@ def check_computed(spec: ModelSpec) -> None:
 def layer_spec(
     spec: ModelSpec, layer: LayerSpec, rotary: Sequence[RotaryTable], config: TransformerConfig
 ) -> ModuleSpec:
-    """One decoder layer."""
+    """One decoder layer; without a mixer, or without an MLP, nothing is in its place."""
     norm = norm_class(spec) if spec.pre_norm else IdentityOp
     table = None if layer.rope is None else rotary[layer.rope]
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=_attention_spec(spec, layer, table),
-            self_attn_bda=residual_spec(spec, config),
-            pre_mlp_layernorm=norm,
-            mlp=moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec),
-            mlp_bda=residual_spec(spec, config),
-            cross_attention=IdentityOp,
-        ),
-    )
+    parts: dict[str, Any] = {}
+    if layer.mixer != "none":
+        parts |= {"input_layernorm": norm, "self_attn_bda": residual_spec(spec, config)}
+        parts["self_attention"] = _mixer_spec(spec, layer, table)
+    if layer.mlp != "none":
+        parts |= {"pre_mlp_layernorm": norm, "mlp_bda": residual_spec(spec, config)}
+        parts["mlp"] = moe_mlp_spec(spec) if layer.mlp == "moe" else dense_mlp_spec(spec)
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**parts))
 
 
-def _attention_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
+def _mixer_spec(spec: ModelSpec, layer: LayerSpec, rotary: RotaryTable | None) -> ModuleSpec:
+    if layer.mixer == "mamba":
+        assert spec.mamba is not None
+        return mamba_mixer_spec(spec.mamba)
+    if layer.mixer == "delta":
+        assert spec.delta is not None
+        return delta_net_spec(spec.delta)
     return self_attention_spec(spec, layer, rotary) if spec.mla is None else latent_attention_spec(spec, rotary)
 
 

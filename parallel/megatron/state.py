@@ -33,7 +33,7 @@ def shards_of_range(placed: Placed, flat: Tensor, start: int, stop: int, prefix:
     for part, inside in _boxes(placed, start, stop):
         first = flat_offset(placed.parameter.shape, inside.offsets) - start
         values = flat[first : first + inside.num_elements]
-        yield StateShard(prefix + placed.key, placed.shape, _global_region(placed, part, inside), values)
+        yield StateShard(prefix + part.key, part.shape, _global_region(part, inside), values)
 
 
 def read_range(
@@ -49,7 +49,7 @@ def read_range(
     for part, inside in _boxes(placed, start, stop):
         first = flat_offset(placed.parameter.shape, inside.offsets) - start
         values = torch.empty(inside.num_elements, dtype=dtype or flat.dtype)
-        read(prefix + placed.key, _global_region(placed, part, inside), bytes_of(values))
+        read(prefix + part.key, _global_region(part, inside), bytes_of(values))
         flat[first : first + inside.num_elements].copy_(values)
         count += inside.num_elements
     expected = sum(_overlap(placed, part, start, stop) for part in placed.parts)
@@ -78,11 +78,11 @@ def _local_region(placed: Placed, part: Part) -> Region:
     return Region((part.first_row, *(0 for _ in sizes[1:])), sizes)
 
 
-def _global_region(placed: Placed, part: Part, inside: Region) -> Region:
+def _global_region(part: Part, inside: Region) -> Region:
     """A box of the local tensor, inside one part, as a box of the global tensor."""
     moved = list(inside.offsets)
     moved[0] -= part.first_row
-    lead = len(placed.shape) - len(moved)  # 1 where layers are stacked
+    lead = len(part.shape) - len(moved)  # 1 where layers are stacked
     offsets = part.region.offsets
     tail = tuple(o + m for o, m in zip(offsets[lead:], moved, strict=True))
     return Region((*offsets[:lead], *tail), (*(1 for _ in range(lead)), *inside.sizes))

@@ -36,16 +36,37 @@ FAMILIES = (
 )
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama, yarn": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    "qwen2, yarn, upper windows": {
+        "rope_scaling": YARN, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2,
+    },
+    "qwen3, yarn": {"rope_scaling": YARN | {"attention_factor": 1.3}, "attention_bias": True},
+    "mistral, yarn": {"rope_scaling": YARN | {"truncate": False}, "sliding_window": None},
+    "phi3, within the first length": {"original_max_position_embeddings": 32, "tie_word_embeddings": True},
+    "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma3_text, final cap, untied": {"final_logit_softcapping": 2.0, "tie_word_embeddings": False},
+    "glm4, biases": {"attention_bias": True},
+    "olmo2, biases": {"attention_bias": True},
+    "granite, biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "starcoder2, no biases": {"use_bias": False, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
 @cache
-def expected(family: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """(config.json, start weights, what transformers computes)."""
-    model = model_of(family_config(family, vocab_size=VOCAB, num_hidden_layers=4))
+def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """(config.json, start weights, what transformers computes) of a family or a variant."""
+    changes = {"vocab_size": VOCAB, "num_hidden_layers": 4} | VARIANTS.get(name, {})
+    model = model_of(family_config(name.partition(",")[0], **changes))
     start = {n: w.copy() for n, w in weights_of(model).items()}
     return model.config.to_dict(), start, reference(model, random_steps(), SGD)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in FAMILIES for layout in LAYOUTS] + [(name, "tp2-sp") for name in VARIANTS],
+)
 def test_three_steps_of_sgd_equal_transformers(family: str, layout: str) -> None:
     config, start, truth = expected(family)
     world_size, degrees = LAYOUTS[layout]
@@ -54,6 +75,13 @@ def test_three_steps_of_sgd_equal_transformers(family: str, layout: str) -> None
     assert {n: d for n, d in apart.items() if not d <= TOLERANCE} == {}
     loss_sum, weight_sum = found["evaluated"]
     assert loss_sum / weight_sum == pytest.approx(truth["loss"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "starcoder2"])
+def test_bf16_gives_the_loss_of_fp32_to_its_precision(family: str) -> None:
+    config, start, truth = expected(family)
+    found = megatron_run(config, start, random_steps(), {**SGD, "dtype": "BF16"}, 2, LAYOUTS["tp2-sp"][1])
+    assert found["loss"] == pytest.approx(truth["loss"], rel=1e-2)
 
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {

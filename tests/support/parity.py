@@ -32,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 9, "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2"},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 9},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
 }
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from mswift.converters.catalog import family_for, spec_for
 from mswift.converters.engine import convert
 from mswift.converters.layout import Piece
+from mswift.converters.mla_tables import DECODER
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.rules import Rule
 from mswift.errors import CheckpointError
 from tests.support.checkpoints import random_model, tiny_config
+from tests.support.family_configs import family_config
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
@@ -73,6 +76,51 @@ def test_a_rule_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelTable, "pieces", lambda self, key, *rest: [] if key == FC1 else right(self, key, *rest))
     with pytest.raises(CheckpointError, match=r"gate_proj.weight of shape .* are covered 0 times"):
         table_for(tiny_config())
+
+
+def moved_by_one_expert(piece: Piece) -> Piece:
+    start = piece.starts[1]
+    return replace(piece, starts=(piece.starts[0], (start[0] + 1, *start[1:])))
+
+
+EXPERT_PLANTS: dict[str, tuple[str, Callable[[Piece], Piece], str]] = {
+    "an expert in the place of the next": (".1.mlp.experts.5.down_proj.weight", moved_by_one_expert, "experts.5.down"),
+    "the first expert one row late": (
+        ".2.mlp.experts.0.up_proj.weight",
+        moved_by_one_row,
+        "expert 1 is moved otherwise than expert 0",
+    ),
+    "the last expert one row short": (".2.mlp.experts.7.down_proj.weight", one_row_less, "experts.7.down"),
+    "an expert read as another": (
+        ".1.mlp.experts.3.gate_proj.weight",
+        lambda p: replace(p, names=(p.names[0].replace("experts.3", "experts.4"), p.names[1])),
+        "expert 3 is moved otherwise",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_PLANTS)
+def test_a_fault_planted_in_one_expert_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    suffix, change, tensor = EXPERT_PLANTS[name]
+    config = family_config("deepseek_v3")
+    table_for(config)
+    plant(monkeypatch, suffix, change)
+    with pytest.raises(CheckpointError, match="exactly once") as caught:
+        table_for(config)
+    assert tensor in str(caught.value)
+
+
+def test_experts_that_share_a_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = tuple(
+        replace(rule, parts=tuple(replace(part, hf=part.hf.replace("{e}", "0")) for part in rule.parts))
+        if isinstance(rule, Rule) and "fc2" in rule.megatron
+        else rule
+        for rule in DECODER
+    )
+    config = family_config("deepseek_v3")
+    family = family_for(config)
+    with pytest.raises(CheckpointError, match=r"experts.0.down_proj.weight: the table gives it to experts 0 and 1"):
+        ModelTable(config, replace(family, table=rules), spec_for(config, family))
 
 
 def test_the_largest_published_dense_shapes_are_proved_quickly() -> None:

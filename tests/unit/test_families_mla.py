@@ -159,7 +159,7 @@ def test_half_a_prediction_layer_is_refused(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V2_TINY, {"scoring_func": "sigmoid"}, "'scoring_func' is 'sigmoid'; only 'softmax'"),
-    (V2_TINY, {"topk_method": "noaux_tc"}, "'topk_method' is 'noaux_tc'; supported: greedy, group_limited_greedy"),
+    (V2_TINY, {"topk_method": "noaux_tc"}, "'topk_method' is 'noaux_tc'; supported: 'greedy', 'group_limited_greedy'"),
     (V2_TINY, {"norm_topk_prob": True}, "'norm_topk_prob' is True"),
     (V2_TINY, {"topk_group": None}, "'topk_group' must be a positive integer"),
     (V2_TINY, {"mlp_bias": True}, "'mlp_bias' is True"),

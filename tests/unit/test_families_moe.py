@@ -183,7 +183,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "'shared_expert_intermediate_size'"),
     ("gpt_oss", {"swiglu_alpha": 1.5}, "'swiglu_alpha' is 1.5; only 1.702"),
     ("gpt_oss", {"experts_per_token": 4}, "'experts_per_token' is 4; only 3"),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "'quantization_config'"),
     ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "'layer_types' holds 'chunked_attention'"),
     ("glm4_moe", {"scoring_func": "softmax"}, "'scoring_func'"),
     ("glm4_moe", {"n_group": 3}, "'n_group' is 3, which does not divide the 8 experts"),

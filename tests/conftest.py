@@ -21,12 +21,14 @@ settings.load_profile("mswift")
 # room for the installation.
 BUDGET_SECONDS = {
     "unit": 60,
+    "unit/test_plan_scale": 20,
     "cpu/test_bad": 60,
     "cpu/test_convert": 45,
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 50,
     "cpu/test_parity_ssm": 60,
     "cpu/test_parity_families": 60,
+    "cpu/test_parity_mla": 35,
     "cpu/test_parity_moe": 45,
     "cpu/test_convert_m": 30,
     "cpu/test_state_layouts_moe": 15,

@@ -26,7 +26,7 @@ BUDGET_SECONDS = {
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 50,
     "cpu/test_parity_families": 60,
-    "cpu/test_state": 60,
+    "cpu/test_state": 75,
     "cpu/test_train": 320,
     "cpu/test_data": 20,
     "cpu/test_adapters": 100,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from mswift.cli.main import main
 from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.layout import Region
+from mswift.tuners import bridge_files
+from mswift.tuners.bridge import run_config
+from mswift.tuners.export import export_adapter
+from mswift.tuners.fused import Fusion
 from tests.cpu.test_adapters_variants import peft_adapter
 from tests.support.adapters import difference, edit_config, load_peft, random_model
+from tests.support.commands import command, make_home, run
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 101}
 TOKENS = torch.arange(100).view(2, 50)
@@ -151,8 +158,6 @@ def apply_by_hand(model: Any, checkpoint: Path, dora: bool = False) -> Any:
     source = TorchDistSource(checkpoint)
 
     def stored(key: str) -> torch.Tensor:
-        from mswift.converters.layout import Region
-
         shape = source.tensors[key].shape
         out = torch.empty(shape)
         source.read(key, Region.full(shape), memoryview(out.view(-1).view(torch.uint8).numpy()))
@@ -268,8 +273,6 @@ def test_a_foreign_fused_adapter_becomes_peft_s(base: Path, tmp_path: Path) -> N
     convert(tmp_path / "b", "megatron", tmp_path / "again", "--adapter_layout", "fused")
     one, other = (TorchDistSource(tmp_path / name) for name in ("m", "again"))
     for key, info in one.tensors.items():
-        from mswift.converters.layout import Region
-
         blocks = [bytearray(4 * info.shape[0] * info.shape[1] * info.shape[2]) for _ in range(2)]
         for source, block in zip((one, other), blocks, strict=True):
             source.read(key, Region.full(info.shape), memoryview(block))
@@ -316,3 +319,71 @@ def test_what_the_fused_layout_cannot_hold(
     convert(adapter, "megatron", tmp_path / "m", "--adapter_layout", "fused", *flags, status=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def concatenated(fusion: Fusion) -> Fusion:
+    """The same linears one behind the other, as if q, k and v were not interleaved by KV group."""
+    units = fusion.rule.units
+    parts = tuple(replace(part, rows=f"{units}*{part.rows}") for part in fusion.rule.parts)
+    return replace(fusion, rule=replace(fusion.rule, units="one", parts=parts))
+
+
+@pytest.mark.parametrize("broken", ["KV groups", "alpha of the stacked rank"])
+def test_the_tolerance_sees_a_wrong_fusion(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Partner of the test above: both ways wrong alike, so that only PEFT's logits can tell."""
+    adapter = peft_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
+    fuse, split = Fusion.fuse, Fusion.split
+    if broken == "KV groups":
+        monkeypatch.setattr(Fusion, "fuse", lambda self, *args, **kw: fuse(concatenated(self), *args, **kw))
+        monkeypatch.setattr(Fusion, "split", lambda self, *args, **kw: split(concatenated(self), *args, **kw))
+    else:
+        wrong = lambda layout, dora, rank, alpha, targets: run_config(layout, dora, rank, alpha / 3, targets)  # noqa: E731
+        monkeypatch.setattr(bridge_files, "run_config", wrong)
+    convert(adapter, "megatron", tmp_path / "m", *STACK)
+    theirs = load_peft(base, adapter)(TOKENS).logits
+    assert difference(apply_by_hand(base_model(base), tmp_path / "m")(TOKENS).logits, theirs) > 1e-3
+
+
+def test_a_move_that_does_not_come_back_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Partner of the proof that every layer goes through."""
+    adapter = peft_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
+    fuse = Fusion.fuse
+    monkeypatch.setattr(Fusion, "fuse", lambda self, *args, **kw: fuse(concatenated(self), *args, **kw))
+    convert(adapter, "megatron", tmp_path / "m", *STACK, status=1)
+    assert "does not come back from decoder.layers.self_attention.linear_qkv.adapter" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_fused_adapter_that_was_trained_further_is_no_stack_any_more(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = peft_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
+    convert(adapter, "megatron", tmp_path / "m", *STACK)
+    file = next((tmp_path / "m").glob("*.distcp"))
+    key = "decoder.layers.self_attention.linear_qkv.adapter.linear_out.weight"
+    source = TorchDistSource(tmp_path / "m")
+    _, _, offset = source.chunk_data(key, Region((1, 0, 0), (1, 128, 12)))
+    data = bytearray(file.read_bytes())
+    data[offset + 11 * 4 : offset + 12 * 4] = b"\x00\x00\x80\x3f"  # 1.0 outside the block of q
+    file.write_bytes(data)
+    convert(tmp_path / "m", "hf", tmp_path / "b", status=1)
+    assert "it was trained since mswift wrote it; remove mswift_manifest.json" in capsys.readouterr().err
+    (tmp_path / "m" / "mswift_manifest.json").unlink()
+    convert(tmp_path / "m", "hf", tmp_path / "b")
+    assert load_file(tmp_path / "b" / FILE)[Q_A].shape == (12, 64)
+
+
+def test_the_checkpoint_of_a_lora_run_is_converted_as_it_is_exported(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    flags = ["--tuner_type", "lora", "--train_iters", "1", "--modules_to_save", "lm_head"]
+    run(command(home, "sft", home / "run", *flags))
+    convert(home / "run", "hf", home / "converted")
+    export_adapter(home / "run" / "checkpoint-1", home / "exported")
+    same_files(home / "converted", home / "exported")
+    convert(home / "converted", "megatron", home / "m")
+    assert main(["verify", str(home / "run"), str(home / "m")]) == 0
+    convert(home / "run", "hf", home / "x", "--optimizer", "true", status=2)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mswift.converters.rules import LAYERS, Rule
+from mswift.converters.rules import LAYERS, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 
@@ -37,6 +37,8 @@ class Table(Protocol):
     def spec(self) -> ModelSpec: ...
     @property
     def hf(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
     @property
     def megatron(self) -> Mapping[str, Tensor]: ...
 
@@ -109,12 +111,9 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
 
     Example: {"self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.linear_fc2": ("down_proj",), ...}
     """
-    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule) and not tensor.rule.experts]
     return {
-        rule.megatron.removeprefix(LAYERS).removesuffix(".weight"): tuple(
-            dict.fromkeys(part.hf.split(".")[-2] for part in rule.parts)
-        )
-        for rule in rules
+        path: tuple(dict.fromkeys(part.hf.split(".")[-2] for part in rule.parts))
+        for path, rule in _fusing_rules(table).items()
     }
 
 
@@ -152,9 +151,14 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
 def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
 
-    Raises ConfigError for a name the model does not have, with the nearest one, and for adapters on experts, which
-    training does not have.
+    Raises ConfigError for a name the model does not have, with the nearest one, for a model with recurrent mixers, and
+    for adapters on experts, which training does not have.
     """
+    if table.spec.mamba is not None or table.spec.delta is not None:
+        raise ConfigError(
+            f"--tuner_type lora: a model of model_type {table.spec.model_type!r} has mixers that take no adapter yet; "
+            "use --tuner_type full"
+        )
     leaves = _trainable_leaves(table)
     if not names:
         raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
@@ -223,9 +227,62 @@ def trained_name(table: Table, name: str) -> str:
     return SAVABLE[EMBED] if table.spec.tied_embeddings and name == SAVABLE[HEAD] else name
 
 
-def kv_groups(table: Table, leaves: Sequence[str]) -> int:
-    """How many times a fused weight repeats [its linears' rows]: once per KV group for q, k, v, else once."""
-    return table.spec.num_kv_heads if "k_proj" in leaves else 1
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` .. of an HF linear (`{l}` in its name is the layer) which follow each other in a fused weight.
+
+    The fused weight repeats [some rows of each block] once per KV group where it holds q, k and v, else once.
+    """
+
+    hf: str
+    start: int
+    rows: int
+
+    @property
+    def leaf(self) -> str:
+        return self.hf.rpartition(".")[2]
+
+
+def fused_blocks(table: Table) -> dict[str, tuple[Block, ...]]:
+    """Megatron module inside a layer -> what it is made of, in its order; experts left out.
+
+    HF fuses linears as well (qkv_proj, gate_up_proj), in another order: such a one has several blocks.
+    """
+    found = {}
+    for path, rule in _fusing_rules(table).items():
+        units = size_of(rule.units, table.sizes)
+        found[path] = tuple(
+            Block(
+                part.hf.removesuffix(".weight"),
+                size_of(part.start, table.sizes),
+                units * size_of(part.rows, table.sizes) if part.step == 1 else 0,  # alternating rows are no block
+            )
+            for part in rule.parts
+        )
+    return found
+
+
+def check_blocks(linear: HfLinear, blocks: Sequence[Block]) -> None:
+    """ConfigError unless these blocks, all of one fused weight, are the whole linear."""
+    if sum(block.rows for block in blocks) != linear.out_features:
+        raise ConfigError(
+            f"--target_modules {linear.leaf}: the rows of {linear.name} lie in several Megatron tensors, and LoRA on "
+            "such a linear is not computed yet; leave it out"
+        )
+
+
+def kv_groups(table: Table, path: str) -> int:
+    """How many times a fused weight repeats [rows of its blocks]: once per KV group for q, k, v, else once."""
+    return size_of(_fusing_rules(table)[path].units, table.sizes)
+
+
+def _fusing_rules(table: Table) -> dict[str, Rule]:
+    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule) and not tensor.rule.experts]
+    return {_module(rule): rule for rule in rules}
+
+
+def _module(rule: Rule) -> str:
+    return rule.megatron.removeprefix(LAYERS).removesuffix(".weight")
 
 
 def _unknown(flag: str, name: str, known: Sequence[str]) -> str:

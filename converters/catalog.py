@@ -16,6 +16,7 @@ from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError, ConfigError
 
 _MANIFEST = "mswift_manifest.json"
+IGNORED_FIELDS = "mswift_ignored_fields.json"
 LARGEST_CONFIG_BYTES = 64 << 20
 MOST_LAYERS = 10_000
 MOST_EXPERTS = 1_000_000
@@ -70,10 +71,12 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def ignored_fields(model: Path) -> tuple[str, ...]:
-    """Config fields that `mswift convert --ignore_config_fields` named when it wrote this directory (or its hf/)."""
+    """Config fields that `mswift convert --ignore_config_fields` named for this directory (or that of its hf/).
+
+    They stand in the manifest; in a checkpoint of a training that started from there, in a file beside config.json.
+    """
     home = model.parent if model.is_file() or model.name == "hf" else model
-    for folder in (model, home):
-        path = folder / _MANIFEST
+    for path in (model / IGNORED_FIELDS, model / _MANIFEST, home / _MANIFEST):
         if path.is_file():
             try:
                 value = json.loads(path.read_text("utf-8"))

@@ -64,12 +64,20 @@ class DecodedBytes:
         decoding, item = self._decoding, DTYPE_BYTES[self._decoding.dtype]
         if low % item or high % item:
             raise ValueError(f"{decoding.name}: bytes {low}:{high} cut an element of {item} bytes")
-        values = self._values(low // item, high // item, self._fetch)
-        view = block[: high - low]
+        step = self._values.step_elements * item
+        for start in range(low, high, step):
+            end = min(high, start + step)
+            self._part(start // item, end // item, block[start - low : end - low])
+        return block[: high - low]
+
+    def _part(self, first: int, last: int, view: memoryview) -> None:
+        """Elements [first, last) into view."""
+        decoding = self._decoding
+        values = self._values(first, last, self._fetch)
         self._decoders.encode(values, decoding.dtype, view)
         lost = self._decoders.lost(values, decoding.dtype, view)
         if len(lost):
-            at, index = low // item + int(lost[0]), list[int]()
+            at, index = first + int(lost[0]), list[int]()
             for n in reversed(decoding.shape):
                 at, i = divmod(at, n)
                 index.insert(0, i)
@@ -78,7 +86,6 @@ class DecodedBytes:
                 f"{_LARGEST[decoding.dtype]:.9g} ({len(lost):,} of the {len(values):,} elements around it would become "
                 "infinite); give --dtype bfloat16 or float32"
             )
-        return view
 
 
 def dequantised(stored: Mapping[str, HasShape], how: Quantization, dtype: str) -> dict[str, Decoding]:

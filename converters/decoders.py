@@ -1,13 +1,13 @@
 """The arithmetic of decodings: FP8 and MXFP4 weights, and casts between F32, BF16 and F16.
 
-Every decoder works on a range of the elements of its tensor in C order, so memory is bounded by the range. Values
-are float32 (exact for every format read here but for the product with an FP8 scale, which is rounded once, as
+Every decoder works on a range of the elements of its tensor in C order, so memory is bounded by the range; `step_elements` at a
+time are best, as arrays beyond the caches are slower. Values are float32 (exact for every format read here but for the product with an FP8 scale, which is rounded once, as
 DeepSeek's own kernel does) and then rounded to the wanted dtype, to nearest, ties to even.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,15 +34,27 @@ def narrow(values: Floats, dtype: str) -> npt.NDArray[Any]:
     if dtype == "F16":
         with np.errstate(over="ignore", under="ignore"):
             return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = 0x7FC0
-    return rounded
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    result = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        result[nan] = 0x7FC0
+    return result
+
+
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 
 
 def lost(values: Floats, dtype: str, data: memoryview) -> npt.NDArray[Any]:
     """Indices of finite values whose bytes in that dtype are infinite."""
-    return np.flatnonzero(np.isinf(widen(dtype, data)) & np.isfinite(values))
+    layout, mask = _EXPONENTS[dtype]
+    special = (np.frombuffer(data, layout) & mask) == mask
+    return np.flatnonzero(special & np.isfinite(values)) if special.any() else np.empty(0, np.int64)
 
 
 def encode(values: Floats, dtype: str, out: memoryview) -> None:
@@ -55,6 +67,7 @@ class Plain:
     """A tensor in another dtype."""
 
     dtype: str
+    step_elements: ClassVar[int] = 1 << 17
 
     def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
         item = DTYPE_BYTES[self.dtype]
@@ -72,7 +85,8 @@ def _e4m3() -> Floats:
 
 E4M3 = _e4m3()
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_E2M1_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
+_E2M1_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64)[:, 0]
+"""Two values by byte, as one item, so that they are looked up together."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +97,10 @@ class Fp8Blocks:
     columns: int
     block: tuple[int, int]
     scale_dtype: str
+    step_elements: ClassVar[int] = 1 << 17
 
     def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
-        values = E4M3[np.frombuffer(fetch(0, first, last), np.uint8)]
+        values = np.take(E4M3, np.frombuffer(fetch(0, first, last), np.uint8))
         if first == last:
             return values
         across = -(-self.columns // self.block[1])
@@ -126,6 +141,7 @@ class Mxfp4:
     name: str
     rows: int
     groups: int
+    step_elements: ClassVar[int] = 1 << 20
     _at: tuple[int, int, int] = (-1, 0, 0)
     _blocks: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     _scales: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
@@ -170,9 +186,9 @@ class Mxfp4:
         scales = self._scales[:, group - low : end - low]
         if (scales == 255).any():
             raise CheckpointError(f"{self.name}_scales: holds 255, which is not a number in e8m0")
-        values = _E2M1_PAIRS[self._blocks[:, group - low : end - low]].reshape(self.rows, end - group, 32)
+        values = np.take(_E2M1_PAIRS, self._blocks[:, group - low : end - low]).view(np.float32)
         with np.errstate(over="ignore"):
-            values = values * np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[:, :, None]
+            values *= np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[:, :, None]
         if np.isinf(values).any():
             raise CheckpointError(f"{self.name}: a value times its scale is beyond float32")
         return values.reshape(self.rows, -1).T.reshape(-1)

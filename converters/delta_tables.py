@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import LAYERS, Drop, Rule, columns, drop, gated_qkv, rows, rows_of, same, unit_rows_of
+from mswift.converters.rules import (
+    LAYERS,
+    MTP_LAYERS,
+    Drop,
+    Rule,
+    columns,
+    gated_qkv,
+    in_mtp,
+    rows,
+    rows_of,
+    same,
+    unit_rows_of,
+)
 from mswift.converters.spec import DeltaSpec
 
 M = LAYERS + "self_attention."
@@ -78,18 +90,14 @@ DELTA_LAYER: tuple[Rule, ...] = (
 )
 """The norm before the mixer and the mixer."""
 
-_MLP = tuple(f"{name}.{part}_proj" for name in ("experts.{e}", "shared_expert") for part in ("gate", "up", "down"))
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-MTP_DROPS: tuple[Drop, ...] = tuple(
-    drop(f"mtp.{name}.weight", "multi-token prediction: transformers has no such layer for this family")
-    for name in (
-        *("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"),
-        *(f"layers.0.{name}" for name in ("input_layernorm", "post_attention_layernorm")),
-        *(f"layers.0.self_attn.{name}" for name in _ATTENTION),
-        *(f"layers.0.mlp.{name}" for name in ("gate", "shared_expert_gate", *_MLP)),
-    )
+_MTP_H = "mtp.layers.0."
+MTP: tuple[Rule, ...] = (
+    same(MTP_LAYERS + "enorm.weight", "mtp.pre_fc_norm_embedding.weight", ("hidden",)),
+    same(MTP_LAYERS + "hnorm.weight", "mtp.pre_fc_norm_hidden.weight", ("hidden",)),
+    same(MTP_LAYERS + "eh_proj.weight", "mtp.fc.weight", ("hidden", "2*hidden"), cut=rows("hidden")),
+    same(MTP_LAYERS + "final_layernorm.weight", "mtp.norm.weight", ("hidden",)),
 )
-"""What the hub's checkpoints hold beside the model that config.json describes."""
+"""Joining the hidden state with the next token's embedding, for the one prediction layer of the hub's checkpoints."""
 
 
 def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
@@ -108,6 +116,16 @@ def delta_decoder(rules: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
             rule = replace(rule, when="dense")
         table.append(rule)
     return (*table, *DELTA_LAYER)
+
+
+def with_delta_mtp(table: Sequence[Rule | Drop]) -> tuple[Rule | Drop, ...]:
+    """The table, with a prediction layer that holds a layer like its own under other HF names."""
+    inside = (in_mtp(rule) for rule in table if isinstance(rule, Rule) and rule.in_layer and "delta" not in rule.when)
+    renamed = (
+        replace(rule, parts=tuple(replace(part, hf=part.hf.replace(H, _MTP_H)) for part in rule.parts))
+        for rule in inside
+    )
+    return (*table, *renamed, *MTP)
 
 
 def delta_spec(config: Fields) -> DeltaSpec:

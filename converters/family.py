@@ -14,6 +14,7 @@ class Family:
 
     spellings: features of which exactly one holds, depending on how a checkpoint names its tensors
     ("experts_each", "experts_stacked"); the first is written where nothing says otherwise.
+    optional_mtp_layers: prediction layers that some checkpoints hold, of which their config.json says nothing.
     """
 
     model_type: str
@@ -21,6 +22,7 @@ class Family:
     table: tuple[Rule | Drop, ...]
     spec: Callable[[Fields], ModelSpec]
     spellings: tuple[str, ...] = ()
+    optional_mtp_layers: tuple[LayerSpec, ...] = ()
 
 
 def sizes_of(spec: ModelSpec) -> dict[str, int]:

@@ -46,8 +46,10 @@ class Fields:
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer; ConfigError if it is absent without a default, or anything else."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._error(name, f"must be a positive integer, not {value!r:.100}")
+        if value >= _LARGEST:
+            raise self._error(name, f"must be a positive integer below 2^40, not {value!r:.100}")
         return value
 
     def count(self, name: str, default: int) -> int:
@@ -89,6 +91,13 @@ class Fields:
             self._read.add(name)
             return None
         return default if name not in self._config and default is None else self.number(name, default)
+
+    def optional_integer(self, name: str, default: int) -> int | None:
+        """A positive integer or null, which turns off what an absent field leaves at its default."""
+        if name in self._config and self._config[name] is None:
+            self._read.add(name)
+            return None
+        return self.integer(name, default)
 
     def fraction(self, name: str, default: float) -> float:
         """A number from 0 up to, not including, 1."""

@@ -203,14 +203,22 @@ class Chunks:
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._sorted = sorted(regions, key=lambda r: r.offsets)
-        self._first = [r.offsets[0] if r.offsets else 0 for r in self._sorted]
-        self._longest = max((r.sizes[0] for r in self._sorted if r.sizes), default=1)
+        self._offsets = [r.offsets for r in self._sorted]
+        self._longest = [max(sizes) for sizes in zip(*(r.sizes for r in self._sorted), strict=True)]
 
     def overlapping(self, region: Region) -> Iterator[tuple[Region, Region]]:
         """(chunk, its part inside the region)."""
-        low, size = (region.offsets[0], region.sizes[0]) if region.offsets else (0, 1)
-        start = bisect_left(self._first, low - self._longest + 1)
-        for chunk in self._sorted[start : bisect_left(self._first, low + size)]:
+        lead: tuple[int, ...] = ()  # where chunks and region are one layer, one expert: these are found exactly
+        for offset, size, longest in zip(region.offsets, region.sizes, self._longest, strict=False):
+            if size > 1 or longest > 1:
+                break
+            lead += (offset,)
+        first, last = lead, (*lead, 1 << 62)
+        if len(lead) < len(self._longest):
+            axis = len(lead)
+            first = (*lead, region.offsets[axis] - self._longest[axis] + 1)
+            last = (*lead, region.offsets[axis] + region.sizes[axis])
+        for chunk in self._sorted[bisect_left(self._offsets, first) : bisect_left(self._offsets, last)]:
             common = chunk.intersect(region)
             if common is not None:
                 yield chunk, common

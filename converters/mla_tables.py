@@ -55,8 +55,19 @@ LAYER: tuple[Rule, ...] = (
 DECODER = with_mtp((_OUTSIDE[0], *LAYER, *_OUTSIDE[1:]))  # the embedding comes first
 
 
-def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: bool, mtp_layers: int = 0) -> ModelSpec:
-    """The model of a DeepSeek config.json: `first_k_dense_replace` dense layers, then mixtures of experts."""
+def mla_model(
+    config: Fields,
+    *,
+    max_positions: int,
+    moe: MoeSpec,
+    interleaved: bool,
+    first_k_dense: int = 0,
+    mtp_layers: int = 0,
+) -> ModelSpec:
+    """The model of a DeepSeek config.json: `first_k_dense_replace` dense layers, then mixtures of experts.
+
+    max_positions, first_k_dense: the family's defaults of max_position_embeddings and first_k_dense_replace.
+    """
     config.require("hidden_act", "silu")
     config.require("attention_dropout", 0)
     config.require("moe_layer_freq", 1)
@@ -64,7 +75,7 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
     config.require("num_key_value_heads", heads)
     mla = _mla_spec(config)
     rope = config.rope(mla.qk_rope_head_dim, interleaved=interleaved)
-    dense = config.count("first_k_dense_replace", 0)
+    dense = config.count("first_k_dense_replace", first_k_dense)
     mixture = LayerSpec(mlp="moe")
     kinds = tuple(LayerSpec() if number < dense else mixture for number in range(layers))
     return ModelSpec(
@@ -88,15 +99,31 @@ def mla_model(config: Fields, *, max_positions: int, moe: MoeSpec, interleaved: 
     )
 
 
-def deepseek_moe(config: Fields, *, groups: int, best: int, **features: Any) -> MoeSpec:
-    """The mixture of experts; tokens choose among the `best` of `groups` groups of experts."""
+def deepseek_moe(
+    config: Fields,
+    *,
+    groups: int,
+    best: int,
+    width: int,
+    shared: int,
+    scale: float = 1.0,
+    experts: tuple[int | None, int | None] = (None, None),
+    **features: Any,
+) -> MoeSpec:
+    """The mixture of experts; tokens choose among the `best` of `groups` groups of experts.
+
+    width, shared, scale, experts: the family's defaults of moe_intermediate_size, n_shared_experts,
+    routed_scaling_factor and of (n_routed_experts, num_experts_per_tok).
+    """
     moe = moe_spec(
         config,
         num_experts=("n_routed_experts", "num_local_experts"),
-        scale=config.number("routed_scaling_factor", 1.0),
+        defaults=(*experts, width),
+        scale=config.number("routed_scaling_factor", scale),
         num_groups=groups,
         topk_groups=best,
-        shared_ffn_hidden_size=config.integer("moe_intermediate_size") * config.count("n_shared_experts", 0),
+        shared_ffn_hidden_size=config.integer("moe_intermediate_size", width)
+        * config.count("n_shared_experts", shared),
         **features,
     )
     count, top_k = moe.num_experts, moe.top_k
@@ -115,11 +142,11 @@ def _mla_spec(config: Fields) -> MlaSpec:
     """The widths of latent attention; q_lora_rank null: queries are projected directly."""
     config.require("attention_bias", False)
     mla = MlaSpec(
-        q_lora_rank=None if config.take("q_lora_rank") is None else config.integer("q_lora_rank"),
-        kv_lora_rank=config.integer("kv_lora_rank"),
-        qk_nope_head_dim=config.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=config.integer("qk_rope_head_dim"),
-        v_head_dim=config.integer("v_head_dim"),
+        q_lora_rank=config.optional_integer("q_lora_rank", 1536),
+        kv_lora_rank=config.integer("kv_lora_rank", 512),
+        qk_nope_head_dim=config.integer("qk_nope_head_dim", 128),
+        qk_rope_head_dim=config.integer("qk_rope_head_dim", 64),
+        v_head_dim=config.integer("v_head_dim", 128),
     )
     config.require("qk_head_dim", mla.qk_head_dim)  # transformers 5 writes both
     config.require("head_dim", mla.qk_rope_head_dim)

@@ -124,20 +124,21 @@ def moe_spec(
     ffn: str = "moe_intermediate_size",
     score: Literal["softmax", "topk_softmax", "sigmoid"] = "softmax",
     normalize: bool | None = None,
-    defaults: tuple[int | None, int | None] = (None, None),
+    defaults: tuple[int | None, ...] = (),
     **features: object,
 ) -> MoeSpec:
     """Reads the fields that every mixture has; `num_experts` (the spellings), `ffn`: their names; `defaults`: of
-    (experts, top k).
+    (experts, top k, width).
 
     normalize None: the field norm_topk_prob, false if absent.
     """
     no_router_loss(config)
+    number, top_k, width = (*defaults, None, None, None)[:3]
     name = next((name for name in num_experts if config.take(name) is not None), num_experts[0])
     return MoeSpec(
-        num_experts=config.integer(name, defaults[0]),
-        top_k=config.integer("num_experts_per_tok", defaults[1]),
-        ffn_hidden_size=config.integer(ffn),
+        num_experts=config.integer(name, number),
+        top_k=config.integer("num_experts_per_tok", top_k),
+        ffn_hidden_size=config.integer(ffn, width),
         score=score,
         normalize=config.flag("norm_topk_prob", False) if normalize is None else normalize,
         **features,  # type: ignore[arg-type]

@@ -115,8 +115,7 @@ class ModelTable:
     def _drop_names(self, drop: Drop) -> Iterator[str]:
         if "{l}" not in drop.hf:
             if holds(drop.when, self._features):
-                for expert in range(self.sizes["experts"] if "{e}" in drop.hf else 1):
-                    yield drop.hf.format(e=expert)
+                yield drop.hf
             return
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
@@ -289,6 +288,8 @@ def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTabl
     family = family_for(config)
     spec = spec_for(config, family)
     names = frozenset(stored)
+    if names and not spec.mtp_layers:
+        spec = replace(spec, mtp_layers=family.optional_mtp_layers)
     spellings = family.spellings if names else family.spellings[:1]
     tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
     table = max(tables, key=lambda each: len(each.hf.keys() & names))

@@ -1,8 +1,10 @@
 """Reads regions of Megatron tensors out of Hugging Face or torch_dist files: exactly the bytes asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import Read, gather, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
@@ -41,6 +43,8 @@ class WeightReader:
     def side_files(self) -> dict[str, bytes]:
         """config.json (as it must be beside the weights as they are read here), tokenizer and the like."""
         files = self._source.side_files()
+        if self._source.ignored:
+            files[IGNORED_FIELDS] = json.dumps({"ignored_config_fields": self._source.ignored}).encode()
         return {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
 
     def read(self, key: str, region: Region, out: memoryview) -> None:

@@ -1,10 +1,11 @@
-"""LoRA on megatron-core's column- and row-parallel linears, one A and B per HF linear, whatever Megatron fuses.
+"""LoRA on column-parallel, row-parallel and duplicated linears, one A and B per HF linear, whatever Megatron fuses.
 
 Shapes: s sequence (s/tp under sequence parallelism before a column base, after a row base), b batch, i/o features of
 an HF linear, r rank, n linears fused in one base. The base is unchanged; a forward hook adds scale * B(A(x)).
 
   column base (qkv, fc1)   A [r, i] replicated     B [o/tp, r] cut like the base's rows
   row base (proj, fc2)     A [r, i/tp] cut         B [o, r] replicated
+  whole base (MLA's down)  A [r, i] replicated     B [o, r] replicated
 
 What crosses ranks is r wide, never i or o wide. Under sequence parallelism the replicated matrix sees a part of the
 sequence, so its gradient is a partial sum: `sequence_parallel=True` has megatron-core sum it over the TP group.
@@ -33,20 +34,23 @@ from torch import Tensor, nn
 
 from mswift.converters.adapters import (
     SAVABLE,
+    Block,
     HfLinear,
     LoraConfig,
     adapter_shapes,
+    check_blocks,
     expand_modules_to_save,
-    fused_linears,
+    fused_blocks,
     kv_groups,
     linears,
     trained_name,
 )
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.parallel.megatron.linears import DuplicatedLinear
 from mswift.tuners.init import kaiming_uniform
 
-Base: TypeAlias = ColumnParallelLinear | RowParallelLinear
+Base: TypeAlias = ColumnParallelLinear | RowParallelLinear | DuplicatedLinear
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _SLOT = "adapter_slot"
@@ -55,13 +59,13 @@ _SLOT = "adapter_slot"
 class AdapterTensor(NamedTuple):
     """A trained parameter of an adapter run and what it is of the whole.
 
-    The first region.sizes[0] rows of `parameter` are `region` of the tensor `name` [*shape] (a padded vocabulary has
-    more rows). Replicated parameters have the same region on several ranks.
+    The rows of `parameter` are `regions` of the tensor `name` [*shape], one after the other (a padded vocabulary has
+    more rows). Replicated parameters have the same regions on several ranks.
     """
 
     name: str
     shape: tuple[int, ...]
-    region: Region
+    regions: tuple[Region, ...]
     parameter: nn.Parameter
 
 
@@ -73,45 +77,56 @@ class AdapterSource(Protocol):
 
 
 class LoraPair(nn.Module):
-    """A and B of one HF linear, this rank's part."""
+    """A and B of one HF linear, this rank's part: of B the given rows (first, count), one after the other."""
 
-    def __init__(self, linear: HfLinear, config: LoraConfig, base: Base):
+    def __init__(self, linear: HfLinear, config: LoraConfig, base: Base, rows: Sequence[tuple[int, int]]):
         super().__init__()
         weight, rank, size = base.weight, base.tp_group.rank(), base.tp_group.size()
-        column = isinstance(base, ColumnParallelLinear)
-        inputs = (0, linear.in_features) if column else _part(linear.in_features, rank, size)
-        outputs = _part(linear.out_features, rank, size) if column else (0, linear.out_features)
+        inputs = (0, linear.in_features)
+        if isinstance(base, RowParallelLinear):
+            inputs = _part(linear.in_features, rank, size)
         name_a, name_b = linear.lora_names()
         start = torch.from_numpy(kaiming_uniform(config.seed, name_a, config.rank, linear.in_features))
         start = start[:, inputs[0] : inputs[0] + inputs[1]]
         self.lora_A = nn.Parameter(start.to(device=weight.device, dtype=weight.dtype, copy=True).contiguous())
-        self.lora_B = nn.Parameter(weight.new_zeros(outputs[1], config.rank))
+        self.lora_B = nn.Parameter(weight.new_zeros(sum(count for _, count in rows), config.rank))
         shape_a, shape_b = linear.lora_shapes(config.rank).values()
-        _mark(self.lora_A, name_a, shape_a, Region((0, inputs[0]), (config.rank, inputs[1])))
-        _mark(self.lora_B, name_b, shape_b, Region((outputs[0], 0), (outputs[1], config.rank)))
-        cut, whole, dim = (self.lora_B, self.lora_A, 0) if column else (self.lora_A, self.lora_B, 1)
-        set_tensor_model_parallel_attributes(cut, True, dim, 1)
-        whole.sequence_parallel = base.sequence_parallel  # type: ignore[attr-defined]
-        for parameter in (cut, whole):
+        _mark(self.lora_A, name_a, shape_a, [Region((0, inputs[0]), (config.rank, inputs[1]))])
+        _mark(self.lora_B, name_b, shape_b, [Region((first, 0), (count, config.rank)) for first, count in rows])
+        cut_a, cut_b = isinstance(base, RowParallelLinear), isinstance(base, ColumnParallelLinear)
+        for parameter, is_cut, dim in ((self.lora_A, cut_a, 1), (self.lora_B, cut_b, 0)):
             parameter.allreduce = True  # type: ignore[attr-defined]  # not an expert: reduced over data parallel ranks
+            if is_cut:
+                set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+            else:
+                parameter.sequence_parallel = base.sequence_parallel  # type: ignore[attr-defined]
 
 
 class FusedLora(nn.Module):
     """The adapters of the n HF linears that one base fuses, where some of them may have none.
 
-    groups: how often the base's local rows repeat [rows of each linear] (KV groups of a fused q, k, v; else 1).
+    blocks: what the base is made of, in its order, each with its linear; a linear that HF fuses itself has several.
+    groups: how often the base's local rows repeat [rows of each block] (KV groups of a fused q, k, v; else 1).
     """
 
-    def __init__(self, modules: Sequence[HfLinear], config: LoraConfig, base: Base, groups: int):
+    def __init__(self, blocks: Sequence[tuple[HfLinear, Block]], config: LoraConfig, base: Base, groups: int):
         super().__init__()
         self.column, self.group = isinstance(base, ColumnParallelLinear), base.tp_group
+        self.whole = isinstance(base, DuplicatedLinear)
         self.sequence_parallel, self.scale, self.rank = base.sequence_parallel, config.scale, config.rank
         self.groups = groups // self.group.size() if groups > 1 else 1
-        self.rows: list[int] = [m.out_features // self.group.size() if self.column else m.out_features for m in modules]
-        self.leaves = [m.leaf for m in modules]
-        for module in modules:
-            if module.leaf in config.target_modules:
-                self.add_module(module.leaf, LoraPair(module, config, base))
+        rank, size = (self.group.rank(), self.group.size()) if self.column else (0, 1)
+        local = [_part(block.rows, rank, size) for _, block in blocks]
+        self.blocks = [(linear.leaf, count) for (linear, _), (_, count) in zip(blocks, local, strict=True)]
+        for linear in dict.fromkeys(linear for linear, _ in blocks):
+            if linear.leaf in config.target_modules:
+                check_blocks(linear, [block for owner, block in blocks if owner == linear])
+                rows = [
+                    (block.start + first, count)
+                    for (owner, block), (first, count) in zip(blocks, local, strict=True)
+                    if owner == linear
+                ]
+                self.add_module(linear.leaf, LoraPair(linear, config, base, rows))
 
     def pairs(self) -> dict[str, LoraPair]:
         """HF leaf name -> its A and B, in the order of the base."""
@@ -126,6 +141,8 @@ class FusedLora(nn.Module):
         return flat.view_as(base_output)
 
     def _across_ranks(self, z: Tensor) -> Tensor:
+        if self.whole:
+            return z
         if self.column and self.sequence_parallel:
             crossed: Tensor = gather_from_sequence_parallel_region(z, group=self.group)
         elif self.column:
@@ -142,13 +159,16 @@ class FusedLora(nn.Module):
         Interleaving this small matrix is cheaper than interleaving the wide outputs.
         """
         pairs = self.pairs()
-        if len(self.leaves) == 1:
-            return pairs[self.leaves[0]].lora_B
-        width, before, blocks = self.rank * len(pairs), 0, []
-        for leaf, rows in zip(self.leaves, self.rows, strict=True):
+        if len(self.blocks) == 1:
+            return pairs[self.blocks[0][0]].lora_B
+        width = self.rank * len(pairs)
+        before = {leaf: self.rank * i for i, leaf in enumerate(pairs)}  # its columns among those of all
+        used, blocks = dict.fromkeys(pairs, 0), []
+        for leaf, rows in self.blocks:
             if leaf in pairs:
-                block = F.pad(pairs[leaf].lora_B, (before, width - before - self.rank))
-                before += self.rank
+                block = pairs[leaf].lora_B[used[leaf] : used[leaf] + rows]
+                block = F.pad(block, (before[leaf], width - before[leaf] - self.rank))
+                used[leaf] += rows
             else:
                 block = next(self.parameters()).new_zeros(rows, width)
             blocks.append(block.view(self.groups, rows // self.groups, width))
@@ -163,16 +183,16 @@ def add_lora(
     modules_to_save: embed_tokens, lm_head, trained in full (tied: one matrix, either name means it). Adapters take
     the dtype of the base weight; a bfloat16 run keeps fp32 masters of them like of any trained parameter.
     """
-    modules = {(linear.layer, linear.leaf): linear for linear in linears(table)}
-    fused = fused_linears(table)
+    modules = {linear.name: linear for linear in linears(table)}
+    fused = fused_blocks(table)
     for chunk in model_chunks:
         chunk.requires_grad_(False)
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
             parts = dict(layer.named_modules())
-            for path, leaves in fused.items():  # a layer with experts lacks the dense MLP, and the other way round
-                if path in parts and not set(leaves).isdisjoint(config.target_modules):
-                    own = [modules[layer.layer_number - 1, leaf] for leaf in leaves]
-                    _attach(parts[path], own, config, kv_groups(table, leaves))
+            for path, blocks in fused.items():  # a layer with experts lacks the dense MLP, and the other way round
+                if path in parts and not {block.leaf for block in blocks}.isdisjoint(config.target_modules):
+                    own = [(modules[block.hf.format(l=layer.layer_number - 1)], block) for block in blocks]
+                    _attach(parts[path], own, config, kv_groups(table, path))
         _unfreeze(chunk, table, modules_to_save)
 
 
@@ -185,8 +205,8 @@ def adapter_tensors(model_chunks: Sequence[nn.Module]) -> Iterator[AdapterTensor
         for parameter in chunk.parameters():
             slot = getattr(parameter, _SLOT, None)
             if slot is not None:
-                name, shape, region = slot
-                yield AdapterTensor(name, shape, region, parameter)
+                name, shape, regions = slot
+                yield AdapterTensor(name, shape, regions, parameter)
 
 
 def load_adapter(
@@ -202,15 +222,17 @@ def load_adapter(
     """
     source.check(adapter_shapes(table, config, expand_modules_to_save(table, modules_to_save)))
     with torch.no_grad():
-        for name, _, region, parameter in adapter_tensors(model_chunks):
-            if region.sizes[0]:
-                parameter[: region.sizes[0]].copy_(source.read(name, region))
+        for name, _, regions, parameter in adapter_tensors(model_chunks):
+            first = 0
+            for region in regions:
+                parameter[first : first + region.sizes[0]].copy_(source.read(name, region))
+                first += region.sizes[0]
 
 
-def _attach(base: nn.Module, modules: Sequence[HfLinear], config: LoraConfig, groups: int) -> None:
-    if not isinstance(base, ColumnParallelLinear | RowParallelLinear):
-        raise TypeError(f"LoRA knows megatron-core's Column/RowParallelLinear, not {type(base).__name__}")
-    lora = FusedLora(modules, config, base, groups)
+def _attach(base: nn.Module, blocks: Sequence[tuple[HfLinear, Block]], config: LoraConfig, groups: int) -> None:
+    if not isinstance(base, Base):
+        raise TypeError(f"LoRA knows column-parallel, row-parallel and duplicated linears, not {type(base).__name__}")
+    lora = FusedLora(blocks, config, base, groups)
     base.add_module("lora", lora)
 
     def add_delta(
@@ -231,13 +253,12 @@ def _unfreeze(chunk: nn.Module, table: ModelTable, modules_to_save: Sequence[str
                 key = _EMBEDDING if table.spec.tied_embeddings else keys[leaf]
                 group = get_attr_wrapped_model(chunk, "pg_collection").tp
                 hf_name = trained_name(table, SAVABLE[leaf])
-                rows, columns = shape = table.hf[hf_name]
                 regions = table.shard(key, group.rank(), group.size())  # none: this rank holds padding only
-                _mark(parameter, hf_name, shape, regions[0] if regions else Region((rows, 0), (0, columns)))
+                _mark(parameter, hf_name, table.hf[hf_name], regions)
 
 
-def _mark(parameter: nn.Parameter, name: str, shape: tuple[int, ...], region: Region) -> None:
-    setattr(parameter, _SLOT, (name, shape, region))
+def _mark(parameter: nn.Parameter, name: str, shape: tuple[int, ...], regions: Sequence[Region]) -> None:
+    setattr(parameter, _SLOT, (name, shape, tuple(regions)))
 
 
 def _part(features: int, rank: int, size: int) -> tuple[int, int]:

@@ -25,6 +25,7 @@ BUDGET_SECONDS = {
     "cpu/test_convert": 45,
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 50,
+    "cpu/test_parity_ssm": 60,
     "cpu/test_parity_families": 60,
     "cpu/test_state": 75,
     "cpu/test_train": 320,

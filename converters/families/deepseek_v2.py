@@ -16,7 +16,7 @@ def _spec(config: Fields) -> ModelSpec:
         groups = best = 1
     else:
         groups, best = config.integer("n_group"), config.integer("topk_group")
-    moe = deepseek_moe(config, groups=groups, best=best)
+    moe = deepseek_moe(config, groups=groups, best=best, width=1407, shared=2, experts=(64, None))
     return mla_model(config, max_positions=2048, moe=moe, interleaved=True)
 
 

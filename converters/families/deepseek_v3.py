@@ -17,6 +17,10 @@ def _spec(config: Fields) -> ModelSpec:
         config,
         groups=config.integer("n_group", 8),
         best=config.integer("topk_group", 4),
+        width=2048,
+        shared=1,
+        scale=2.5,
+        experts=(256, 8),
         score="sigmoid",
         normalize=config.flag("norm_topk_prob", True),
         correction_bias=True,
@@ -25,6 +29,7 @@ def _spec(config: Fields) -> ModelSpec:
     return mla_model(
         config,
         max_positions=4096,
+        first_k_dense=3,
         moe=moe,
         interleaved=config.flag("rope_interleave", True),
         mtp_layers=config.count("num_nextn_predict_layers", 1),

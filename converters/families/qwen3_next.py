@@ -1,17 +1,14 @@
 """Qwen3-Next: gated delta nets, every fourth layer gated attention; experts behind each."""
 
-from mswift.converters.delta_tables import MTP_DROPS, delta_decoder, delta_spec
+from mswift.converters.delta_tables import delta_decoder, delta_spec, with_delta_mtp
 from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, sparse_steps
 from mswift.converters.spec import LayerSpec, ModelSpec
 
-TABLE = (
-    *delta_decoder(MOE_DECODER),
-    *shared_expert(H + "mlp.shared_expert.", H + "mlp.shared_expert_gate.weight"),
-    *MTP_DROPS,
-)
+SHARED_EXPERT = shared_expert(H + "mlp.shared_expert.", H + "mlp.shared_expert_gate.weight")
+TABLE = with_delta_mtp((*delta_decoder(MOE_DECODER), *SHARED_EXPERT))
 
 
 def _layers(config: Fields) -> tuple[LayerSpec, ...]:
@@ -43,9 +40,17 @@ def _spec(config: Fields) -> ModelSpec:
         zero_centered_norm=True,
         attention_gate=True,
         layers=_layers(config),
-        moe=moe_spec(config, normalize=normalize, shared_ffn_hidden_size=shared, shared_gate=True),
+        moe=moe_spec(
+            config,
+            normalize=normalize,
+            defaults=(512, 10, 512),
+            shared_ffn_hidden_size=shared,
+            shared_gate=True,
+        ),
         delta=delta_spec(config),
     )
 
 
-FAMILY = Family("qwen3_next", "Qwen3NextForCausalLM", TABLE, _spec, SPELLINGS)
+FAMILY = Family(
+    "qwen3_next", "Qwen3NextForCausalLM", TABLE, _spec, SPELLINGS, optional_mtp_layers=(LayerSpec("attention", "moe"),)
+)

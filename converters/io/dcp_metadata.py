@@ -1,7 +1,7 @@
 """`.metadata` of torch.distributed.checkpoint: the tensors, their chunks, and which bytes of which file hold each."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -122,21 +122,30 @@ def encode_metadata(index: Index) -> bytes:
         state = {"relative_path": item.file, "offset": item.offset, "length": item.length}
         return new("_StorageInfo", state, "torch.distributed.checkpoint.filesystem")
 
-    entries: dict[str, Any] = {name: new("BytesStorageMetadata", None) for name in index.objects}
-    storage = [(key(name, None), info(item)) for name, item in index.objects.items()]
-    for name, (dtype, shape, chunks) in index.tensors.items():
-        described = [new("ChunkStorageMetadata", {"offsets": size(r.offsets), "sizes": size(r.sizes)}) for r in chunks]
-        state = {"properties": properties(dtype), "size": size(shape), "chunks": described}
-        entries[name] = new("TensorStorageMetadata", state)
-        storage += [(key(name, region.offsets), info(item)) for region, item in chunks.items()]
+    def entries() -> Iterator[tuple[Any, Any]]:
+        for name in index.objects:
+            yield partial(out.plain, name), new("BytesStorageMetadata", None)
+        for name, (dtype, shape, chunks) in index.tensors.items():
+            boxes = ({"offsets": size(r.offsets), "sizes": size(r.sizes)} for r in chunks)
+            described = partial(out.items, (new("ChunkStorageMetadata", box) for box in boxes))
+            state = {"properties": properties(dtype), "size": size(shape), "chunks": described}
+            yield partial(out.plain, name), new("TensorStorageMetadata", state)
+
+    def storage() -> Iterator[tuple[Any, Any]]:
+        for name, item in index.objects.items():
+            yield key(name, None), info(item)
+        for name, (_, _, chunks) in index.tensors.items():
+            for region, item in chunks.items():
+                yield key(name, region.offsets), info(item)
+
     meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     out.instance(
         _METADATA,
         "Metadata",
         {
-            "state_dict_metadata": entries,
+            "state_dict_metadata": partial(out.pairs, entries()),
             "planner_data": None,
-            "storage_data": partial(out.pairs, storage),
+            "storage_data": partial(out.pairs, storage()),
             "storage_meta": new("StorageMeta", meta),
             "version": "1.0.0",
         },

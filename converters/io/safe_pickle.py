@@ -4,7 +4,7 @@ import io
 import pickle
 import reprlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mswift.converters.io.pickle_scan import scan
@@ -198,8 +198,15 @@ class PickleWriter:
         else:
             raise TypeError(f"cannot pickle {type(value).__name__}")
 
-    def pairs(self, pairs: Sequence[tuple[Callable[[], None], Any]]) -> None:
-        """A dict whose keys are written by callables."""
+    def items(self, values: Iterable[Any]) -> None:
+        """A list whose values are made while it is written."""
+        self._out += b"]("
+        for value in values:
+            self.plain(value)
+        self._out += b"e"
+
+    def pairs(self, pairs: Iterable[tuple[Callable[[], None], Any]]) -> None:
+        """A dict whose keys are written by callables; pairs are made while it is written."""
         self._out += b"}("
         for key, item in pairs:
             key()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.errors import CheckpointError
 
 MANIFEST = "mswift_manifest.json"
@@ -28,7 +29,7 @@ def carried_files(model_dir: Path) -> list[Path]:
         name = path.name
         if (
             name.startswith(".")
-            or name in (MANIFEST, OPTIMIZER_RECORD)
+            or name in (MANIFEST, OPTIMIZER_RECORD, IGNORED_FIELDS)
             or name.endswith(".index.json")
             or not path.is_file()
         ):

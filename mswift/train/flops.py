@@ -1,4 +1,7 @@
-"""Model FLOPs of a training step: matrix products only, causal attention counted as half of the square."""
+"""Model FLOPs of a training step: matrix products only, causal attention counted as half of the square.
+
+The recurrences of Mamba-2 and of gated delta nets are not counted, their projections are.
+"""
 
 from mswift.converters.spec import ModelSpec
 
@@ -8,13 +11,20 @@ def matmul_parameters(spec: ModelSpec) -> int:
 
     Of experts: those that a token is sent to, and the router.
     """
-    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_kv_heads)
+    heads = (3 if spec.attention_gate else 2) * spec.num_attention_heads + 2 * spec.num_kv_heads
+    mixer = {"none": 0, "attention": spec.hidden_size * spec.head_dim * heads, "mamba": 0, "delta": 0}
+    if spec.mamba is not None:
+        inner, states = spec.mamba.num_heads * spec.mamba.head_dim, spec.mamba.num_groups * spec.mamba.state_size
+        mixer["mamba"] = spec.hidden_size * (3 * inner + 2 * states + spec.mamba.num_heads)
+    if spec.delta is not None:
+        keys, values = spec.delta.num_key_heads * spec.delta.key_head_dim, spec.delta.num_value_heads
+        mixer["delta"] = spec.hidden_size * (2 * keys + 3 * values * spec.delta.value_head_dim + 2 * values)
     matrices = (3 if spec.gated else 2) * spec.hidden_size
     mlp = {"none": 0, "dense": matrices * spec.ffn_hidden_size, "moe": 0}
     if spec.moe is not None:
         width = spec.moe.top_k * spec.moe.ffn_hidden_size + spec.moe.shared_ffn_hidden_size
         mlp["moe"] = matrices * width + spec.moe.num_experts * spec.hidden_size
-    layers = sum(attention + mlp[spec.layer(n).mlp] for n in range(spec.num_layers))
+    layers = sum(mixer[spec.layer(n).mixer] + mlp[spec.layer(n).mlp] for n in range(spec.num_layers))
     return layers + spec.vocab_size * spec.hidden_size
 
 
@@ -25,5 +35,6 @@ def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base
     the input and, unless the base is frozen (LoRA), one for the weight (Kaplan et al. 2020, section 2.1).
     """
     weights = (4 if frozen_base else 6) * matmul_parameters(spec)
-    scores = spec.num_layers * spec.num_attention_heads * spec.head_dim * seq_length  # QK^T and PV, half of each
+    num_attention = sum(spec.layer(n).mixer == "attention" for n in range(spec.num_layers))
+    scores = num_attention * spec.num_attention_heads * spec.head_dim * seq_length  # QK^T and PV, half of each
     return float(num_tokens) * (weights + 6 * scores)

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from mswift.converters.spec import DeltaSpec
 from mswift.parallel.delta_rule import gated_delta_rule, unit_length
-from mswift.parallel.megatron.mamba import ChannelKernels, column_linear, cut_vector, row_linear
+from mswift.parallel.megatron.mamba import ChannelKernels, check_whole_sequence, column_linear, cut_vector, row_linear
 
 
 class HeadNormGated(nn.Module):
@@ -48,10 +48,11 @@ class GatedDeltaNet(nn.Module):
         **_unused: object,
     ) -> None:
         super().__init__()
+        check_whole_sequence(config)
         group = pg_collection.tp
         tp, heads = group.size(), delta.num_value_heads
         keys, values = delta.num_key_heads * delta.key_head_dim, heads * delta.value_head_dim
-        self._delta, self._groups = delta, delta.num_key_heads // tp
+        self.config, self._delta, self._groups = config, delta, delta.num_key_heads // tp
         self._sizes = [size // tp for size in (keys, keys, values, values, heads, heads)]
         self.in_proj = column_linear(config, 2 * keys + 2 * values + 2 * heads, group)
         self.conv1d = ChannelKernels(config, sum(self._sizes[:3]), delta.conv_kernel, bias=False)
@@ -61,8 +62,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """[s (of this rank under sequence parallelism), b, hidden] -> (the same, None)."""
-        if attention_mask is not None or options.get("packed_seq_params") is not None:
-            raise NotImplementedError("GatedDeltaNet takes neither a mask nor packed sequences")
+        check_whole_sequence(self.config, attention_mask, **options)
         projected, _ = self.in_proj(hidden_states)
         qkv, rest = projected.split([sum(self._sizes[:3]), sum(self._sizes[3:])], dim=-1)
         z, beta, alpha = rest.transpose(0, 1).split(self._sizes[3:], dim=-1)

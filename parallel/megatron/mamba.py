@@ -62,6 +62,16 @@ def cut_vector(config: TransformerConfig, *sizes: int) -> nn.Parameter:
     return parameter
 
 
+def check_whole_sequence(
+    config: TransformerConfig, mask: object = None, packed_seq_params: object = None, **_unused: object
+) -> None:
+    """NotImplementedError for what would need the state of another rank, or a new state inside a row."""
+    if config.context_parallel_size > 1:
+        raise NotImplementedError("recurrent mixers do not share a sequence between ranks (context parallelism)")
+    if mask is not None or packed_seq_params is not None:
+        raise NotImplementedError("recurrent mixers take neither a mask nor packed sequences")
+
+
 class ChannelKernels(nn.Module):
     """The kernels of a convolution of each channel by itself: weight [channels, 1, width], bias [channels] or None."""
 
@@ -111,10 +121,11 @@ class MambaMixer(nn.Module):
         **_unused: object,
     ) -> None:
         super().__init__()
+        check_whole_sequence(config)
         group = pg_collection.tp
         tp, inner = group.size(), mamba.num_heads * mamba.head_dim
         bc = mamba.num_groups * mamba.state_size
-        self._mamba, self._groups = mamba, mamba.num_groups // tp
+        self.config, self._mamba, self._groups = config, mamba, mamba.num_groups // tp
         self._sizes = [size // tp for size in (inner, inner, bc, bc, mamba.num_heads)]
         self.in_proj = column_linear(config, 2 * inner + 2 * bc + mamba.num_heads, group)
         self.conv1d = ChannelKernels(config, sum(self._sizes[1:4]), mamba.conv_kernel, bias=True)
@@ -124,8 +135,7 @@ class MambaMixer(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """[s (of this rank under sequence parallelism), b, hidden] -> (the same, None)."""
-        if attention_mask is not None or options.get("packed_seq_params") is not None:
-            raise NotImplementedError("MambaMixer takes neither a mask nor packed sequences")
+        check_whole_sequence(self.config, attention_mask, **options)
         projected, _ = self.in_proj(hidden_states)
         z, xbc, dt = projected.split([self._sizes[0], sum(self._sizes[1:4]), self._sizes[4]], dim=-1)
         y = self._scan(self.conv1d(xbc).float(), dt.transpose(0, 1).float())

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    linear_with_grad_accumulation_and_async_allreduce,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,33 +20,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from mswift.converters.spec import MlaSpec, ModelSpec
 from mswift.parallel.attention import SdpaAttention
+from mswift.parallel.megatron.linears import DuplicatedLinear
 from mswift.parallel.norms import RMSNorm
 from mswift.parallel.rotary import RotaryTable, rotate
-
-
-class DuplicatedLinear(nn.Module):
-    """A linear that every tensor-parallel rank has whole, applied to the part of the sequence that the rank has.
-
-    Under sequence parallelism its gradient is a sum over the ranks: the weight is marked for megatron-core.
-    """
-
-    def __init__(self, in_features: int, out_features: int, config: TransformerConfig, group: Any) -> None:
-        super().__init__()
-        device = torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self._group = group
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[s, b, in] -> ([s, b, out], no bias), as megatron-core's linears answer."""
-        out = linear_with_grad_accumulation_and_async_allreduce(
-            x, self.weight, None, False, allreduce_dgrad=False, sequence_parallel=False, tp_group=self._group
-        )
-        return out, None
 
 
 class LatentSelfAttention(MegatronModule):

@@ -131,13 +131,17 @@ def _stored_keys(table: ModelTable, name: str, layer: int | None) -> tuple[str, 
     return table.slices.get(found, (found,))
 
 
-def place_adapter(name: str, shape: Sequence[int], region: Region, parameter: nn.Parameter, tp_rank: int) -> Placed:
+def place_adapter(
+    name: str, shape: Sequence[int], regions: Sequence[Region], parameter: nn.Parameter, tp_rank: int
+) -> Placed:
     """One trained parameter of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
     is_cut = getattr(parameter, "tensor_model_parallel", False)
     is_copy = getattr(parameter, "shared", False)
-    key = f"adapter.{name}"
-    parts = (Part(0, region, key, tuple(shape)),) if region.num_elements else ()
-    return Placed(key, parameter, parts, not is_copy and (is_cut or tp_rank == 0))
+    key, parts, row = f"adapter.{name}", [], 0
+    for region in regions:
+        parts.append(Part(row, region, key, tuple(shape)))
+        row += region.sizes[0]
+    return Placed(key, parameter, tuple(parts), not is_copy and (is_cut or tp_rank == 0))
 
 
 def _parts(regions: Sequence[tuple[str, Region]], local: tuple[int, ...], table: ModelTable) -> tuple[Part, ...]:

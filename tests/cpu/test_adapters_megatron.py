@@ -39,17 +39,25 @@ MODELS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("lm_head",),
     ),
     "tied and frozen embedding": ("qwen3-tied", ("all-linear",), ()),
+    "linears that HF fuses": ("phi3", ("all-linear",), ()),
+    "some linears that HF fuses": ("phi3", ("qkv_proj", "down_proj"), ()),
     "norms behind the linears": ("gemma2", ("all-linear",), ()),
     "norms over all heads": ("olmo2", ("all-linear",), ()),
     "no gate": ("starcoder2", ("all-linear",), ()),
 }
-MERGED = tuple(MODELS)[:4]
+OLDER = tuple(MODELS)[:4]
+MERGED = (*OLDER, "linears that HF fuses")
 CASES = [
     *(("every linear", layout) for layout in LAYOUTS if layout != "pp2"),
     *(("some linears, biases, tied and trained embedding", layout) for layout in ("tp2", "pp2", "tp2-sp-pp2")),
     *(("some linears, all biases, trained head", layout) for layout in ("tp2-sp", "dp2")),
     ("tied and frozen embedding", "pp2"),
-    *((case, "tp2-sp") for case in ("norms behind the linears", "norms over all heads", "no gate")),
+    ("linears that HF fuses", "one"),
+    ("some linears that HF fuses", "tp2"),
+    *(
+        (case, "tp2-sp")
+        for case in ("linears that HF fuses", "norms behind the linears", "norms over all heads", "no gate")
+    ),
 ]
 ALL = ("logits", "loss", "grad_norm", "gradients", "weights", "momentum_buffer")
 TOLERANCE = 1e-5

@@ -208,17 +208,3 @@ def test_what_megatron_core_saves_converts_to_hf(family: str, tmp_path: Path) ->
     (tmp_path / "m" / "hf").rename(tmp_path / "core" / "hf")
     convert(tmp_path / "core", tmp_path / "back", "hf")
     assert same(read_model(tmp_path / "back"), tensors)
-
-
-@pytest.mark.parametrize("family", EVEN)
-def test_a_checkpoint_of_transformers_comes_back(family: str, tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**family_config(family))
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "m", "megatron")
-    convert(tmp_path / "m", tmp_path / "back", "hf")
-    assert same(read_model(tmp_path / "back"), read_model(tmp_path / "hf"))
-    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()

@@ -52,7 +52,7 @@ TOLERANCE = 1e-5
 def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(config.json, start weights, what transformers computes)."""
     model = random_model(name)
-    config = {k: v for k, v in model.config.to_dict().items() if v is not None}
+    config = {k: v for k, v in model.config.to_dict().items() if v is not None or k == "q_lora_rank"}
     start = {n: w.copy() for n, w in weights_of(model).items()}
     return config, start, reference(model, random_steps(), SGD)
 
@@ -116,7 +116,7 @@ def without_sum_of_shared_key_of_a_sequence() -> Iterator[None]:
 
 @contextmanager
 def without_marks_on_down_projections() -> Iterator[None]:
-    from mswift.parallel.megatron.mla import DuplicatedLinear
+    from mswift.parallel.megatron.linears import DuplicatedLinear
 
     make = DuplicatedLinear.__init__
 

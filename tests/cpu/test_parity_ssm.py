@@ -4,13 +4,18 @@ fp32; logits, loss, gradient norm and every gradient at most 1e-5 apart (max|a -
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from mswift.converters.adapters import expand_targets
+from mswift.converters.plan import table_for
+from mswift.errors import ConfigError
 from tests.support.parity import BASE, differences, megatron_run, model_of, random_steps, reference
 from tests.support.spaces import Arrays, weights_of
 
@@ -107,3 +112,64 @@ def test_three_steps_of_sgd_equal_transformers(name: str, layout: str) -> None:
     found, truth = run(name, layout)
     apart = differences(found, truth, (*FIRST, "weights", "momentum_buffer"))
     assert {n: d for n, d in apart.items() if not d <= TOLERANCE} == {}
+
+
+@contextmanager
+def without_the_sum_of_squares() -> Iterator[None]:
+    """Each rank normalises its own channels by themselves."""
+    from mswift.parallel.megatron import mamba
+
+    with patch.object(mamba, "reduce_from_tensor_model_parallel_region", lambda x, group=None: x):
+        yield
+
+
+@contextmanager
+def without_the_sum_of_head_norms() -> Iterator[None]:
+    """The gradient of a weight that all heads share is that of this rank's heads."""
+    from mswift.parallel.megatron import delta
+
+    with patch.object(delta, "copy_to_tensor_model_parallel_region", lambda x, group=None: x):
+        yield
+
+
+@contextmanager
+def with_b_and_c_exchanged() -> Iterator[None]:
+    """Slices in another order."""
+    from mswift.parallel.megatron import mamba
+
+    scan = mamba.state_space_scan
+    with patch.object(mamba, "state_space_scan", lambda x, dt, a, b, c, size: scan(x, dt, a, c, b, size)):
+        yield
+
+
+HERE = "tests/cpu/test_parity_ssm.py:"
+BREAKS = {
+    f"{HERE}without_the_sum_of_squares": ("mamba2", "tp2", "logits"),
+    f"{HERE}without_the_sum_of_head_norms": ("qwen3_next", "tp2-sp", "gradients"),
+    f"{HERE}with_b_and_c_exchanged": ("nemotron_h", "one", "logits"),
+    "tp reduce": ("mamba2", "tp2", "logits"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_rule_is_seen(broken: str) -> None:
+    name, layout, what = BREAKS[broken]
+    found, truth = run(name, layout, broken)
+    assert max(differences(found, truth, (what,)).values()) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h-experts", "qwen3_next"])
+def test_bf16_learns_at_tp2(name: str) -> None:
+    """bf16 weights, fp32 masters and recurrences: the first loss is fp32's to bf16's precision, then it falls."""
+    config, start, truth = expected(name)
+    settings = {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.1, "clip_grad": 1.0, "dtype": "BF16"}
+    steps = [random_steps(num_steps=1)[0]] * 6
+    found = megatron_run(config, start, steps, settings, *LAYOUTS["tp2-sp"])
+    assert found["loss"][0] == pytest.approx(truth["loss"][0], rel=1e-2)
+    assert found["loss"][-1] < 0.9 * found["loss"][0]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_adapters_of_recurrent_mixers_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="mixers that take no adapter yet; use --tuner_type full"):
+        expand_targets(table_for(expected(name)[0]), ["all-linear"])

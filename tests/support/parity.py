@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 9, "tie_word_embeddings": True},
     "olmo2": {"model_type": "olmo2"},
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 9},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
 }
 
 

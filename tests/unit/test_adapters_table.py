@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from mswift.converters.adapters import (
+    Block,
+    HfLinear,
     LoraConfig,
     adapter_shapes,
+    check_blocks,
     expand_modules_to_save,
     expand_targets,
+    fused_blocks,
     fused_linears,
     trained_name,
 )
@@ -22,6 +26,7 @@ from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.init import kaiming_uniform
 from mswift.tuners.peft_config import adapter_files, read_peft_config
 from mswift.tuners.shapes import promised_shapes
+from tests.support.family_configs import family_config
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -191,3 +196,28 @@ def test_tables_and_configuration_need_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_blocks_of_linears_that_hf_fuses() -> None:
+    """(start, rows) in the HF linear, in the order of the Megatron weight."""
+    blocks = fused_blocks(table_for(family_config("phi3")))
+    qkv, up = blocks["self_attention.linear_qkv"], blocks["mlp.linear_fc1"]
+    assert [(b.leaf, b.start, b.rows) for b in qkv] == [("qkv_proj", 0, 64), ("qkv_proj", 64, 32), ("qkv_proj", 96, 32)]
+    assert [(b.leaf, b.start, b.rows) for b in up] == [("gate_up_proj", 0, 40), ("gate_up_proj", 40, 40)]
+    grouped = fused_blocks(table_for(family_config("internlm2")))["self_attention.linear_qkv"]
+    assert [(b.leaf, b.start, b.rows) for b in grouped] == [("wqkv", 0, 64)]
+
+
+def test_two_linears_of_one_leaf_name_are_told_apart() -> None:
+    blocks = fused_blocks(table_for(family_config("qwen")))
+    assert [blocks[path][0].hf for path in ("self_attention.linear_proj", "mlp.linear_fc2")] == [
+        "transformer.h.{l}.attn.c_proj",
+        "transformer.h.{l}.mlp.c_proj",
+    ]
+
+
+def test_part_of_a_linear_is_refused() -> None:
+    linear = HfLinear("model.layers.0.x_proj", "x_proj", 0, 8, 24)
+    check_blocks(linear, [Block(linear.name, 0, 16), Block(linear.name, 16, 8)])
+    with pytest.raises(ConfigError, match="--target_modules x_proj: .* several Megatron tensors"):
+        check_blocks(linear, [Block(linear.name, 0, 16)])

@@ -90,6 +90,12 @@ def test_ignored_fields_are_recorded_and_honoured_again(tmp_path: Path) -> None:
     for place in ("m", "back"):
         WeightReader(tmp_path / place)
         table_for(read_config(tmp_path / place / "hf" if place == "m" else tmp_path / place))
+    (tmp_path / "m" / "mswift_manifest.json").unlink()  # as in a checkpoint of a training that started from there
+    for name, content in WeightReader(tmp_path / "back").side_files().items():
+        (tmp_path / "m" / "hf" / name).write_bytes(content)
+    convert(tmp_path / "m", tmp_path / "third", "hf")
+    WeightReader(tmp_path / "third")
+    assert (tmp_path / "third" / "config.json").read_bytes() == before
     assert verify(tmp_path / "back", tmp_path / "hf", options=options).equal
 
 

@@ -252,3 +252,37 @@ def test_any_bytes_as_weights_or_index_or_metadata(data: bytes, tmp_path_factory
     ):
         with pytest.raises(REFUSED):
             read()  # type: ignore[no-untyped-call]
+
+
+@given(data=st.data())
+def test_a_mutated_torch_dist_directory_is_read_or_refused(
+    data: st.DataObject, torch_dist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bytes of .metadata, and of the zip records around the tensors; without the manifest that would show it."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    for path in torch_dist.iterdir():
+        (folder / path.name).symlink_to(path)
+    name = data.draw(st.sampled_from([".metadata", "__0_0.distcp", "common.pt", "metadata.json"]))
+    raw = bytearray((torch_dist / name).read_bytes())
+    for _ in range(data.draw(st.integers(0, 5))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    end = data.draw(st.sampled_from([None, None, data.draw(st.integers(0, len(raw)))]))
+    (folder / name).unlink()
+    (folder / name).write_bytes(bytes(raw[:end]))
+    tile, block = (memoryview(bytearray(1 << 20)) for _ in range(2))
+    try:
+        source = plan(folder, "hf").source
+        for each in source.order:
+            source.stream(each, tile)(0, source.num_bytes(each), block)
+        source.close()
+    except REFUSED as error:
+        str(error).encode()
+
+
+@pytest.fixture(scope="module")
+def torch_dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("torch_dist")
+    path, _ = model_bytes(home)
+    convert(path, home / "m", "megatron")
+    (home / "m" / "mswift_manifest.json").unlink()
+    return home / "m"

@@ -33,7 +33,7 @@ BUDGET_SECONDS = {
     "cpu/test_convert_m": 30,
     "cpu/test_state_layouts_moe": 15,
     "cpu/test_train_moe": 40,
-    "cpu/test_state": 60,
+    "cpu/test_state": 75,
     "cpu/test_train": 320,
     "cpu/test_data": 20,
     "cpu/test_adapters": 100,

@@ -84,6 +84,10 @@ class Piece:
         starts[side] = (starts[side][0] + by,)
         return Piece(self.names, (starts[0], starts[1]), self.dims)
 
+    def footprint(self, side: int) -> tuple[object, ...]:
+        """What decides the boxes on one side: where it starts, and its dims there."""
+        return self.starts[side], tuple((d.size, d.axis[side], d.step[side]) for d in self.dims)
+
     def boxes(self, side: int) -> list[Region]:
         """The boxes that this piece covers on one side."""
         per_axis = [

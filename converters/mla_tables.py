@@ -115,7 +115,7 @@ def deepseek_moe(
     width, shared, scale, experts: the family's defaults of moe_intermediate_size, n_shared_experts,
     routed_scaling_factor and of (n_routed_experts, num_experts_per_tok).
     """
-    moe = moe_spec(
+    return moe_spec(
         config,
         num_experts=("n_routed_experts", "num_local_experts"),
         defaults=(*experts, width),
@@ -126,16 +126,6 @@ def deepseek_moe(
         * config.count("n_shared_experts", shared),
         **features,
     )
-    count, top_k = moe.num_experts, moe.top_k
-    if count % groups:
-        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
-    if best > groups:
-        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
-    if top_k > best * (count // groups):
-        raise config.refused(
-            "num_experts_per_tok", f"is {top_k}, but {best} groups of {count // groups} experts are chosen"
-        )
-    return moe
 
 
 def _mla_spec(config: Fields) -> MlaSpec:

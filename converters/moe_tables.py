@@ -11,7 +11,17 @@ from typing import Literal
 
 from mswift.converters.dense import DECODER
 from mswift.converters.fields import Fields
-from mswift.converters.rules import LAYERS, Drop, Rule, columns, experts, fused_gate_up, gate_up, same
+from mswift.converters.rules import (
+    LAYERS,
+    Drop,
+    Rule,
+    columns,
+    experts,
+    fused_gate_up,
+    gate_up,
+    interleaved_gate_up,
+    same,
+)
 from mswift.converters.spec import LayerSpec, MoeSpec
 
 EACH, STACKED = "experts_each", "experts_stacked"
@@ -60,6 +70,19 @@ def experts_stacked(gate_up_name: str, down: str, *, when: str = f"moe {STACKED}
     first = fused_gate_up(FC1, gate_up_name, width=("hidden",), when=when, ffn="moe_ffn")
     second = same(FC2, down, ("hidden", "moe_ffn"), cut=columns("moe_ffn"), when=when)
     return experts(first, "stacked"), experts(second, "stacked")
+
+
+def experts_with_biases(hf: str) -> tuple[Rule, ...]:
+    """gate_up_proj [experts, hidden, 2 * moe_ffn], gate and up in turn, down_proj [experts, moe_ffn, hidden]; biases."""
+    bias1, bias2 = (key.removesuffix("weight") + "bias" for key in (FC1, FC2))
+    up, up_bias = (
+        interleaved_gate_up(key, hf + name, width=width, when="moe", ffn="moe_ffn")
+        for key, name, width in ((FC1, "gate_up_proj", ("hidden",)), (bias1, "gate_up_proj_bias", ()))
+    )
+    down = same(FC2, hf + "down_proj", ("hidden", "moe_ffn"), cut=columns("moe_ffn"), when="moe")
+    down_bias = same(bias2, hf + "down_proj_bias", ("hidden",), when="moe")
+    matrices = (experts(rule, "stacked", transposed=True) for rule in (up, down))
+    return (*matrices, *(experts(rule, "stacked") for rule in (up_bias, down_bias)))
 
 
 def shared_expert(hf: str, gate: str = "") -> tuple[Rule, ...]:
@@ -135,11 +158,31 @@ def moe_spec(
     no_router_loss(config)
     number, top_k, width = (*defaults, None, None, None)[:3]
     name = next((name for name in num_experts if config.take(name) is not None), num_experts[0])
-    return MoeSpec(
-        num_experts=config.integer(name, number),
-        top_k=config.integer("num_experts_per_tok", top_k),
+    count, k = config.integer(name, number), config.integer("num_experts_per_tok", top_k)
+    if k > count:
+        raise config.refused("num_experts_per_tok", f"is {k}; there are {count} experts")
+    moe = MoeSpec(
+        num_experts=count,
+        top_k=k,
         ffn_hidden_size=config.integer(ffn, width),
         score=score,
         normalize=config.flag("norm_topk_prob", False) if normalize is None else normalize,
         **features,  # type: ignore[arg-type]
     )
+    _check_groups(config, moe)
+    return moe
+
+
+def _check_groups(config: Fields, moe: MoeSpec) -> None:
+    """Groups of one size, in which there are as many experts as a token is sent to."""
+    count, groups, best = moe.num_experts, moe.num_groups, moe.topk_groups
+    if count % groups:
+        raise config.refused("n_group", f"is {groups}, which does not divide the {count} experts")
+    if best > groups:
+        raise config.refused("topk_group", f"is {best}; there are {groups} groups")
+    if groups > 1 and moe.group_score == "top2" and count // groups < 2:
+        raise config.refused("n_group", f"is {groups}, but a group of {count} experts is worth its best two")
+    if moe.top_k > best * (count // groups):
+        raise config.refused(
+            "num_experts_per_tok", f"is {moe.top_k}, but {best} groups of {count // groups} experts are chosen"
+        )

@@ -25,8 +25,8 @@ def _spec(config: Fields) -> ModelSpec:
         topk_groups=config.integer("topk_group", 1),
         group_score="top2",
         correction_bias=True,
-        shared_ffn_hidden_size=config.integer("moe_intermediate_size") * config.integer("n_shared_experts", 1),
-        defaults=(128, 8),
+        shared_ffn_hidden_size=config.integer("moe_intermediate_size", 1408) * config.integer("n_shared_experts", 1),
+        defaults=(128, 8, 1408),
     )
     return dense_spec(
         config,

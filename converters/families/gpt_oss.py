@@ -6,25 +6,24 @@ from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.layer_types import sliding_layers
-from mswift.converters.moe_tables import FC1, FC2, H, M, moe_spec, router, with_experts, without_dense_mlp
-from mswift.converters.rules import columns, experts, interleaved_gate_up, rows, same
-from mswift.converters.spec import ModelSpec
+from mswift.converters.moe_tables import H, M, experts_with_biases, moe_spec, router, with_experts, without_dense_mlp
+from mswift.converters.rules import rows, same
+from mswift.converters.spec import ModelSpec, RopeSpec
 
-E = H + "mlp.experts."
-BIAS1, BIAS2 = (key.removesuffix("weight") + "bias" for key in (FC1, FC2))
-SINKS = M + "self_attention.core_attention.softmax_offset"
-_UP, _UP_BIAS = (
-    interleaved_gate_up(key, E + name, width=width, when="moe", ffn="moe_ffn")
-    for key, name, width in ((FC1, "gate_up_proj", ("hidden",)), (BIAS1, "gate_up_proj_bias", ()))
-)
-_DOWN = same(FC2, E + "down_proj", ("hidden", "moe_ffn"), cut=columns("moe_ffn"), when="moe")
 TABLE = (
     *without_dense_mlp(DECODER),
-    same(SINKS, H + "self_attn.sinks", ("heads",), cut=rows("groups")),
+    same(M + "self_attention.core_attention.softmax_offset", H + "self_attn.sinks", ("heads",), cut=rows("groups")),
     *router(H + "mlp.router"),
-    *(experts(rule, "stacked", transposed=True) for rule in (_UP, _DOWN)),
-    *(experts(rule, "stacked") for rule in (_UP_BIAS, same(BIAS2, E + "down_proj_bias", ("hidden",), when="moe"))),
+    *experts_with_biases(H + "mlp.experts."),
 )
+ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
+
+def _rope(config: Fields, head_dim: int) -> RopeSpec:
+    """YaRN, also where config.json does not say so."""
+    if config.take("rope_parameters") or config.take("rope_scaling"):
+        return config.rope(head_dim, default_theta=150000.0)
+    return config.rope_of(ROPE, "rope_scaling", theta=config.number("rope_theta", 150000.0))
 
 
 def _spec(config: Fields) -> ModelSpec:
@@ -36,6 +35,8 @@ def _spec(config: Fields) -> ModelSpec:
     config.require("experts_per_token", moe.top_k)  # said twice
     config.take("initial_context_length")  # rope_scaling.original_max_position_embeddings is what counts
     config.require("swiglu_alpha", 1.702)
+    if not (config.take("rope_parameters") or config.take("rope_scaling")):
+        raise config.refused("rope_scaling", "is absent, where transformers takes yarn; write it out")
     layers = sliding_layers(config, lambda layer: layer % 2 == 0, default=128)
     head_dim = config.integer("head_dim", 64)
     spec = dense_spec(
@@ -46,7 +47,7 @@ def _spec(config: Fields) -> ModelSpec:
         norm_eps=("rms_norm_eps", 1e-5),
         qkv_bias=bias,
         attention_out_bias=bias,
-        rope=config.rope(head_dim, default_theta=150000.0),
+        rope=_rope(config, head_dim),
         attention_sinks=True,
         layers=with_experts(config, layers),
         moe=moe,

@@ -19,7 +19,7 @@ def _spec(config: Fields) -> ModelSpec:
         num_kv_heads=16,
         qkv_bias=config.flag("qkv_bias", True),
         layers=sparse_steps(config),
-        moe=moe_spec(config, shared_ffn_hidden_size=shared, shared_gate=True),
+        moe=moe_spec(config, defaults=(60, 4, 1408), shared_ffn_hidden_size=shared, shared_gate=True),
     )
 
 

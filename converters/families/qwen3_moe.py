@@ -19,7 +19,7 @@ def _spec(config: Fields) -> ModelSpec:
         attention_out_bias=bias,
         qk_norm="head",
         layers=sparse_steps(config),
-        moe=moe_spec(config),
+        moe=moe_spec(config, defaults=(128, 8, 768)),
     )
 
 

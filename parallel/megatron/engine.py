@@ -226,10 +226,21 @@ class MegatronEngine:
         """
         for chunk in self._chunks:
             chunk.grad_accs.clear()
+            _forget_graphs(chunk)
         self._chunks, self._base, self._trained = [], [], []
         self._core_config.finalize_model_grads_func = None
         del self._optimizer
         world.leave()
+
+
+def _forget_graphs(chunk: torch.nn.Module) -> None:
+    """Let go of what token dispatchers keep of the last forward: its graph leads back to the model, unseen by Python."""
+    for module in chunk.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        kept = vars(dispatcher) if dispatcher is not None else {}
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                kept[name] = None
 
 
 def _elements(shape: Sequence[int]) -> int:

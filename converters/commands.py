@@ -46,7 +46,8 @@ def convert(config: ConvertConfig) -> int:
     if config.dry_run:
         planned = engine.plan(source, config.to, options)
         print(engine.describe(planned, max_shard_bytes))
-        print_notes(planned.source.config, planned.source.config_edits)
+        if config.to == "hf":
+            print_notes(planned.source.config, planned.source.config_edits)
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)

@@ -1,8 +1,9 @@
 """The arithmetic of decodings: FP8 and MXFP4 weights, and casts between F32, BF16 and F16.
 
-Every decoder works on a range of the elements of its tensor in C order, so memory is bounded by the range; `step_elements` at a
-time are best, as arrays beyond the caches are slower. Values are float32 (exact for every format read here but for the product with an FP8 scale, which is rounded once, as
-DeepSeek's own kernel does) and then rounded to the wanted dtype, to nearest, ties to even.
+Every decoder works on a range of the elements of its tensor in C order, so memory is bounded by the range (about
+`step_elements` at a time: arrays beyond the caches are slower). Values are float32, exact for every format read here
+but for the product with an FP8 scale, which is rounded once, as DeepSeek's own kernel does; then they are rounded to
+the wanted dtype, to nearest, ties to even.
 """
 
 from collections.abc import Callable

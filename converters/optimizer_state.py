@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from mswift import rundir
 from mswift.converters.io.dcp_metadata import METADATA, read_metadata
-from mswift.converters.io.files import check_absent, sync_directory, write_file
+from mswift.converters.io.files import check_absent, in_words, sync_directory, write_file
 from mswift.converters.io.safetensors import SINGLE, encode_header
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.io.side_files import OPTIMIZER_RECORD as RECORD
@@ -115,6 +115,8 @@ def _building(destination: Path) -> Iterator[Path]:
         try:
             shutil.rmtree(holder / "new", ignore_errors=True)  # of a conversion that was killed
             yield holder / "new"
+        except OSError as error:
+            raise in_words(error, destination, "--output_dir") from None
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 

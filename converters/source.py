@@ -80,7 +80,7 @@ class Source(ABC):
     def __init__(self, path: Path, hf_files: Path, options: SourceOptions) -> None:
         self.path, self.hf_files, self.options = path, hf_files, options
         self.fds: dict[Path, int] = {}
-        self.ignored = (*ignored_fields(hf_files), *options.ignored)
+        self.ignored = tuple(dict.fromkeys((*ignored_fields(hf_files), *options.ignored)))
         self.config: dict[str, Any] = read_config(hf_files, self.ignored)
         for name in options.ignored:
             if name not in read_config(hf_files, ()):
@@ -116,8 +116,8 @@ class Source(ABC):
 
     @property
     def decoded(self) -> dict[str, str]:
-        """HF name -> rule, of all tensors that are made while reading."""
-        return {name: decoding.rule for name, decoding in self._decodings.items()}
+        """HF name -> rule, of all tensors of the model that are made while reading."""
+        return {name: decoding.rule for name, decoding in self._decodings.items() if name in self.table.hf}
 
     def num_bytes(self, name: str) -> int:
         """Size of one HF tensor."""

@@ -35,6 +35,8 @@ def _spec(config: Fields) -> ModelSpec:
     config.require("experts_per_token", moe.top_k)  # said twice
     config.take("initial_context_length")  # rope_scaling.original_max_position_embeddings is what counts
     config.require("swiglu_alpha", 1.702)
+    if not (config.take("rope_parameters") or config.take("rope_scaling")):
+        raise config.refused("rope_scaling", "is absent, where transformers takes yarn; write it out")
     layers = sliding_layers(config, lambda layer: layer % 2 == 0, default=128)
     head_dim = config.integer("head_dim", 64)
     spec = dense_spec(

@@ -55,8 +55,8 @@ class FileFormat:
         return (model_dir / self.index).exists() or (model_dir / self.single).exists() or bool(self.loose(model_dir))
 
     def loose(self, model_dir: Path) -> list[str]:
-        """Names of the files that count where there is no index."""
-        return sorted(path.name for path in model_dir.glob(self.pattern))
+        """Names of the files that count where there is no index: all but an adapter's."""
+        return sorted(path.name for path in model_dir.glob(self.pattern) if not path.name.startswith("adapter_"))
 
     def read_directory(self, model_dir: Path) -> dict[str, StoredTensor]:
         """Every tensor of the one file, of the shards that the index names, or (without index) of all shards.

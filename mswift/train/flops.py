@@ -11,8 +11,7 @@ def matmul_parameters(spec: ModelSpec) -> int:
 
     Of experts: those that a token is sent to, and the router.
     """
-    heads = (3 if spec.attention_gate else 2) * spec.num_attention_heads + 2 * spec.num_kv_heads
-    mixer = {"none": 0, "attention": spec.hidden_size * spec.head_dim * heads, "mamba": 0, "delta": 0}
+    mixer = {"none": 0, "attention": _attention_parameters(spec), "mamba": 0, "delta": 0}
     if spec.mamba is not None:
         inner, states = spec.mamba.num_heads * spec.mamba.head_dim, spec.mamba.num_groups * spec.mamba.state_size
         mixer["mamba"] = spec.hidden_size * (3 * inner + 2 * states + spec.mamba.num_heads)
@@ -28,6 +27,18 @@ def matmul_parameters(spec: ModelSpec) -> int:
     return layers + spec.vocab_size * spec.hidden_size
 
 
+def _attention_parameters(spec: ModelSpec) -> int:
+    """Elements of the projections of one attention layer."""
+    mla, hidden, heads = spec.mla, spec.hidden_size, spec.num_attention_heads
+    if mla is None:
+        return hidden * spec.head_dim * ((3 if spec.attention_gate else 2) * heads + 2 * spec.num_kv_heads)
+    rank, query = mla.q_lora_rank, heads * mla.qk_head_dim
+    from_query = hidden * query if rank is None else rank * (hidden + query)
+    latent = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return from_query + latent + up + heads * mla.v_head_dim * hidden
+
+
 def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool) -> float:
     """FLOPs of forward and backward for `num_tokens` tokens in sequences of `seq_length`.
 
@@ -36,5 +47,6 @@ def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base
     """
     weights = (4 if frozen_base else 6) * matmul_parameters(spec)
     num_attention = sum(spec.layer(n).mixer == "attention" for n in range(spec.num_layers))
-    scores = num_attention * spec.num_attention_heads * spec.head_dim * seq_length  # QK^T and PV, half of each
+    width = spec.head_dim if spec.mla is None else (spec.mla.qk_head_dim + spec.mla.v_head_dim) / 2
+    scores = num_attention * spec.num_attention_heads * width * seq_length  # QK^T and PV, half of each
     return float(num_tokens) * (weights + 6 * scores)

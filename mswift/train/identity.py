@@ -30,12 +30,13 @@ def base_fingerprint(reader: WeightReader) -> dict[str, str]:
     digests: dict[str, Any] = {}
     spec = json.dumps([asdict(table.spec), reader.dtype], sort_keys=True)
     result = {"config.json": hashlib.sha256(spec.encode()).hexdigest()[:32]}
+    item_bytes = {key: DTYPE_BYTES[reader.dtype_of(key)] for key in table.megatron}
     for name in table.hf_order:
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         digest = digests.setdefault(kind, hashlib.sha256())
         for piece in table.hf_pieces[name]:
             for region in _first_and_last(table, piece):
-                data = bytearray(region.num_elements * DTYPE_BYTES[reader.dtype])
+                data = bytearray(region.num_elements * item_bytes[piece.names[1]])
                 reader.read(piece.names[1], region, memoryview(data))
                 digest.update(data)
     return result | {kind: digest.hexdigest()[:32] for kind, digest in digests.items()}

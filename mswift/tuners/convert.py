@@ -19,7 +19,8 @@ from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_
 from mswift.converters.manifest import FileRecord, Manifest, TensorRecord, hash_whole, read_manifest
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError, ConfigError
-from mswift.tuners.bridge_files import BridgePlan, format_name, open_bridge, plan_bridge, write_bridge
+from mswift.tuners.bridge_destination import BridgePlan, plan_bridge, write_bridge
+from mswift.tuners.bridge_source import format_name, open_bridge
 from mswift.tuners.detect import HF_FOLDER, RUN_CONFIG, is_torch_dist, layout_of
 from mswift.tuners.export import STORED
 from mswift.tuners.files import row_blocks, write_safetensors

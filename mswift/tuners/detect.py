@@ -22,7 +22,7 @@ def is_torch_dist(path: Path) -> bool:
 
 def layout_of(keys: Iterable[str]) -> str | None:
     """ "fused" or "canonical", None where no key is of an adapter of Megatron-Bridge's."""
-    marked = [key for key in keys if MARK in key]
+    marked = [key for key in keys if MARK in key and not key.startswith("optimizer.")]
     if not marked:
         return None
     return "canonical" if any(f"{MARK}adapter_" in key for key in marked) else "fused"

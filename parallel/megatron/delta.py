@@ -18,7 +18,14 @@ from torch.distributed import ProcessGroup
 
 from mswift.converters.spec import DeltaSpec
 from mswift.parallel.delta_rule import gated_delta_rule, unit_length
-from mswift.parallel.megatron.mamba import ChannelKernels, check_whole_sequence, column_linear, cut_vector, row_linear
+from mswift.parallel.megatron.mamba import (
+    ChannelKernels,
+    check_whole_sequence,
+    column_linear,
+    cut_vector,
+    recomputed,
+    row_linear,
+)
 
 
 class HeadNormGated(nn.Module):
@@ -76,7 +83,8 @@ class GatedDeltaNet(nn.Module):
         q, k, v = qkv.split(self._sizes[:3], dim=-1)
         q, k = (unit_length(x.unflatten(-1, (self._groups, -1)).float()) for x in (q, k))
         log_decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias.float())
-        return gated_delta_rule(
+        return recomputed(
+            gated_delta_rule,
             q,
             k,
             v.unflatten(-1, (self._groups, -1, self._delta.value_head_dim)).float(),

@@ -5,6 +5,7 @@ over tensor-parallel ranks, the projections are its column- and row-parallel lin
 h heads, g groups, p head dimension, n state size, all of this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from mswift.converters.spec import MambaSpec
 from mswift.parallel.state_space import causal_convolution, state_space_scan
@@ -70,6 +72,12 @@ def check_whole_sequence(
         raise NotImplementedError("recurrent mixers do not share a sequence between ranks (context parallelism)")
     if mask is not None or packed_seq_params is not None:
         raise NotImplementedError("recurrent mixers take neither a mask nor packed sequences")
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), computed again in the backward pass: a recurrence's own matrices are ten times its inputs."""
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 class ChannelKernels(nn.Module):
@@ -150,7 +158,8 @@ class MambaMixer(nn.Module):
         if self._mamba.time_step_limit != (0.0, float("inf")):
             dt = dt.clamp(*self._mamba.time_step_limit)
         a = -self.A_log.float().exp()
-        y = state_space_scan(
+        y = recomputed(
+            state_space_scan,
             x,
             dt.unflatten(-1, groups),
             a.unflatten(0, groups),

@@ -12,7 +12,8 @@ import pytest
 
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region
-from tests.cpu.test_adapters_convert import ALL, STACK, convert
+from tests.cpu.test_adapters_bridge import STACK
+from tests.cpu.test_adapters_convert import ALL, convert
 from tests.cpu.test_adapters_variants import peft_adapter
 from tests.support.adapters import random_model
 from tests.support.ranks import join, run_ranks

@@ -11,6 +11,7 @@ from torch import Tensor
 from mswift.converters.engine import convert
 from mswift.converters.reader import WeightReader
 from mswift.converters.verify import verify
+from mswift.train.identity import base_fingerprint
 from tests.support.family_configs import family_config
 
 
@@ -59,3 +60,4 @@ def test_what_transformers_wrote_comes_back(
     assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
     assert WeightReader(tmp_path / "m").table.spec == WeightReader(tmp_path / "hf").table.spec
     assert WeightReader(tmp_path / "hf").table.spec.mtp_layers == ()
+    assert base_fingerprint(WeightReader(tmp_path / "m")) == base_fingerprint(WeightReader(tmp_path / "hf"))

@@ -43,11 +43,17 @@ def test_there_and_back(family: str, tmp_path: Path) -> None:
 
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 64, "intermediate_size": 40, "num_hidden_layers": 3}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 OTHER_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": SIZES | {"num_experts_per_tok": 2},
     "deepseek_v3": SIZES | {"num_key_value_heads": 64},
+    "glm4_moe": SIZES | {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": SIZES
+    | {"rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}},
     "mamba2": {"hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8},
     "nemotron_h": {"hidden_size": 128, "num_attention_heads": 64, "hybrid_override_pattern": "M*-E"},
+    "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 48},
+    "qwen3_moe": SIZES | EXPERTS,
 }
 """Sizes, and fields whose defaults in transformers mean no model, or none with these sizes."""
 

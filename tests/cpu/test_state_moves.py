@@ -5,7 +5,10 @@ gradient norm.
 """
 
 import json
+import os
+import resource
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +200,21 @@ def test_what_is_refused(
     assert "holds the states ['exp_avg_sq'], mswift_optimizer.json lists" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_publishes_nothing(two: Path, tmp_path: Path) -> None:
+    """The limit lets the weights' file through (they are smaller than it) and not that of the states."""
+    argv = [sys.executable, "-m", "mswift.cli.main", "convert", "--model", str(two), "--to", "megatron"]
+    argv += ["--output_dir", str(tmp_path / "x"), "--optimizer", "true"]
+    size = sum(path.stat().st_size for path in two.glob("*.distcp")) // 2
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    text = run(argv, status=1, preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert "the disk is full" in text
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_sees_states(home: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

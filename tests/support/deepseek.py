@@ -1,6 +1,7 @@
-"""DeepSeek-V3's published config.json, and its tensors as the hub's index lists them (bf16 in place of FP8)."""
+"""The published config.json of DeepSeek-V2 and -V3, and their tensors as the hub has them, in bf16 or FP8."""
 
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import Any
 
 V3: dict[str, Any] = {
@@ -58,6 +59,24 @@ def hub_tensors(config: Mapping[str, Any], *, mtp: bool = True) -> dict[str, tup
         shapes |= {f"{prefix}{name}_layernorm.weight": (size,) for name in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (size,), "lm_head.weight": (vocab, size)}
     return {name: ("F32" if name.endswith("correction_bias") else "BF16", shape) for name, shape in shapes.items()}
+
+
+FP8: dict[str, Any] = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+}  # fmt: skip
+"""What the hub's config.json says under quantization_config."""
+
+
+def in_fp8(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape]]:
+    """Every linear but router and heads in FP8, with a scale for each block of 128 x 128."""
+    out: dict[str, tuple[str, Shape]] = {}
+    for name, (dtype, shape) in tensors.items():
+        leaf = name.split(".")[-2]
+        linear = leaf.endswith(("_proj", "_proj_with_mqa")) and leaf != "eh_proj"
+        out[name] = ("F8_E4M3" if linear else dtype, shape)
+        if linear:
+            out[f"{name}_scale_inv"] = ("F32", tuple(ceil(n / 128) for n in shape))
+    return out
 
 
 def _mtp(size: int, vocab: int) -> Iterator[tuple[str, Shape]]:

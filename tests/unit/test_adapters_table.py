@@ -193,6 +193,7 @@ PINNED = [0.0030471086502075195, 0.010634839534759521, -0.03211396932601929]
 def test_tables_and_configuration_need_no_torch() -> None:
     code = (
         "import sys, mswift.converters.adapters, mswift.tuners.peft_config, mswift.tuners.init, mswift.config.merge;"
+        "import mswift.tuners.convert, mswift.tuners.verify, mswift.converters.optimizer_state;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,6 +15,7 @@ from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec, RopeSpec
 from mswift.converters.verify import verify
 from mswift.errors import CheckpointError, ConfigError, LayoutError
+from mswift.train.flops import matmul_parameters
 from tests.support.checkpoints import Array, read_model, same, write_model
 from tests.support.deepseek import V2, V2_LITE, V3, hub_tensors
 
@@ -99,6 +100,14 @@ def test_shards_of_all_ranks_tile_every_tensor(config: dict[str, Any], tp: int) 
             for region in table.shard(key, rank, tp, layer, expert)
         ]
         assert tiling_fault(boxes, tensor.shape) is None, key
+
+
+@pytest.mark.parametrize("q_lora_rank", [12, None])
+def test_flops_count_every_matrix(q_lora_rank: int | None) -> None:
+    table = table_for(V3_TINY | {"q_lora_rank": q_lora_rank, "n_routed_experts": 8, "num_nextn_predict_layers": 0})
+    elements = {key: math.prod(tensor.shape) for key, tensor in table.megatron.items() if len(tensor.shape) > 1}
+    idle = sum(n // 8 * (8 - 3) for key, n in elements.items() if ".experts.experts." in key)
+    assert matmul_parameters(table.spec) == sum(elements.values()) - idle - elements["embedding.word_embeddings.weight"]
 
 
 def test_heads_stay_whole() -> None:

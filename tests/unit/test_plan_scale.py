@@ -11,7 +11,7 @@ import pytest
 from mswift.converters.catalog import family_for, spec_for
 from mswift.converters.destinations import MegatronDestination
 from mswift.converters.plan import ModelTable, table_for
-from tests.support.deepseek import V3, hub_tensors
+from tests.support.deepseek import FP8, V3, hub_tensors, in_fp8
 from tests.support.sparse import write_sparse_model
 
 SHARD_BYTES = 8_450_000_000
@@ -58,6 +58,18 @@ def test_deepseek_v3_is_planned_in_seconds(deepseek_v3: Path) -> None:
     assert "46,181 tensors, 682,636,487,424 elements" in text
     assert "each element moves exactly once" in text
     assert "dropped model.layers.61.embed_tokens.weight: equal to model.embed_tokens.weight" in text
+    assert seconds < LARGEST_SECONDS, seconds
+    assert peak < LARGEST_BYTES, peak
+
+
+def test_deepseek_v3_in_fp8_is_planned_in_seconds(tmp_path: Path) -> None:
+    """As the hub has it: 92,000 tensors, half of them scales."""
+    tensors = in_fp8(hub_tensors(V3))
+    assert len(tensors) == 91_991
+    write_sparse_model(tmp_path / "m", V3 | {"quantization_config": FP8}, tensors, SHARD_BYTES // 2)
+    seconds, peak, text = measured(PLAN, tmp_path / "m")
+    assert "46,181 tensors, 682,636,487,424 elements" in text
+    assert "(45,808 tensors): F8_E4M3 times F32 scale of each 128x128 block, rounded to BF16" in text
     assert seconds < LARGEST_SECONDS, seconds
     assert peak < LARGEST_BYTES, peak
 

@@ -73,7 +73,7 @@ def experts_stacked(gate_up_name: str, down: str, *, when: str = f"moe {STACKED}
 
 
 def experts_with_biases(hf: str) -> tuple[Rule, ...]:
-    """gate_up_proj [experts, hidden, 2 * moe_ffn] (gate and up in turn), down_proj [experts, moe_ffn, hidden], biases."""
+    """gate_up_proj [experts, hidden, 2 * moe_ffn], gate and up in turn; down_proj [experts, moe_ffn, hidden]."""
     bias1, bias2 = (key.removesuffix("weight") + "bias" for key in (FC1, FC2))
     up, up_bias = (
         interleaved_gate_up(key, hf + name, width=width, when="moe", ffn="moe_ffn")

@@ -234,7 +234,7 @@ class MegatronEngine:
 
 
 def _forget_graphs(chunk: torch.nn.Module) -> None:
-    """Let go of what token dispatchers keep of the last forward: its graph leads back to the model, unseen by Python."""
+    """Let go of what token dispatchers keep of the last forward: its graph holds the model, unseen by Python."""
     for module in chunk.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
         kept = vars(dispatcher) if dispatcher is not None else {}

@@ -2,16 +2,21 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from tests.support.family_configs import family_config
+from tests.support.parity import model_of
 from tests.support.ranks import join, run_ranks
-from tests.support.tiny import tiny_model
 
 
-def on_rank(path: str) -> list[int]:
+def on_rank(given: tuple[str, dict[str, Any]]) -> list[int]:
     """Threads of this process after each of three engines, one step each."""
     import torch
 
-    dims, device = join(2, tp=2)
+    path, layout = given
+    dims, device = join(2, **layout)
     from mswift.converters.reader import WeightReader
     from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
 
@@ -28,7 +33,16 @@ def on_rank(path: str) -> list[int]:
     return counts
 
 
-def test_closed_engines_leave_no_threads(tmp_path: Path) -> None:
-    tiny_model(tmp_path)
-    for first, _, last in run_ranks(2, on_rank, str(tmp_path)):
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", {"tp": 2}),
+        ("qwen2_moe", {"ep": 2}),
+        ("deepseek_v3", {"tp": 2, "sequence_parallel": True}),
+        ("nemotron_h", {}),
+    ],
+)
+def test_closed_engines_leave_no_threads(family: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    model_of(family_config(family)).save_pretrained(tmp_path)
+    for first, _, last in run_ranks(2, on_rank, (str(tmp_path), layout)):
         assert last <= first < 20

@@ -18,6 +18,8 @@ from mswift.errors import CheckpointError
 DIRECT_RUN_BYTES = 64 << 10
 """Shorter runs are gathered in memory: one copy_file_range each would cost more than the copy."""
 
+_SHORTEST_RUN_BYTES = 64
+
 _NOT_DIRECT = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.ETXTBSY)
 
 
@@ -74,17 +76,14 @@ def opened(
             yield TensorBytes(name, size, places)
         return
     stored = {each: places_of(each) for each in decoding.inputs}
-    with placed([place for places in stored.values() for place in places], files) as together:
-        fds = {place.path: place.fd for place in together}
-        inputs = [(n, [Place(fds[p.path], p.path, p.copy) for p in places]) for n, places in stored.items()]
-        yield DecodedTensor(name, size, (), DecodedBytes(decoding, fetch_from(inputs)))
+    yield DecodedTensor(name, size, (), DecodedBytes(decoding, fetch_from(list(stored.items()), files)))
 
 
 @contextmanager
 def placed(places: Sequence[Place], files: Descriptors) -> Iterator[list[Place]]:
     """The places with open descriptors of `files`."""
     with files.held([place.path for place in places]) as fds:
-        yield [Place(fds[place.path], place.path, place.copy) for place in places]
+        yield [Place(place.path, place.copy, fds[place.path]) for place in places]
 
 
 def write_span(data: memoryview, low: int, places: Sequence[Place], tile: memoryview) -> int:
@@ -96,6 +95,11 @@ def write_span(data: memoryview, low: int, places: Sequence[Place], tile: memory
     return count
 
 
+def is_transposed(*sides: Sequence[Place] | None) -> bool:
+    """Whether single elements, not runs of them, are next to each other in both the tensor and a file."""
+    return any(run_bytes(place.copy) < _SHORTEST_RUN_BYTES for places in sides for place in places or ())
+
+
 def copy_span(tensor: TensorBytes, low: int, high: int, places: Sequence[Place], buffers: Buffers) -> None:
     """Moves bytes [low, high) of a tensor to the places of a destination, inside the kernel where the runs are long."""
     written = 0
@@ -103,10 +107,26 @@ def copy_span(tensor: TensorBytes, low: int, high: int, places: Sequence[Place],
     if source is not None and _long_runs(source) and _long_runs(places):
         written = _copy_direct(source, low, high, places)
     if written == 0:
-        for start in range(low, high, PIECE_BYTES):
-            view = tensor.read(start, min(high, start + PIECE_BYTES), buffers.block, buffers.tile)
-            written += write_span(view, start, places, buffers.tile)
+        written = stream(tensor, low, high, places, buffers, lambda view: None)
     check_written(tensor.name, written, tensor.repeats(places) * (high - low))
+
+
+def stream(
+    tensor: TensorBytes,
+    low: int,
+    high: int,
+    places: Sequence[Place],
+    buffers: Buffers,
+    look: Callable[[memoryview], object],
+) -> int:
+    """Reads bytes [low, high) of a tensor, shows them to `look` in order, writes them; returns bytes written."""
+    written = 0
+    block = buffers.wide if is_transposed(tensor.direct(), places) else buffers.block
+    for start in range(low, high, len(block)):
+        view = tensor.read(start, min(high, start + len(block)), block, buffers.tile)
+        look(view)
+        written += write_span(view, start, places, buffers.tile)
+    return written
 
 
 def check_written(name: str, written: int, expected: int) -> None:

@@ -27,8 +27,6 @@ _SMALL_FILE_BYTES = 64 << 20
 
 _NAMES = ("", "")
 _NO_PATH = Path()
-_NOWHERE = -1
-"""Places of a destination name their file; a descriptor is opened when they are used."""
 
 
 class HfDestination:
@@ -89,7 +87,7 @@ class HfDestination:
         result = []
         for each in (name, *self._copies.get(name, ())):
             file, offset = self._places[each]
-            result.append(Place(_NOWHERE, self.directory / file, run_of_bytes(each, self._bytes[each], offset)))
+            result.append(Place(self.directory / file, run_of_bytes(each, self._bytes[each], offset)))
         return result
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:
@@ -189,7 +187,7 @@ class MegatronDestination:
                 moved = Piece(_NAMES, (piece.starts[0], shift), piece.dims)
                 path = self.directory / file
                 for copy in _inside(moved, self._table.hf[name], chunk.sizes, self._dtypes[name]):
-                    result.append(Place(_NOWHERE, path, copy.moved(1, offset)))
+                    result.append(Place(path, copy.moved(1, offset)))
         return result
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:
@@ -213,7 +211,7 @@ class MegatronDestination:
 @lru_cache(1024)
 def _inside(piece: Piece, hf_shape: tuple[int, ...], sizes: tuple[int, ...], dtype: str) -> tuple[Piece, ...]:
     """The bytes of a piece inside a chunk, which begins at 0: the same for all layers and experts."""
-    places = chunk_places(piece, hf_shape, Region.full(sizes), dtype, (_NOWHERE, _NO_PATH, 0))
+    places = chunk_places(piece, hf_shape, Region.full(sizes), dtype, (_NO_PATH, 0))
     return tuple(place.copy for place in places)
 
 

@@ -9,10 +9,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
-from mswift.converters.copying import TensorBytes, check_written, copy_span, opened, placed, write_span
+from mswift.converters.copying import check_written, copy_span, is_transposed, opened, placed, stream
 from mswift.converters.destinations import Destination
 from mswift.converters.io.descriptors import Descriptors, SizedFiles
-from mswift.converters.io.files import PIECE_BYTES, write_exactly
+from mswift.converters.io.files import WIDE_BYTES, write_exactly
 from mswift.converters.io.partial import Partial
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.journal import Done, Record, Recorder, read_journal
@@ -111,12 +111,14 @@ class _Worker:
         finished = set(self.done.spans.get(unit.name, ()))
         digest = hashlib.sha256() if self.hashing else None
         with opened(self.source, unit.name, self.sources, self.places_from) as tensor, placed(places, self.files) as to:
-            for low, high in spans(unit.low, unit.high, self.step):
+            step = max(self.step, WIDE_BYTES) if is_transposed(tensor.direct(), to) else self.step
+            for low, high in spans(unit.low, unit.high, step):
                 if buffers.stop.is_set():
                     return
                 there = (low, high) in finished
                 if digest is not None:
-                    stream(tensor, low, high, () if there else to, buffers, digest)
+                    written = stream(tensor, low, high, () if there else to, buffers, digest.update)
+                    check_written(tensor.name, written, 0 if there else tensor.repeats(to) * (high - low))
                 elif not there:
                     copy_span(tensor, low, high, to, buffers)
                 if not there:
@@ -139,16 +141,6 @@ class _Worker:
                 f"the files were damaged, or changed (if that was meant, remove {MANIFEST})"
             )
         return sha256
-
-
-def stream(tensor: TensorBytes, low: int, high: int, places: Sequence[Place], buffers: Buffers, digest: _Hash) -> None:
-    """Reads bytes [low, high) of a tensor, hashes them and writes them to the places."""
-    written = 0
-    for start in range(low, high, PIECE_BYTES):
-        view = tensor.read(start, min(high, start + PIECE_BYTES), buffers.block, buffers.tile)
-        digest.update(view)
-        written += write_span(view, start, places, buffers.tile)
-    check_written(tensor.name, written, tensor.repeats(places) * (high - low))
 
 
 def _still_there(done: Done, destination: Destination, units: Sequence[Unit], journal: Path) -> Done:

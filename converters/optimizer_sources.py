@@ -15,18 +15,18 @@ from typing import Any
 from mswift import rundir
 from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA, read_metadata
+from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES, open_read, read_exactly
 from mswift.converters.io.safe_pickle import load_pickle
 from mswift.converters.io.safetensors import SINGLE, read_header
 from mswift.converters.io.side_files import OPTIMIZER_RECORD as RECORD
 from mswift.converters.io.stored import StoredTensor
-from mswift.converters.io.strided import cut, gather
 from mswift.converters.io.torch_dist import COMMON, TorchDistSource, other_name
 from mswift.converters.layout import Region
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for
 from mswift.converters.reader import WeightReader
-from mswift.converters.source import check_shapes
+from mswift.converters.source import check_shapes, read_places
 from mswift.converters.sources import HF_FOLDER, Place, chunk_places
 from mswift.errors import CheckpointError, ConfigError
 
@@ -101,7 +101,7 @@ class MegatronStates:
         self.run = _read_run(path)
         self.step = self.run["optimizer_step"] if self.run else _core_step(path) if core else None
         self.generators = {n: self._bytes(n) for n in self._files.tensors if n.startswith("rng.")}
-        self._tile = memoryview(bytearray(PIECE_BYTES))
+        self._tile, self._open = memoryview(bytearray(PIECE_BYTES)), Descriptors()
 
     def _refuse_layout_bound(self, names: list[str]) -> None:
         bound = [n for n in (*names, *self._files.objects) if n.startswith(_LAYOUT_BOUND)]
@@ -159,12 +159,8 @@ class MegatronStates:
                 places += chunk_places(piece, self.table.hf[name], chunk, "F32", data)
         for low in range(0, size, BLOCK_BYTES):
             high = min(size, low + BLOCK_BYTES)
-            block, count = memoryview(bytearray(high - low)), 0
-            for place in places:
-                for part in cut(place.copy, low, high):
-                    count += gather(place.fd, place.path, part, block, low, self._tile)
-            if count != high - low:
-                raise CheckpointError(f"{self.path}: {state} of {name}: {count} of the bytes {low}:{high} are there")
+            block = memoryview(bytearray(high - low))
+            read_places(f"{self.path}: {state} of {name}", places, low, high, block, self._tile, self._open)
             yield block
 
 

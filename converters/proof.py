@@ -3,9 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-from mswift.converters.copying import opened
+from mswift.converters.copying import is_transposed, opened
 from mswift.converters.io.descriptors import Descriptors
-from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.sources import Source
 from mswift.converters.workers import Buffers, InOrder, progress_bar, run_all
 
@@ -31,10 +30,11 @@ def measure(source: Source, num_workers: int, progress: bool) -> dict[str, Measu
         def work(name: str, buffers: Buffers) -> None:
             dtype, digest, count = source.dtype_of(name), hashlib.sha256(), 0
             with opened(source, name, files) as tensor:
-                for low in range(0, tensor.size, PIECE_BYTES):
+                block = buffers.wide if is_transposed(tensor.direct()) else buffers.block
+                for low in range(0, tensor.size, len(block)):
                     if buffers.stop.is_set():
                         return
-                    view = tensor.read(low, min(tensor.size, low + PIECE_BYTES), buffers.block, buffers.tile)
+                    view = tensor.read(low, min(tensor.size, low + len(block)), block, buffers.tile)
                     digest.update(view)
                     count += non_finite(dtype, view)
             found[name] = Measured(digest.hexdigest(), count)

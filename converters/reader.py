@@ -6,7 +6,7 @@ from typing import Any
 
 from mswift.converters.catalog import IGNORED_FIELDS
 from mswift.converters.io.files import PIECE_BYTES
-from mswift.converters.io.strided import Read, gather, gather_from
+from mswift.converters.io.strided import Read, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.converters.sources import HEAD, MegatronSource, Place, open_source
@@ -71,7 +71,7 @@ class WeightReader:
         copy = flatten(to_out, (region.sizes, self.table.hf[name]), item_bytes)
         run = self._one_run(name)
         if run is not None:
-            return gather(run.fd, run.path, copy.moved(1, run.copy.starts[1][0]), out, 0, self._tile)
+            return self._source.read_run(run, copy, out, self._tile)
         return gather_from(self._stream(name), copy, out, self._block)
 
     def _one_run(self, name: str) -> Place | None:

@@ -3,7 +3,6 @@
 The bytes lie at places in files, or are made by a decoding (dequantised weights, casts that were asked for).
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 from mswift.converters.catalog import config_path, ignored_fields, read_config
 from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, Fetch, cast
 from mswift.converters.export_config import config_edits
-from mswift.converters.io.files import PIECE_BYTES, open_read
+from mswift.converters.io.descriptors import Descriptors
+from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import carried_files, edited_json
 from mswift.converters.io.strided import Read, cut, gather
 from mswift.converters.layout import Dim, Piece, Region, flatten, restrict
@@ -39,11 +39,11 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes of one HF tensor (side 0 of the flat map) in a file (side 1)."""
+    """Bytes of one HF tensor (side 0 of the flat map) in a file (side 1); `fd` is -1 where the file is not open."""
 
-    fd: int
     path: Path
     copy: Piece
+    fd: int = -1
 
 
 def run_of_bytes(name: str, size: int, offset: int) -> Piece:
@@ -52,15 +52,15 @@ def run_of_bytes(name: str, size: int, offset: int) -> Piece:
 
 
 def chunk_places(
-    piece: Piece, hf_shape: tuple[int, ...], chunk: Region, dtype: str, data: tuple[int, Path, int]
+    piece: Piece, hf_shape: tuple[int, ...], chunk: Region, dtype: str, data: tuple[Path, int]
 ) -> Iterator[Place]:
-    """The bytes of a piece of an HF tensor that lie in one chunk of its Megatron tensor; data: (fd, path, offset)."""
-    fd, path, offset = data
+    """The bytes of a piece of an HF tensor that lie in one chunk of its Megatron tensor; data: (path, offset)."""
+    path, offset = data
     for part in restrict(piece, chunk, 1):
         local = tuple(s - o for s, o in zip(part.starts[1], chunk.offsets, strict=True))
         inside = Piece(part.names, (part.starts[0], local), part.dims)
         copy = flatten(inside, (hf_shape, chunk.sizes), DTYPE_BYTES[dtype])
-        yield Place(fd, path, copy.moved(1, offset))
+        yield Place(path, copy.moved(1, offset))
 
 
 class Source(ABC):
@@ -79,7 +79,7 @@ class Source(ABC):
 
     def __init__(self, path: Path, hf_files: Path, options: SourceOptions) -> None:
         self.path, self.hf_files, self.options = path, hf_files, options
-        self.fds: dict[Path, int] = {}
+        self._open = Descriptors()
         self.ignored = tuple(dict.fromkeys((*ignored_fields(hf_files), *options.ignored)))
         self.config: dict[str, Any] = read_config(hf_files, self.ignored)
         for name in options.ignored:
@@ -127,15 +127,21 @@ class Source(ABC):
         """The bytes of an HF tensor; one thread."""
         decoding = self.decoding(name)
         if decoding is not None:
-            return DecodedBytes(decoding, fetch_from([(each, self.places(each)) for each in decoding.inputs])).read
+            inputs = [(each, self.places(each)) for each in decoding.inputs]
+            return DecodedBytes(decoding, fetch_from(inputs, self._open)).read
         places = self.places(name)
 
         def read(low: int, high: int, block: memoryview) -> memoryview:
             view = block[: high - low]
-            read_places(name, places, low, high, view, tile)
+            read_places(name, places, low, high, view, tile, self._open)
             return view
 
         return read
+
+    def read_run(self, run: Place, copy: Piece, out: memoryview, tile: memoryview) -> int:
+        """Fills `out` by a map into the one run of bytes of an HF tensor; returns bytes read."""
+        with self._open.held([run.path]) as fds:
+            return gather(fds[run.path], run.path, copy.moved(1, run.copy.starts[1][0]), out, 0, tile)
 
     @property
     def config_edits(self) -> dict[str, Any]:
@@ -155,22 +161,12 @@ class Source(ABC):
             files["config.json"] = edited_json(config_path(self.hf_files), edits)
         return files
 
-    def fd(self, path: Path) -> int:
-        """An open descriptor of one of the weight files."""
-        fd = self.fds.get(path)
-        if fd is None:
-            fd = open_read(path)
-            if self.fds.setdefault(path, fd) != fd:  # another thread was faster
-                os.close(fd)
-        return self.fds[path]
-
     def close(self) -> None:
         """Closes the files."""
-        while self.fds:
-            os.close(self.fds.popitem()[1])
+        self._open.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "fds"):
+        if hasattr(self, "_open"):
             self.close()
 
     def _cast_all(self, has_own: Callable[[str], bool]) -> None:
@@ -186,13 +182,13 @@ class Source(ABC):
         return one_dtype(str(self.path), {name: self.dtype_of(name) for name in self.table.hf}, has_own)
 
 
-def fetch_from(inputs: Sequence[tuple[str, Sequence[Place]]]) -> Fetch:
-    """Reads bytes of stored tensors, given by name and places."""
+def fetch_from(inputs: Sequence[tuple[str, Sequence[Place]]], files: Descriptors) -> Fetch:
+    """Reads bytes of stored tensors, given by name and places, whose files are opened in `files`."""
     tile = memoryview(bytearray(PIECE_BYTES))
 
     def fetch(number: int, low: int, high: int) -> memoryview:
         view = memoryview(bytearray(high - low))
-        read_places(*inputs[number], low, high, view, tile)
+        read_places(*inputs[number], low, high, view, tile, files)
         return view
 
     return fetch
@@ -204,12 +200,22 @@ class _Shaped:
     shape: tuple[int, ...]
 
 
-def read_places(name: str, places: Sequence[Place], low: int, high: int, view: memoryview, tile: memoryview) -> None:
+def read_places(
+    name: str,
+    places: Sequence[Place],
+    low: int,
+    high: int,
+    view: memoryview,
+    tile: memoryview,
+    files: Descriptors,
+) -> None:
     """Bytes [low, high) of the tensor with these places into `view`; CheckpointError if some are nowhere."""
     count = 0
     for place in places:
-        for part in cut(place.copy, low, high):
-            count += gather(place.fd, place.path, part, view, low, tile)
+        parts = cut(place.copy, low, high)
+        if parts:
+            with files.held([place.path]) as fds:
+                count += sum(gather(fds[place.path], place.path, part, view, low, tile) for part in parts)
     if count != high - low:
         raise CheckpointError(f"{name}: the source has {count} of the bytes {low}:{high}")
 

@@ -114,7 +114,7 @@ class HfSource(_NamedSource):
 
     def places(self, name: str) -> list[Place]:
         tensor = self.all_tensors[name]
-        return [Place(self.fd(tensor.path), tensor.path, tensor.copy(name))]
+        return [Place(tensor.path, tensor.copy(name))]
 
     def extents(self) -> dict[str, list[tuple[int, int]]]:
         result: dict[str, list[tuple[int, int]]] = {}
@@ -234,7 +234,7 @@ class MegatronSource(Source):
         for key, tensor in self.table.megatron.items():
             name = self._prefix + key
             for chunk, _ in self.files.chunks(name).overlapping(Region.full(tensor.shape)):
-                _, path, offset = self.files.chunk_data(name, chunk)
+                path, offset = self.files.chunk_data(name, chunk)
                 item_bytes = DTYPE_BYTES[self.files.tensors[name].dtype]
                 result.setdefault(path.name, []).append((offset, chunk.num_elements * item_bytes))
         return result

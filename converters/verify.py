@@ -9,9 +9,8 @@ from pathlib import Path
 from threading import Lock
 
 from mswift import rundir
-from mswift.converters.copying import opened
+from mswift.converters.copying import is_transposed, opened
 from mswift.converters.io.descriptors import Descriptors
-from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.layout import strides
 from mswift.converters.manifest import Manifest, hash_frame, hash_whole, read_manifest
@@ -127,10 +126,12 @@ class _Comparison:
 
         item_bytes = DTYPE_BYTES[self.left.dtype_of(name)]
         with opened(self.left, name, self._files) as mine, opened(self.right, name, self._files) as other:
-            for start in range(low, high, PIECE_BYTES):
-                end = min(high, start + PIECE_BYTES)
-                a = mine.read(start, end, buffers.block, buffers.tile)
-                b = other.read(start, end, buffers.other, buffers.tile)
+            wide = is_transposed(mine.direct(), other.direct())
+            blocks = (buffers.wide, buffers.other_wide) if wide else (buffers.block, buffers.other)
+            for start in range(low, high, len(blocks[0])):
+                end = min(high, start + len(blocks[0]))
+                a = mine.read(start, end, blocks[0], buffers.tile)
+                b = other.read(start, end, blocks[1], buffers.tile)
                 x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
                 if np.array_equal(x, y):
                     continue

@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from threading import Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
-from mswift.converters.io.files import PIECE_BYTES
+from mswift.converters.io.files import PIECE_BYTES, WIDE_BYTES
 
 Item = TypeVar("Item")
 Given = TypeVar("Given", covariant=True)
@@ -35,12 +36,21 @@ class InOrder(Generic[Item]):
 class Buffers:
     """One worker's memory: a block of a tensor on each side of a comparison, and a tile for strided copies.
 
-    `stop` is set when the work is to end early, between two spans.
+    `wide` and `other_wide` are larger blocks, made when a transposed tensor first needs them. `stop` is set when the
+    work is to end early, between two spans.
     """
 
     def __init__(self, stop: Event | None = None) -> None:
         self.stop = stop or Event()
         self.block, self.other, self.tile = (memoryview(bytearray(PIECE_BYTES)) for _ in range(3))
+
+    @cached_property
+    def wide(self) -> memoryview:
+        return memoryview(bytearray(WIDE_BYTES))
+
+    @cached_property
+    def other_wide(self) -> memoryview:
+        return memoryview(bytearray(WIDE_BYTES))
 
 
 def default_workers() -> int:

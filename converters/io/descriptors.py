@@ -63,6 +63,9 @@ class Descriptors:
             while self._open:
                 os.close(self._open.popitem()[1].fd)
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class SizedFiles(Descriptors):
     """Files of known size that are written in any order, created when they are first used."""

@@ -15,6 +15,9 @@ from mswift.errors import CheckpointError, ConfigError
 PIECE_BYTES = 1 << 20
 """Largest single read: larger ones are slower where the page cache is recycled."""
 
+WIDE_BYTES = 16 << 20
+"""Block of a tensor that lies transposed in the other format: the runs of its columns grow with the block."""
+
 WRITE_BYTES = 128 << 10
 """Largest single write: for 2 GB on ext4, 1 MiB writes took 4 s of system time, 128 KiB ones 1.0 to 1.2 s."""
 

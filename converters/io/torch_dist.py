@@ -12,7 +12,8 @@ from threading import local
 from typing import Any
 
 from mswift.converters.io.dcp_metadata import METADATA, Index, Item, encode_metadata, read_metadata
-from mswift.converters.io.files import PIECE_BYTES, open_read, sync_directory, write_file
+from mswift.converters.io.descriptors import Descriptors
+from mswift.converters.io.files import PIECE_BYTES, sync_directory, write_file
 from mswift.converters.io.strided import gather
 from mswift.converters.io.torch_item import LARGEST_ITEM_BYTES, locate_data, object_item, tensor_envelope
 from mswift.converters.layout import Chunks, Region, flatten, identity, tiling_fault
@@ -50,7 +51,7 @@ class TorchDistSource:
     """Reads regions of the tensors of a torch_dist directory, whatever chunks it was written in. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
-        self._fds: dict[str, int] = {}
+        self._open = Descriptors()
         self.path = Path(path)
         self._index = read_metadata(self.path)
         for name in [name for key in self._index.tensors if (name := other_name(key)) in self._index.tensors]:
@@ -77,8 +78,7 @@ class TorchDistSource:
 
     def close(self) -> None:
         """Closes the files."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._open.close()
 
     def __del__(self) -> None:
         self.close()
@@ -94,22 +94,17 @@ class TorchDistSource:
             found = self._chunks[name] = Chunks(list(chunks))
         return found
 
-    def chunk_data(self, name: str, chunk: Region) -> tuple[int, Path, int]:
-        """(file descriptor, path, byte offset) of a chunk's raw C-order bytes."""
+    def chunk_data(self, name: str, chunk: Region) -> tuple[Path, int]:
+        """(path, byte offset) of a chunk's raw C-order bytes."""
         dtype, _, chunks = self._entry(name)
         item = chunks[chunk]
         path = self.path / item.file
-        fd = self._fds.get(item.file)
-        if fd is None:
-            fd = open_read(path)
-            if self._fds.setdefault(item.file, fd) != fd:  # another thread was faster
-                os.close(fd)
-                fd = self._fds[item.file]
         start = self._data.get((name, chunk))
         if start is None:
-            start = locate_data(fd, path, item.offset, item.length, dtype, chunk.sizes, name)
+            with self._open.held([path]) as fds:
+                start = locate_data(fds[path], path, item.offset, item.length, dtype, chunk.sizes, name)
             self._data[name, chunk] = start
-        return fd, path, start
+        return path, start
 
     def read(self, name: str, region: Region, out: memoryview) -> None:
         """Fills `out` with the C-order bytes of the region; CheckpointError names file and tensor."""
@@ -123,8 +118,9 @@ class TorchDistSource:
         for chunk, common in self.chunks(name).overlapping(region):
             starts = (_minus(common.offsets, region.offsets), _minus(common.offsets, chunk.offsets))
             copy = flatten(identity((name, name), common, starts), (region.sizes, chunk.sizes), item_bytes)
-            fd, path, start = self.chunk_data(name, chunk)
-            self.bytes_read += gather(fd, path, copy.moved(1, start), out, 0, self._tile())
+            path, start = self.chunk_data(name, chunk)
+            with self._open.held([path]) as fds:
+                self.bytes_read += gather(fds[path], path, copy.moved(1, start), out, 0, self._tile())
 
     def _tile(self) -> memoryview:
         tile = getattr(self._scratch, "tile", None)

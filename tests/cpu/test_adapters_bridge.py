@@ -249,7 +249,7 @@ def test_a_fused_adapter_that_was_trained_further_is_no_stack_any_more(
     file = next((tmp_path / "m").glob("*.distcp"))
     key = "decoder.layers.self_attention.linear_qkv.adapter.linear_out.weight"
     source = TorchDistSource(tmp_path / "m")
-    _, _, offset = source.chunk_data(key, Region((1, 0, 0), (1, 128, 12)))
+    _, offset = source.chunk_data(key, Region((1, 0, 0), (1, 128, 12)))
     data = bytearray(file.read_bytes())
     data[offset + 11 * 4 : offset + 12 * 4] = b"\x00\x00\x80\x3f"  # 1.0 outside the block of q
     file.write_bytes(data)

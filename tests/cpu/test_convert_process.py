@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.conversion.processes import command, run_until
 from mswift.converters.io.side_files import MANIFEST
+from mswift.converters.plan import table_for
 from mswift.converters.verify import verify, verify_record
 from tests.support.checkpoints import hf_shapes, random_model, tiny_config, write_model
 
@@ -197,3 +199,58 @@ def test_a_read_only_disk(small_disk: Path, tmp_path: Path) -> None:
     random_model(tmp_path / "hf")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert "Read-only file system" in convert_in_words(tmp_path / "hf", small_disk / "out")
+
+
+def test_a_source_of_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """600 shards and at most 400 descriptors: there, verified, and back."""
+    random_model(tmp_path / "hf", num_hidden_layers=66, shards=590)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 500
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+
+    there = command(tmp_path / "hf", tmp_path / "m", "megatron")
+    back = command(tmp_path / "m", tmp_path / "back", "hf", "--max_shard_size", "1KB")
+    same = [*there[: there.index("convert")], "verify", str(tmp_path / "hf"), str(tmp_path / "back")]
+    for each in (there, back, same):
+        done = subprocess.run(each, preexec_fn=few, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_transposed_experts_take_few_writes(tmp_path: Path) -> None:
+    """gpt-oss stores [experts, in, out], Megatron [experts, out, in]: not a write for every few elements."""
+    from tests.support.family_configs import family_config
+
+    config = family_config("gpt_oss", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    random_bits = np.random.default_rng(0)
+    tensors = {n: random_bits.integers(0, 1 << 15, s, np.uint16) for n, s in table_for(config).hf.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_model(tmp_path / "hf", config, tensors, "BF16")
+    for source, target, to in (("hf", "m", "megatron"), ("m", "back", "hf")):
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTING, *command(tmp_path / source, tmp_path / target, to)[3:]],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        calls = int(done.stdout.rsplit("calls ", 1)[1])
+        assert calls < 200 + 20 * size // (1 << 20), (calls, size)
+    assert verify(tmp_path / "hf", tmp_path / "back").equal
+
+
+COUNTING = """
+import os, sys
+calls = 0
+def counted(function):
+    def call(*args):
+        global calls
+        calls += 1
+        return function(*args)
+    return call
+for name in ("pread", "preadv", "pwrite", "pwritev"):
+    setattr(os, name, counted(getattr(os, name)))
+from mswift.cli.main import main
+status = main(sys.argv[1:])
+print("calls", calls)
+sys.exit(status)
+"""

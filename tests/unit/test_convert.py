@@ -241,7 +241,7 @@ def spoil(path: Path, key: str, change: Any) -> None:
     shape = source.tensors[key].shape
     array = change(read_region(source, key, Region.full(shape), NUMPY["BF16"]))
     for chunk, _ in source.chunks(key).overlapping(Region.full(shape)):
-        _, file, offset = source.chunk_data(key, chunk)
+        file, offset = source.chunk_data(key, chunk)
         with open(file, "r+b") as opened:
             opened.seek(offset)
             opened.write(np.ascontiguousarray(at(array, chunk)).tobytes())

@@ -83,7 +83,9 @@ class MegatronStates:
         recorded = read_manifest(path)
         if model_config is None and not (folder / "config.json").is_file():
             raise ConfigError(f"{path}: has no {HF_FOLDER}/config.json; name the model's: --model_config DIR")
-        self.table = table_for(read_config(model_config or folder), recorded.tensors if recorded else ())
+        self.table = table_for(
+            read_config(model_config or folder, or_file=model_config is not None), recorded.tensors if recorded else ()
+        )
         names = [name for name in self._files.tensors if name.startswith(OURS)]
         self._refuse_layout_bound(names)
         core = any(name.startswith(CORE) for name in names)

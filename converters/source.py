@@ -80,10 +80,11 @@ class Source(ABC):
     def __init__(self, path: Path, hf_files: Path, options: SourceOptions) -> None:
         self.path, self.hf_files, self.options = path, hf_files, options
         self._open = Descriptors()
+        self._or_file = options.model_config is not None
         self.ignored = tuple(dict.fromkeys((*ignored_fields(hf_files), *options.ignored)))
-        self.config: dict[str, Any] = read_config(hf_files, self.ignored)
+        self.config: dict[str, Any] = read_config(hf_files, self.ignored, or_file=self._or_file)
         for name in options.ignored:
-            if name not in read_config(hf_files, ()):
+            if name not in read_config(hf_files, (), or_file=self._or_file):
                 raise ConfigError(f"--ignore_config_fields {name}: {config_path(hf_files)} has no such field")
         self.dropped: dict[str, str] = {}
         self.repeats = {}
@@ -147,7 +148,9 @@ class Source(ABC):
     def config_edits(self) -> dict[str, Any]:
         """Fields of config.json that an exported copy has otherwise: name -> value, None for a field left out."""
         wanted = self.dtype if self._decodings else None
-        return config_edits(read_config(self.hf_files, ()), wanted, complete=self.options.complete)
+        return config_edits(
+            read_config(self.hf_files, (), or_file=self._or_file), wanted, complete=self.options.complete
+        )
 
     def side_files(self) -> dict[str, Path | bytes]:
         """Name -> the file or its bytes: config.json, tokenizer and the like."""

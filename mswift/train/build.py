@@ -1,6 +1,8 @@
 """From the flat configuration to the parts of a run; each part gets its own small configuration."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
-from mswift.train.collective import patient_barrier
+from mswift.train.collective import ended_by, patient_barrier
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
@@ -66,10 +68,14 @@ def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Token
         )
 
 
-def build_engine(
+@contextmanager
+def built_engine(
     config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, resumed: bool
-) -> MegatronEngine:
-    """The Megatron model on this rank, with the weights of --model and --adapters; a resumed run brings its own."""
+) -> Iterator[MegatronEngine]:
+    """The Megatron model on this rank, with the weights of --model and --adapters; a resumed run brings its own.
+
+    Closed when the block ends.
+    """
     start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
     lora, trainable_modules = _lora(config, reader, start)
     engine_config = EngineConfig(
@@ -88,11 +94,12 @@ def build_engine(
         trainable_modules=trainable_modules,
     )
     engine = MegatronEngine(reader.table, dims, engine_config, device)
-    if not resumed or lora is not None:
-        engine.load_weights(reader)
-    if start is not None and not resumed:
-        engine.load_adapter(start)
-    return engine
+    with ended_by(engine.close, dims):
+        if not resumed or lora is not None:
+            engine.load_weights(reader)
+        if start is not None and not resumed:
+            engine.load_adapter(start)
+        yield engine
 
 
 def _lora(

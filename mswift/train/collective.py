@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mswift.converters.io.files import NO_SPACE
 from mswift.errors import CheckpointError, MswiftError
+from mswift.topology import ParallelDims
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -47,6 +48,21 @@ def patient_barrier() -> None:
     store.add(name, 1)
     while store.add(name, 0) < dist.get_world_size():
         time.sleep(0.05)
+
+
+@contextmanager
+def ended_by(end: Callable[[], None], dims: ParallelDims) -> Iterator[None]:
+    """Call `end`, which gives process groups back, when the block ends.
+
+    After an error only in a job of one rank: NCCL would wait for ranks that are elsewhere, and the process ends anyway.
+    """
+    try:
+        yield
+    except BaseException:
+        if dims.world_size == 1:
+            end()
+        raise
+    end()
 
 
 @contextmanager

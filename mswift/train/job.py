@@ -19,8 +19,8 @@ from mswift.parallel.megatron.engine import MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train import checkpoint
 from mswift.train.batches import BatchPlan, training_batch
-from mswift.train.build import batch_plan, build_data, build_engine, learning_rate, num_steps, print_banner
-from mswift.train.collective import agreed, gather_objects
+from mswift.train.build import batch_plan, build_data, built_engine, learning_rate, num_steps, print_banner
+from mswift.train.collective import agreed, ended_by, gather_objects
 from mswift.train.flops import step_flops
 from mswift.train.identity import base_fingerprint, check_adapter, check_base
 from mswift.train.loop import FinishedStep, evaluate, train
@@ -59,11 +59,10 @@ class Run:
 def run_job(start: Start, device: torch.device) -> int:
     """Train as one rank of the job that this process belongs to. Raises mswift.errors for what the user can mend."""
     groups.init(start.dims, device, start.info)
-    with ExitStack() as stack:
+    with ended_by(groups.destroy, start.dims), ExitStack() as stack:
         _enter_run_directory(start, stack)
         _check_model_files(start)
         _run(start, device)
-    groups.destroy()  # not after an error: there NCCL waits for ranks that are elsewhere, and the process ends anyway
     return 0
 
 
@@ -72,20 +71,20 @@ def _run(start: Start, device: torch.device) -> None:
     config, info, dims, reader, resume = start.config, start.info, start.dims, start.reader, start.resume
     data, val_data, tokenizer = build_data(start.kind, config, reader, info)
     last_step = num_steps(config, len(data))
-    engine = build_engine(config, reader, dims, device, resumed=resume is not None)
-    plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
-    files = side_files(reader, engine.config, config.model)
-    run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
-              Path(config.output_dir), files)  # fmt: skip
-    state = _resume(run, resume.checkpoint) if resume else None
-    parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
-    with agreed(f"opening {config.output_dir}"):
-        if info.rank == 0:
-            run.base = dict(state.base) if state else base_fingerprint(reader)
-            _open_run_directory(run, state)
-            warn_of_untrained_tokens(config, reader, tokenizer)
-            print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
-    _train(run, state)
+    with built_engine(config, reader, dims, device, resumed=resume is not None) as engine:
+        plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
+        files = side_files(reader, engine.config, config.model)
+        run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
+                  Path(config.output_dir), files)  # fmt: skip
+        state = _resume(run, resume.checkpoint) if resume else None
+        parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
+        with agreed(f"opening {config.output_dir}"):
+            if info.rank == 0:
+                run.base = dict(state.base) if state else base_fingerprint(reader)
+                _open_run_directory(run, state)
+                warn_of_untrained_tokens(config, reader, tokenizer)
+                print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
+        _train(run, state)
 
 
 def _enter_run_directory(start: Start, stack: ExitStack) -> None:

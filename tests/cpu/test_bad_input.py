@@ -107,9 +107,11 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     ),
     "cut short": (lambda m: truncate(m / "model.safetensors", 100), 1, ["652736 bytes", "652636", "truncated"]),
     "no weights but a folder": (
-        lambda m: ((m / "model.safetensors").unlink(), (m / "model.safetensors").mkdir()), 1, ["Is a directory"],
+        lambda m: ((m / "model.safetensors").unlink(), (m / "model.safetensors").mkdir()), 1, ["is not a file"],
     ),
-    "more layers than tensors": (lambda m: edit_config(m, num_hidden_layers=5), 1, ["has 47 tensors", "58"]),
+    "more layers than tensors": (
+        lambda m: edit_config(m, num_hidden_layers=5, layer_types=None), 1, ["has 47 tensors", "58"],
+    ),
     "model_type": (lambda m: edit_config(m, model_type="qwen33"), 2, ["'qwen33' is not supported", "'qwen3'?"]),
     "no model_type": (lambda m: edit_config(m, model_type=None), 2, ["has no model_type", "qwen3"]),
     "a field": (lambda m: edit_config(m, hidden_sizes=3), 2, ["'hidden_sizes'", "did you mean 'hidden_size'?"]),

@@ -48,7 +48,7 @@ def run(name: str, layout: str, optimizer: str = "sgd", broken: str | None = Non
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = "llama-4-groups"  # four KV groups, for four tensor-parallel ranks
-OTHERS = tuple(name for name in MODELS if name not in (*FAMILIES, WIDE))
+OTHERS = ("llama-tied", "llama-biases", "qwen3-tied")
 NARROW = tuple(layout for layout in LAYOUTS if not layout.startswith("tp4"))
 
 

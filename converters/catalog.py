@@ -34,8 +34,8 @@ def config_path(model: Path) -> Path:
 def read_config(model_dir: Path, ignored: Collection[str] | None = None, *, or_file: bool = False) -> dict[str, Any]:
     """The parsed config.json of a Hugging Face directory, without the fields in `ignored`.
 
-    or_file: the file itself may be given. ignored: None for those that `--ignore_config_fields` named when the directory was made. ConfigError or
-    CheckpointError in words.
+    or_file: the file itself may be given. ignored: None for those that `--ignore_config_fields` named when the
+    directory was made. ConfigError or CheckpointError in words.
     """
     path = config_path(model_dir)
     if not model_dir.exists():

@@ -2,9 +2,9 @@
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.mla_tables import DECODER, deepseek_moe, mla_model
-from mswift.converters.moe_tables import SPELLINGS
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.mla import DECODER, deepseek_moe, mla_model
+from mswift.converters.tables.moe import SPELLINGS
 
 
 def _spec(config: Fields) -> ModelSpec:

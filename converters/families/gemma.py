@@ -3,10 +3,10 @@
 The first releases say "gelu" and mean the approximation; transformers reads them so.
 """
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
 
 GELU = "gelu_pytorch_tanh"
 

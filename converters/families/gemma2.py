@@ -1,10 +1,10 @@
 """Gemma 2: Gemma with norms on both sides of every sublayer, soft-caps, and a window in every other layer."""
 
-from mswift.converters.dense import SANDWICH, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import SANDWICH, decoder, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
 
 
 def _spec(config: Fields) -> ModelSpec:

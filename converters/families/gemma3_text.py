@@ -1,10 +1,10 @@
 """Gemma 3, text only: like Gemma 2 with head norms for soft-caps, and another rope in layers with a window."""
 
-from mswift.converters.dense import SANDWICH, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import ropes_of_layer_types, sliding, window
 from mswift.converters.spec import LayerSpec, ModelSpec
+from mswift.converters.tables.dense import SANDWICH, decoder, dense_spec
+from mswift.converters.tables.layer_types import ropes_of_layer_types, sliding, window
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,9 +1,9 @@
 """GLM-4-9B(-chat): half of each head rotated, neighbours against each other; fused gate and up."""
 
-from mswift.converters.dense import ATTENTION, DOWN, FUSED_UP, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import ATTENTION, DOWN, FUSED_UP, decoder, dense_spec
 
 
 def _spec(config: Fields) -> ModelSpec:

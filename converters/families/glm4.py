@@ -1,9 +1,9 @@
 """GLM-4-0414: GLM with norms on both sides of every sublayer."""
 
-from mswift.converters.dense import ATTENTION, DOWN, FUSED_UP, Norms, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import ATTENTION, DOWN, FUSED_UP, Norms, decoder, dense_spec
 
 NORMS = Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 

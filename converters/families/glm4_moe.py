@@ -3,12 +3,12 @@
 Checkpoints of the hub hold the multi-token-prediction layer, those that transformers writes do not.
 """
 
-from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, with_experts
-from mswift.converters.mtp_tables import with_mtp
 from mswift.converters.spec import LayerSpec, ModelSpec
+from mswift.converters.tables.dense import dense_spec
+from mswift.converters.tables.moe import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, with_experts
+from mswift.converters.tables.mtp import with_mtp
 
 TABLE = with_mtp((*MOE_DECODER, *shared_expert(H + "mlp.shared_experts.")))
 

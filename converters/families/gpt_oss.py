@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
-from mswift.converters.moe_tables import H, M, experts_with_biases, moe_spec, router, with_experts, without_dense_mlp
 from mswift.converters.rules import rows, same
 from mswift.converters.spec import ModelSpec, RopeSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
+from mswift.converters.tables.moe import H, M, experts_with_biases, moe_spec, router, with_experts, without_dense_mlp
 
 TABLE = (
     *without_dense_mlp(DECODER),

@@ -1,9 +1,9 @@
 """Granite 3: Llama with four multipliers."""
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,10 +1,10 @@
 """InternLM 2 and 2.5: q, k and v fused by KV groups, as Megatron has them; names of its own."""
 
-from mswift.converters.dense import M, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.rules import columns, drop, gate_up, grouped_qkv, rows, same
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import M, dense_spec
 
 H = "model.layers.{l}."
 TABLE = (

@@ -2,8 +2,8 @@
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.mamba_tables import AROUND, MAMBA_LAYER, mamba_spec
 from mswift.converters.spec import LayerSpec, ModelSpec, RopeSpec
+from mswift.converters.tables.mamba import AROUND, MAMBA_LAYER, mamba_spec
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,10 +1,11 @@
 """Mixtral 8x7B and 8x22B: the weights of the chosen experts sum to one."""
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
-from mswift.converters.moe_tables import (
+from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
+from mswift.converters.tables.moe import (
     EACH,
     SPELLINGS,
     STACKED,
@@ -16,7 +17,6 @@ from mswift.converters.moe_tables import (
     with_experts,
     without_dense_mlp,
 )  # fmt: skip
-from mswift.converters.spec import ModelSpec
 
 B = H + "block_sparse_moe."
 TABLE = (

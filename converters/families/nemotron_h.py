@@ -2,9 +2,9 @@
 
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.hybrid_tables import HYBRID, hybrid_layers, hybrid_moe
-from mswift.converters.mamba_tables import mamba_spec
 from mswift.converters.spec import ModelSpec, RopeSpec
+from mswift.converters.tables.hybrid import HYBRID, hybrid_layers, hybrid_moe
+from mswift.converters.tables.mamba import mamba_spec
 
 
 def _spec(config: Fields) -> ModelSpec:

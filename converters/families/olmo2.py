@@ -1,9 +1,9 @@
 """OLMo 2: norms behind the sublayers only, and over the whole width of q and of k."""
 
-from mswift.converters.dense import Norms, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import Norms, decoder, dense_spec
 
 NORMS = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
 

@@ -1,10 +1,10 @@
 """OLMoE: many small experts, RMSNorm over the whole width of queries and of keys."""
 
-from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, moe_spec, with_experts
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import dense_spec
+from mswift.converters.tables.moe import MOE_DECODER, SPELLINGS, moe_spec, with_experts
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,11 +1,11 @@
 """Phi-3, Phi-3.5 and Phi-4(-mini): fused q, k, v and gate, up; LongRoPE; part of a head rotated in Phi-4-mini."""
 
-from mswift.converters.dense import ATTENTION_OUT, DOWN, FUSED_UP, H, M, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
 from mswift.converters.rules import fused_qkv
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import ATTENTION_OUT, DOWN, FUSED_UP, H, M, decoder, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
 
 QKV = fused_qkv(M + "self_attention.linear_qkv.weight", H + "self_attn.qkv_proj.weight", width=("hidden",))
 TABLE = decoder(attention=(QKV, *ATTENTION_OUT), mlp=(*FUSED_UP, *DOWN))

@@ -3,11 +3,11 @@
 Beyond seq_length its code changes the rope and scales queries, in inference only: such lengths are refused.
 """
 
-from mswift.converters.dense import M, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.rules import columns, drop, fused_qkv, gate_up, rows, same
 from mswift.converters.spec import ModelSpec, RopeSpec
+from mswift.converters.tables.dense import M, dense_spec
 
 H = "transformer.h.{l}."
 VOCAB = ("vocab", "hidden")

@@ -1,10 +1,10 @@
 """Qwen2 and Qwen2.5: biases on q, k and v only; a sliding window in the upper layers if it is switched on."""
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
 
 
 def _spec(config: Fields) -> ModelSpec:

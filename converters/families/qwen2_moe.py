@@ -1,10 +1,10 @@
 """Qwen2-MoE and Qwen1.5-MoE: a shared expert behind a sigmoid gate, biases on q, k and v."""
 
-from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, sparse_steps
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import dense_spec
+from mswift.converters.tables.moe import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, sparse_steps
 
 TABLE = (*MOE_DECODER, *shared_expert(H + "mlp.shared_expert.", H + "mlp.shared_expert_gate.weight"))
 

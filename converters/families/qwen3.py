@@ -1,10 +1,10 @@
 """Qwen3: RMSNorm on each query and key head, no bias unless attention_bias; windows as in Qwen2."""
 
-from mswift.converters.dense import DECODER, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import DECODER, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,10 +1,10 @@
 """Qwen3-MoE: experts without a shared one, RMSNorm on each query and key head."""
 
-from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, moe_spec, sparse_steps
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import dense_spec
+from mswift.converters.tables.moe import MOE_DECODER, SPELLINGS, moe_spec, sparse_steps
 
 
 def _spec(config: Fields) -> ModelSpec:

@@ -1,11 +1,11 @@
 """Qwen3-Next: gated delta nets, every fourth layer gated attention; experts behind each."""
 
-from mswift.converters.delta_tables import delta_decoder, delta_spec, with_delta_mtp
-from mswift.converters.dense import dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, sparse_steps
 from mswift.converters.spec import LayerSpec, ModelSpec
+from mswift.converters.tables.delta import delta_decoder, delta_spec, with_delta_mtp
+from mswift.converters.tables.dense import dense_spec
+from mswift.converters.tables.moe import MOE_DECODER, SPELLINGS, H, moe_spec, shared_expert, sparse_steps
 
 SHARED_EXPERT = shared_expert(H + "mlp.shared_expert.", H + "mlp.shared_expert_gate.weight")
 TABLE = with_delta_mtp((*delta_decoder(MOE_DECODER), *SHARED_EXPERT))

@@ -1,11 +1,11 @@
 """StarCoder 2: LayerNorm, an MLP without a gate, biases everywhere, a sliding window in all layers."""
 
-from mswift.converters.dense import ATTENTION, H, M, decoder, dense_spec
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
-from mswift.converters.layer_types import sliding_layers
 from mswift.converters.rules import columns, rows, same
 from mswift.converters.spec import ModelSpec
+from mswift.converters.tables.dense import ATTENTION, H, M, decoder, dense_spec
+from mswift.converters.tables.layer_types import sliding_layers
 
 MLP = (
     same(M + "mlp.linear_fc1.weight", H + "mlp.c_fc.weight", ("ffn", "hidden"), cut=rows("ffn")),

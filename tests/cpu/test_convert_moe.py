@@ -9,8 +9,8 @@ import torch
 from mswift.converters.engine import convert
 from mswift.converters.io.torch_dist import TorchDistSource
 from mswift.converters.layout import Region
-from mswift.converters.moe_tables import SPELLINGS
 from mswift.converters.plan import ModelTable, table_for
+from mswift.converters.tables.moe import SPELLINGS
 from tests.support.checkpoints import read_model, read_region, same, write_model
 from tests.support.family_configs import family_config
 from tests.support.parity import model_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.parity import MODELS, VOCAB, differences, megatron_run, random_model, random_steps, reference
+from tests.support.parity import VOCAB, differences, megatron_run, random_model, random_steps, reference
 from tests.support.spaces import weights_of
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -11,9 +11,9 @@ import pytest
 from mswift.converters.catalog import family_for, spec_for
 from mswift.converters.engine import convert
 from mswift.converters.layout import Piece
-from mswift.converters.mla_tables import DECODER
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.rules import Rule
+from mswift.converters.tables.mla import DECODER
 from mswift.errors import CheckpointError
 from tests.support.checkpoints import random_model, tiny_config
 from tests.support.family_configs import family_config

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from mswift.converters.dense import DECODER
 from mswift.converters.fields import Fields
 from mswift.converters.rules import (
     LAYERS,
@@ -23,6 +22,7 @@ from mswift.converters.rules import (
     same,
 )
 from mswift.converters.spec import LayerSpec, MoeSpec
+from mswift.converters.tables.dense import DECODER
 
 EACH, STACKED = "experts_each", "experts_stacked"
 SPELLINGS = (EACH, STACKED)

@@ -7,10 +7,10 @@ import math
 from typing import Any
 
 from mswift.converters.fields import Fields
-from mswift.converters.moe_tables import MOE_DECODER, moe_spec, shared_expert
-from mswift.converters.mtp_tables import with_mtp
 from mswift.converters.rules import LAYERS, Drop, Rule, columns, rows, same
 from mswift.converters.spec import LayerSpec, MlaSpec, ModelSpec, MoeSpec, RopeSpec
+from mswift.converters.tables.moe import MOE_DECODER, moe_spec, shared_expert
+from mswift.converters.tables.mtp import with_mtp
 
 M = LAYERS
 A = M + "self_attention."

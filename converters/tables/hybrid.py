@@ -7,9 +7,9 @@ except before experts. Hugging Face calls every layer's content `mixer`.
 from collections.abc import Mapping
 
 from mswift.converters.fields import Fields
-from mswift.converters.mamba_tables import AROUND, MAMBA_LAYER, H, M
 from mswift.converters.rules import Drop, Rule, columns, experts, qkv, rows, same
 from mswift.converters.spec import LayerSpec, MoeSpec
+from mswift.converters.tables.mamba import AROUND, MAMBA_LAYER, H, M
 
 MIXER = H + "mixer."
 EXPERTS, SHARED = "mlp.experts.experts.linear_fc", "mlp.shared_experts.linear_fc"

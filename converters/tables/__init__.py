@@ -1,0 +1,1 @@
+"""What families share: the tables of their parts, and the reading of the config fields behind them."""

@@ -20,7 +20,7 @@ test test-system test-all: export OMP_NUM_THREADS := 1
 help:
 	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 2 minutes)"
 	@echo "make demo-seeds   the demo's score on three seeds"
-	@echo "make test         unit and CPU tests            make test-system   tests with real processes"
+	@echo "make test         unit and CPU tests            make test-system   resume, faults: whole runs"
 	@echo "make test-all     both, and the GPU tests       make lint          ruff, mypy, import contracts"
 	@echo "make bench        speed against named peers     make venv          prepare .venv only"
 

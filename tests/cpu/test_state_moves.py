@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from mswift import rundir
 from mswift.cli.main import main
 from mswift.converters.io.torch_dist import TorchDistSource
-from tests.cpu.test_train_resume import log, tensors
 from tests.support.commands import command, make_home, run
 from tests.support.parity import random_model, random_steps
 from tests.support.ranks import join, run_ranks
+from tests.support.runs import log, tensors
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "one": (1, {}), "dp2": (2, {}),

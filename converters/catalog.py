@@ -3,6 +3,7 @@
 import difflib
 import json
 import pkgutil
+from collections import Counter
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -53,8 +54,8 @@ def _parse(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is named twice")
+            names = Counter(name for name, _ in pairs)
+            raise ValueError(f"{next(n for n, count in names.items() if count > 1)!r} is named twice")
         return result
 
     try:
@@ -85,6 +86,19 @@ def ignored_fields(model: Path) -> tuple[str, ...]:
             names = value.get("ignored_config_fields", []) if isinstance(value, dict) else []
             return tuple(str(name) for name in names) if isinstance(names, list) else ()
     return ()
+
+
+def check_ignorable(config: dict[str, Any], ignored: Collection[str]) -> None:
+    """ConfigError for a field of --ignore_config_fields that the family reads: the model depends on it."""
+    if not ignored:
+        return
+    fields = Fields({name: value for name, value in config.items() if name not in ignored})
+    family_for(config).spec(fields)
+    read = [name for name in ignored if fields.has_read(name)]
+    if read:
+        raise ConfigError(
+            f"--ignore_config_fields {','.join(read)}: the model depends on it; only what nothing reads can be ignored"
+        )
 
 
 def what_it_is(path: Path) -> str:

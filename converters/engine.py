@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial as partial_of
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -179,6 +180,7 @@ def finish_parts(
     CheckpointError naming the parts that are missing or incomplete.
     """
     job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
+    job.planned.source.check_repeats()
     parts = job.partial.join(job.identity)
     with job.worded(keep=True):
         done = execute.gather_parts(job.partial, parts, job.units)
@@ -195,7 +197,9 @@ class _Job:
         reading = (planned.source.ignored, planned.source.config_edits, planned.source.decoded)
         known = [__version__, planned.to, options.hash_source, sorted(planned.restored), reading]
         folders = dict.fromkeys((planned.source.path, planned.source.hf_files))
-        text = json.dumps([known, list(destination.sizes.items()), identity_of(folders)])
+        self._source_state = partial_of(identity_of, folders)
+        self._state_then = self._source_state()
+        text = json.dumps([known, list(destination.sizes.items()), self._state_then])
         self.identity = hashlib.sha256(text.encode()).hexdigest()
 
     @staticmethod
@@ -235,6 +239,8 @@ class _Job:
             manifest = finish(source, self.destination, hashes, self.planned.dropped, self.options, hash_output)
             manifest = manifest.timed(time.perf_counter() - self.started)
             manifest.write(self.destination.directory)
+            if self._source_state() != self._state_then:
+                raise CheckpointError(f"{source.path}: was changed while it was converted; convert it again")
             self.partial.publish()
         self.close()
         return manifest
@@ -257,7 +263,9 @@ class _Job:
             yield
         except BaseException as error:
             done = execute.recorded_bytes(self.partial)
-            kept = keep or (done > 0 and not isinstance(error, MswiftError))
+            kept = keep or (
+                done > 0 and not (isinstance(error, MswiftError) and not isinstance(error, execute.NoSpace))
+            )
             if not kept:
                 self.partial.discard()
             self.close()

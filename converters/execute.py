@@ -22,6 +22,10 @@ from mswift.converters.workers import Buffers, progress_bar, run_all
 from mswift.errors import CheckpointError
 
 
+class NoSpace(CheckpointError):
+    """The disk cannot hold the result; what is copied stays, for the same command to continue."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to copy; nothing of it changes the bytes."""
@@ -159,7 +163,7 @@ def _check_space(destination: Destination, files: set[str]) -> None:
     needed = sum(destination.sizes[file] for file in files) - there
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise CheckpointError(
+        raise NoSpace(
             f"--output_dir {directory.parent.parent}: the disk is full: {needed:,} bytes are needed, {free:,} are "
             "free; free some space or name a directory on another disk"
         )

@@ -154,6 +154,7 @@ class Fields:
         name = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
         values = dict(self.take("rope_parameters") or {}) or dict(self.take("rope_scaling") or {})
         self._read.update({"rope_parameters", "rope_scaling"})
+        self._check_rope_spellings()
         theta = self.number("rope_theta", values.get("rope_theta", default_theta))
         share = self.number("partial_rotary_factor", values.get("partial_rotary_factor", partial or 1.0))
         if partial is None and share != 1.0:
@@ -163,6 +164,20 @@ class Fields:
                 raise self._error(field, f"is {value}, but {name} has {values[field]}")
         dim = None if share == 1.0 else int(head_dim * share)
         return self.rope_of(values, name, theta=theta, rotary_dim=dim, interleaved=interleaved, rotated=dim or head_dim)
+
+    def has_read(self, name: str) -> bool:
+        """Whether somebody asked for the field."""
+        return name in self._read
+
+    def _check_rope_spellings(self) -> None:
+        given = (self._config.get(name) for name in ("rope_parameters", "rope_scaling"))
+        both = [each for each in given if isinstance(each, dict) and each]
+        if len(both) == 2:
+            aside = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
+            kinds = [each.get("rope_type", each.get("type", "default")) for each in both]
+            rest = [{k: v for k, v in each.items() if k not in aside} for each in both]
+            if kinds[0] != kinds[1] or rest[0] != rest[1]:
+                raise self._error("rope_scaling", "and 'rope_parameters' differ; leave one of them out")
 
     def rope_of(
         self,
@@ -182,7 +197,10 @@ class Fields:
             raise self._error(f"{name}.rope_type", f"is {kind!r}; supported: {', '.join(_ROPE_KEYS)}")
         needed, optional = _ROPE_KEYS[kind]
         if "original_max_position_embeddings" in needed:
-            known = self.take("original_max_position_embeddings", values.get("original_max_position_embeddings"))
+            inside = values.get("original_max_position_embeddings")
+            known = self.take("original_max_position_embeddings", inside)
+            if inside is not None and known != inside:
+                raise self._error("original_max_position_embeddings", f"is {known}, but {name} has {inside}")
             values["original_max_position_embeddings"] = known or self.integer("max_position_embeddings")
         values = {key: value for key, value in values.items() if value is not None or key in needed}
         unknown, missing = sorted(set(values) - needed - optional), sorted(needed - set(values))

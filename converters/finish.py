@@ -27,6 +27,10 @@ def finish(
     `hash_output`: everything is read again; CheckpointError naming the tensors that are not what was read.
     """
     _clear(destination)
+    for file, size in destination.sizes.items():
+        path = destination.directory / file
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(f"{path}: is not what was written; begin anew with --restart")
     destination.finish()
     side_files = _carry(source.side_files(), destination.directory / destination.side_folder)
     files = _files(destination, side_files, options.num_workers)
@@ -42,11 +46,12 @@ def finish(
                 "the disk or the memory is faulty"
             )
         hashes = {name: each.sha256 for name, each in measured.items()}
+    decoded = source.decoded
     return Manifest(
         source.format,
         destination.format,
         source.table.family.model_type,
-        {name: _record(source, name, hashes[name], source.decoded.get(name, "")) for name in source.table.hf_order},
+        {name: _record(source, name, hashes[name], decoded.get(name, "")) for name in source.table.hf_order},
         dropped,
         files,
         ignored_config_fields=source.ignored,

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mswift.converters.catalog import config_path, ignored_fields, read_config
+from mswift.converters.catalog import check_ignorable, config_path, ignored_fields, read_config
 from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, Fetch, cast
 from mswift.converters.export_config import config_edits
 from mswift.converters.io.descriptors import Descriptors
@@ -86,6 +86,7 @@ class Source(ABC):
         for name in options.ignored:
             if name not in read_config(hf_files, (), or_file=self._or_file):
                 raise ConfigError(f"--ignore_config_fields {name}: {config_path(hf_files)} has no such field")
+        check_ignorable(read_config(hf_files, (), or_file=self._or_file), options.ignored)
         self.dropped: dict[str, str] = {}
         self.repeats = {}
         self._decodings: dict[str, Decoding] = {}
@@ -182,7 +183,17 @@ class Source(ABC):
                 self._decodings[name] = cast(name, _Shaped(dtype, shape), wanted)
 
     def _one_dtype(self, has_own: Callable[[str], bool]) -> str:
-        return one_dtype(str(self.path), {name: self.dtype_of(name) for name in self.table.hf}, has_own)
+        """The dtype of the weights; CheckpointError where HF tensors of one Megatron tensor differ."""
+        dtype = one_dtype(str(self.path), {name: self.dtype_of(name) for name in self.table.hf}, has_own)
+        first: dict[str, str] = {}
+        for name in self.table.hf:
+            other = first.setdefault(self.table.hf_pieces[name][0].names[1], name)
+            if self.dtype_of(name) != self.dtype_of(other):
+                raise CheckpointError(
+                    f"{self.path}: {name} is {self.dtype_of(name)}, but {other} is {self.dtype_of(other)}; one "
+                    "dtype is expected (mswift convert --dtype makes it one)"
+                )
+        return dtype
 
 
 def fetch_from(inputs: Sequence[tuple[str, Sequence[Place]]], files: Descriptors) -> Fetch:

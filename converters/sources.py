@@ -60,11 +60,17 @@ class _NamedSource(Source):
         self.table = table_for(self.config, logical)
         drops = {name: self.table.dropped[name] for name in logical if name in self.table.dropped}
         self.dropped = {name: drop.reason for name, drop in drops.items()}
-        self.repeats = {name: drop.same_as for name, drop in drops.items() if drop.same_as}
+        self.repeats = {name: self._original(drop.same_as) for name, drop in drops.items() if drop.same_as}
         kept = {name: tensor for name, tensor in logical.items() if name not in self.dropped}
         check_shapes(str(self.path), {n: t.shape for n, t in kept.items()}, self.table.hf)
         self._cast_all(self.table.has_own_dtype)
         self.dtype = self._one_dtype(self.table.has_own_dtype)
+
+    def _original(self, name: str) -> str:
+        """The tensor behind a name that may itself be a copy (a tied head)."""
+        while name in self.table.dropped and self.table.dropped[name].same_as:
+            name = self.table.dropped[name].same_as
+        return name
 
     def check_repeats(self, names: Collection[str] | None = None) -> None:
         for name, original in self.repeats.items():

@@ -36,6 +36,7 @@ def carried_files(model_dir: Path) -> list[Path]:
             continue
         if path.suffix in _WEIGHTS:
             continue
+        check_link(path)
         if path.stat().st_size > LARGEST_BYTES:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size:,} bytes is too much for a tokenizer or configuration file "
@@ -43,6 +44,14 @@ def carried_files(model_dir: Path) -> list[Path]:
             )
         files.append(path)
     return files
+
+
+def check_link(path: Path) -> None:
+    """CheckpointError for a link that leads out of its directory, other than into the blobs of a hub cache."""
+    if path.is_symlink():
+        target, home = path.resolve(), path.parent.resolve()
+        if target.parent not in (home, home.parent.parent / "blobs"):
+            raise CheckpointError(f"{path}: is a link to {target}, outside {path.parent}; put the file itself there")
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -60,15 +69,19 @@ def edited_json(path: Path, edits: Mapping[str, Any]) -> bytes:
 def identity_of(folders: Iterable[Path]) -> list[tuple[str, int, str]]:
     """(name, size, time of change or sha256) of all files of a model that a conversion reads, by name.
 
-    Weights are known by their time of change, in nanoseconds; small files by what they hold.
+    Weights are known by their path and times of change, in nanoseconds; small files by what they hold.
     """
     found = []
     for folder in folders:
         for path in carried_files(folder):
-            found.append((path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
+            with open(path, "rb") as file:
+                found.append((path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
         for path in _inside(folder):
             if path.is_file() and (
-                path.suffix in _WEIGHTS or path.name in (MANIFEST, OPTIMIZER_RECORD) or path.name == ".metadata"
+                path.suffix in _WEIGHTS
+                or path.name in (MANIFEST, OPTIMIZER_RECORD, ".metadata")
+                or path.name.endswith(".index.json")
             ):
-                found.append((path.name, path.stat().st_size, str(path.stat().st_mtime_ns)))
+                state = path.stat()
+                found.append((str(path.resolve()), state.st_size, f"{state.st_mtime_ns} {state.st_ctime_ns}"))
     return found

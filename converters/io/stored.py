@@ -3,11 +3,13 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 
+from mswift.converters.io.side_files import check_link
 from mswift.converters.layout import Dim, Piece, merge_bytes
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
@@ -155,8 +157,8 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is named twice")
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"{next(n for n, count in names.items() if count > 1)!r} is named twice")
     return result
 
 
@@ -167,10 +169,7 @@ def _check_inside(model_dir: Path, file: str, index: Path) -> None:
     path = model_dir / file
     try:
         os.fsencode(file)
-        if path.is_symlink():
-            target, home = path.resolve(), model_dir.resolve()
-            if target.parent not in (home, home.parent.parent / "blobs"):
-                raise CheckpointError(f"{path}: is a link to {target}, outside {model_dir}; put the file itself there")
+        check_link(path)
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a file")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a circle of links, a lone surrogate

@@ -54,8 +54,10 @@ class TorchDistSource:
         self._open = Descriptors()
         self.path = Path(path)
         self._index = read_metadata(self.path)
-        for name in [name for key in self._index.tensors if (name := other_name(key)) in self._index.tensors]:
-            del self._index.tensors[name]
+        for key in list(self._index.tensors):
+            name = other_name(key)
+            if name in self._index.tensors and self._index.tensors.pop(name) != self._index.tensors[key]:
+                raise CheckpointError(f"{self.path / METADATA}: {name} and {key} are one norm, but other bytes")
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()
         }

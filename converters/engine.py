@@ -132,7 +132,7 @@ def convert(
 
     `dst` appears whole, by rename, or not at all. After a kill or a full disk the same call continues where that one
     was (`restart`: begins anew). ConfigError if `dst` exists; CheckpointError if the source is damaged or the disk
-    full. Memory: 3 MiB a worker plus O(number of tensors).
+    full. Memory: 3 MiB a worker, 16 more for transposed tensors, plus O(number of tensors).
     """
     job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
     done = job.copy(1, 1, restart)

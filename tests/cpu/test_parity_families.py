@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.family_configs import family_config
+from tests.support.family_configs import LONGROPE, family_config
 from tests.support.parity import VOCAB, differences, megatron_run, model_of, random_steps, reference
 from tests.support.spaces import weights_of
 
@@ -114,7 +114,15 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "residual multiplier": ("granite", {"residual_multiplier": 0.23}),
     "attention multiplier": ("granite", {"attention_multiplier": 0.21}),
     "logit divisor": ("granite", {"logits_scaling": 4.1}),
-    "longrope's long factors": ("phi3", {"original_max_position_embeddings": 32}),
+    "longrope's long factors": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE
+            | {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+            | {"original_max_position_embeddings": 32},
+            "original_max_position_embeddings": 32,
+        },
+    ),
 }
 """A field in which Megatron's model differs from the one in transformers: all but that field must then be right."""
 

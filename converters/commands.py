@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import engine
 from mswift.converters.catalog import config_path, read_config
+from mswift.converters.describe import describe
 from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.side_files import OPTIMIZER_RECORD
@@ -19,14 +20,6 @@ from mswift.tuners.detect import is_adapter
 
 LARGEST_PARTS = 10_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class _Common(TypedDict):
-    progress: bool
-    max_shard_bytes: int
-    num_workers: int | None
-    hash_source: bool
-    source_options: SourceOptions
 
 
 def convert(config: ConvertConfig) -> int:
@@ -45,13 +38,13 @@ def convert(config: ConvertConfig) -> int:
         check_optimizer_flags(config)
     if config.dry_run:
         planned = engine.plan(source, config.to, options)
-        print(engine.describe(planned, max_shard_bytes))
+        print(describe(planned, max_shard_bytes))
         if config.to == "hf":
             print_notes(planned.source.config, planned.source.config_edits)
         return 0
     if (source / rundir.COMMIT).is_file():
         rundir.check_files(source)
-    common = _Common(
+    common = engine.Flags(
         progress=True,
         max_shard_bytes=max_shard_bytes,
         num_workers=config.num_workers,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from mswift.converters.io.dcp_metadata import Index, Item
 from mswift.converters.io.files import write_file
@@ -33,7 +34,7 @@ class HfDestination:
     """safetensors shards of at most `max_shard_bytes`, with an index if there is more than one.
 
     `dtypes`: of each HF tensor. `copies`: HF name -> name of the tensor whose bytes it repeats (a tied model's own
-    lm_head.weight).
+    lm_head.weight); a copy has its own home and places.
     """
 
     format = "safetensors"
@@ -48,9 +49,7 @@ class HfDestination:
         max_shard_bytes: int,
     ) -> None:
         self.directory = directory
-        self._copies: dict[str, list[str]] = {}
-        for name, original in copies.items():
-            self._copies.setdefault(original, []).append(name)
+        self.copies = copies
         origin = {name: name for name in table.hf_order} | dict(copies)
         self._bytes = {name: prod(table.hf[of]) * DTYPE_BYTES[dtypes[of]] for name, of in origin.items()}
         self._num_elements = sum(prod(table.hf[of]) for of in origin.values())
@@ -83,12 +82,9 @@ class HfDestination:
         return self._places[name][0]
 
     def places(self, name: str) -> list[Place]:
-        """Where the bytes of an HF tensor go; more than one place if the destination repeats it."""
-        result = []
-        for each in (name, *self._copies.get(name, ())):
-            file, offset = self._places[each]
-            result.append(Place(self.directory / file, run_of_bytes(each, self._bytes[each], offset)))
-        return result
+        """Where the bytes of an HF tensor go."""
+        file, offset = self._places[name]
+        return [Place(self.directory / file, run_of_bytes(name, self._bytes[name], offset))]
 
     def frame(self, file: str) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of what a file holds besides tensors."""
@@ -111,6 +107,7 @@ class MegatronDestination:
 
     format = "torch_dist"
     side_folder = HF_FOLDER
+    copies: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: Path, table: ModelTable, dtypes: Mapping[str, str]) -> None:
         self.directory = directory

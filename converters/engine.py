@@ -8,20 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial as partial_of
-from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 from mswift import __version__
 from mswift.converters import execute
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
 from mswift.converters.finish import finish
-from mswift.converters.io.files import in_words
+from mswift.converters.io.files import Unreadable, in_words
 from mswift.converters.io.partial import Identity, Partial
 from mswift.converters.io.side_files import MANIFEST, identity_of
 from mswift.converters.journal import Done
 from mswift.converters.manifest import DroppedRecord, Manifest, read_manifest
-from mswift.converters.plan import DTYPE_BYTES
 from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.work import part_of, units_of
 from mswift.converters.workers import default_workers
@@ -29,7 +27,6 @@ from mswift.errors import CheckpointError, MswiftError
 
 Format = Literal["megatron", "hf"]
 MAX_SHARD_BYTES = 5_000_000_000
-_DEFAULTS = SourceOptions()
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,9 @@ class Plan:
         return sum(map(self.num_bytes, self.source.order))
 
 
-def plan(src: Path, to: Format, options: SourceOptions = _DEFAULTS) -> Plan:
+def plan(src: Path, to: Format, options: SourceOptions | None = None) -> Plan:
     """Reads config.json and headers only; refuses what the table of the family does not cover exactly once."""
-    source = open_source(src, options)
+    source = open_source(src, options or SourceOptions())
     recorded = read_manifest(source.path)
     if recorded is not None and set(recorded.tensors) != set(source.table.hf):
         raise CheckpointError(
@@ -72,114 +69,50 @@ def plan(src: Path, to: Format, options: SourceOptions = _DEFAULTS) -> Plan:
     return Plan(source, to, recorded, dropped)
 
 
-def describe(planned: Plan, max_shard_bytes: int) -> str:
-    """The plan as a table: one line for each Megatron tensor, then totals and what is dropped."""
-    source, table = planned.source, planned.source.table
-    rows = [("rule", "Megatron tensor", "shape", "Hugging Face tensors", "bytes")]
-    for key, tensor in table.megatron.items():
-        parts = " ".join(part.hf.replace("{l}", "*") for part in tensor.rule.parts)
-        dtype = source.dtype_of(table.pieces(key, range(1), range(1))[0].names[0])
-        size = prod(tensor.shape) * DTYPE_BYTES[dtype]
-        rows.append((tensor.rule.kind, key, str(list(tensor.shape)), parts, f"{size:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = planned.total_bytes
-    if planned.to == "hf":
-        where = f"safetensors files of at most {max_shard_bytes:,} bytes"
-    else:
-        where = "torch_dist"
-    elements = sum(prod(table.hf[name]) for name in source.order)
-    lines.append(f"{source.format} ({source.dtype}) -> {where}")
-    lines.append(
-        f"{len(source.order):,} tensors, {elements:,} elements, {total:,} bytes: each element moves exactly once"
-    )
-    compared = {name: " (compared when it is converted)" for name, d in planned.dropped.items() if d.same_as}
-    reasons = {name: record.reason + compared.get(name, "") for name, record in planned.dropped.items()}
-    lines += [f"dropped {names}: {reason}" for reason, names in grouped(reasons).items()]
-    lines += [f"decoded {names}: {rule}" for rule, names in grouped(source.decoded).items()]
-    for name, value in source.config_edits.items():
-        lines.append(f"config.json: {name} " + ("is left out" if value is None else f"becomes {json.dumps(value)}"))
-    if source.ignored:
-        lines.append(f"config.json: ignored as asked: {', '.join(source.ignored)}")
-    return "\n".join(lines)
+class Flags(TypedDict, total=False):
+    """How to convert; what is left out has the default of `mswift convert`."""
 
-
-def grouped(said: Mapping[str, str]) -> dict[str, str]:
-    """What is said of names -> the names, in short."""
-    groups: dict[str, list[str]] = {}
-    for name, text in said.items():
-        groups.setdefault(text, []).append(name)
-    return {
-        text: names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names):,} tensors)"
-        for text, names in groups.items()
-    }
+    progress: bool
+    max_shard_bytes: int
+    num_workers: int | None
+    hash_source: bool
+    source_options: SourceOptions
 
 
 def convert(
-    src: Path,
-    dst: Path,
-    to: Format,
-    *,
-    progress: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    num_workers: int | None = None,
-    hash_source: bool = True,
-    source_options: SourceOptions = _DEFAULTS,
-    hash_output: bool = False,
-    restart: bool = False,
+    src: Path, dst: Path, to: Format, *, hash_output: bool = False, restart: bool = False, **flags: Unpack[Flags]
 ) -> Manifest:
     """Writes the model in `src` (HF directory, converted directory or checkpoint) to the new directory `dst`.
 
     `dst` appears whole, by rename, or not at all. After a kill or a full disk the same call continues where that one
     was (`restart`: begins anew). ConfigError if `dst` exists; CheckpointError if the source is damaged or the disk
-    full. Memory: 3 MiB a worker, 16 more for transposed tensors, plus O(number of tensors).
+    full. Memory: 3 MiB a worker, 64 MiB in all for transposed tensors, plus O(number of tensors).
     """
-    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, flags)
     done = job.copy(1, 1, restart)
     return job.publish(done, hash_output)
 
 
 def convert_part(
-    src: Path,
-    dst: Path,
-    to: Format,
-    part: int,
-    parts: int,
-    *,
-    progress: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    num_workers: int | None = None,
-    hash_source: bool = True,
-    source_options: SourceOptions = _DEFAULTS,
-    restart: bool = False,
+    src: Path, dst: Path, to: Format, part: int, parts: int, *, restart: bool = False, **flags: Unpack[Flags]
 ) -> int:
     """Copies part `part` (from 1) of `parts` beside `dst`, continuing an earlier try; returns the part's bytes.
 
-    Parts are independent: on any node that sees both directories, at any time, in any order.
+    Parts are independent: on any node that sees both directories, at any time, in any order. `restart` removes what
+    all parts have copied.
     """
-    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, flags)
     done = job.copy(part, parts, restart)
     job.close()
     return done.num_bytes
 
 
-def finish_parts(
-    src: Path,
-    dst: Path,
-    to: Format,
-    *,
-    progress: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    num_workers: int | None = None,
-    hash_source: bool = True,
-    source_options: SourceOptions = _DEFAULTS,
-    hash_output: bool = False,
-) -> Manifest:
+def finish_parts(src: Path, dst: Path, to: Format, *, hash_output: bool = False, **flags: Unpack[Flags]) -> Manifest:
     """Proves that every part is there, every tensor exactly once, and publishes `dst`.
 
     CheckpointError naming the parts that are missing or incomplete.
     """
-    job = _Job.of(src, dst, to, source_options, max_shard_bytes, hash_source, num_workers, progress)
+    job = _Job.of(src, dst, to, flags)
     job.planned.source.check_repeats()
     parts = job.partial.join(job.identity)
     with job.worded(keep=True):
@@ -194,6 +127,7 @@ class _Job:
         self.started = time.perf_counter()
         self.planned, self.destination, self.partial, self.options = planned, destination, partial, options
         self.units = units_of(destination, planned.source.order, planned.num_bytes)
+        self._total = sum(unit.num_bytes for unit in self.units)
         reading = (planned.source.ignored, planned.source.config_edits, planned.source.decoded)
         known = [__version__, planned.to, options.hash_source, sorted(planned.restored), reading]
         folders = dict.fromkeys((planned.source.path, planned.source.hf_files))
@@ -203,20 +137,13 @@ class _Job:
         self.identity = hashlib.sha256(text.encode()).hexdigest()
 
     @staticmethod
-    def of(
-        src: Path,
-        dst: Path,
-        to: Format,
-        source: SourceOptions,
-        max_shard_bytes: int,
-        hash_source: bool,
-        workers: int | None,
-        progress: bool,
-    ) -> "_Job":
+    def of(src: Path, dst: Path, to: Format, flags: Flags) -> "_Job":
         """Plans everything; nothing is written."""
-        planned, partial = plan(Path(src), to, source), Partial(Path(dst))
-        options = execute.Options(hash_source, workers or default_workers(), progress)
-        return _Job(planned, _destination(planned, partial.data, max_shard_bytes), partial, options)
+        planned, partial = plan(Path(src), to, flags.get("source_options", SourceOptions())), Partial(Path(dst))
+        workers = flags.get("num_workers") or default_workers()
+        options = execute.Options(flags.get("hash_source", True), workers, flags.get("progress", False))
+        destination = _destination(planned, partial.data, flags.get("max_shard_bytes", MAX_SHARD_BYTES))
+        return _Job(planned, destination, partial, options)
 
     def copy(self, part: int, parts: int, restart: bool) -> Done:
         """Copies what is missing of a part; what is there now."""
@@ -249,7 +176,7 @@ class _Job:
         """Hashes that the source's manifest promises, of tensors that are taken as they are stored."""
         recorded = self.planned.recorded.tensors if self.planned.recorded else {}
         decoded = self.planned.source.decoded
-        return {n: record.sha256 for n, record in recorded.items() if record.sha256 is not None and n not in decoded}
+        return {n: record.blake3 for n, record in recorded.items() if record.blake3 is not None and n not in decoded}
 
     def close(self) -> None:
         """Gives up locks and files."""
@@ -263,16 +190,15 @@ class _Job:
             yield
         except BaseException as error:
             done = execute.recorded_bytes(self.partial)
-            kept = keep or (
-                done > 0 and not (isinstance(error, MswiftError) and not isinstance(error, execute.NoSpace))
-            )
+            passing = not isinstance(error, MswiftError) or isinstance(error, execute.NoSpace | Unreadable)
+            kept = keep or (done > 0 and passing)
             if not kept:
                 self.partial.discard()
             self.close()
             state = "nothing was published"
             if kept:
                 state += (
-                    f", {done:,} of {self.planned.total_bytes:,} bytes are copied and kept in {self.partial.path}: "
+                    f", {done:,} of {self._total:,} bytes are copied and kept in {self.partial.path}: "
                     "the same command continues, with --restart it begins anew"
                 )
             if isinstance(error, OSError):

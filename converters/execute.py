@@ -1,13 +1,13 @@
 """The copying itself: workers take units, stream them, and have them recorded; a rerun does what is not recorded."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+
+from blake3 import blake3
 
 from mswift.converters.copying import check_written, copy_span, is_transposed, opened, placed, stream
 from mswift.converters.destinations import Destination
@@ -17,7 +17,7 @@ from mswift.converters.io.partial import Partial
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.journal import Done, Record, Recorder, read_journal
 from mswift.converters.sources import Place, Source
-from mswift.converters.work import FRAME, Schedule, Unit, part_of, span_bytes, spans
+from mswift.converters.work import FRAME, Schedule, Unit, parts_of, span_bytes, spans
 from mswift.converters.workers import Buffers, progress_bar, run_all
 from mswift.errors import CheckpointError
 
@@ -33,12 +33,6 @@ class Options:
     hash_source: bool
     num_workers: int
     progress: bool
-
-
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
-
-    def hexdigest(self) -> str: ...
 
 
 def run(
@@ -113,8 +107,9 @@ class _Worker:
         places = self.places_to(unit.name)
         names = sorted({place.path.name for place in places})
         finished = set(self.done.spans.get(unit.name, ()))
-        digest = hashlib.sha256() if self.hashing else None
-        with opened(self.source, unit.name, self.sources, self.places_from) as tensor, placed(places, self.files) as to:
+        original = self.destination.copies.get(unit.name, unit.name)
+        digest = blake3() if self.hashing and original == unit.name else None
+        with opened(self.source, original, self.sources, self.places_from) as tensor, placed(places, self.files) as to:
             step = max(self.step, WIDE_BYTES) if is_transposed(tensor.direct(), to) else self.step
             for low, high in spans(unit.low, unit.high, step):
                 if buffers.stop.is_set():
@@ -122,12 +117,12 @@ class _Worker:
                 there = (low, high) in finished
                 if digest is not None:
                     written = stream(tensor, low, high, () if there else to, buffers, digest.update)
-                    check_written(tensor.name, written, 0 if there else tensor.repeats(to) * (high - low))
+                    check_written(tensor.name, written, 0 if there else high - low)
                 elif not there:
                     copy_span(tensor, low, high, to, buffers)
                 if not there:
-                    sha256 = self._checked(unit.name, digest) if digest and high == unit.high else None
-                    self.recorder.done(Record(unit.name, low, high, sha256), names)
+                    found = self._checked(unit.name, digest) if digest and high == unit.high else None
+                    self.recorder.done(Record(unit.name, low, high, found), names)
                     self.advance(high - low)
 
     def _frame(self, unit: Unit) -> None:
@@ -137,14 +132,14 @@ class _Worker:
                 write_exactly(fds[path], memoryview(data), offset)
         self.recorder.done(Record(unit.name, 0, 0), [unit.file])
 
-    def _checked(self, name: str, digest: _Hash) -> str:
-        sha256 = digest.hexdigest()
-        if self.promised.get(name, sha256) != sha256:
+    def _checked(self, name: str, digest: blake3) -> str:
+        found = digest.hexdigest()
+        if self.promised.get(name, found) != found:
             raise CheckpointError(
-                f"{self.source.path}: {name} has sha256 {sha256}, but the manifest there says {self.promised[name]}: "
+                f"{self.source.path}: {name} has BLAKE3 {found}, but the manifest there says {self.promised[name]}: "
                 f"the files were damaged, or changed (if that was meant, remove {MANIFEST})"
             )
-        return sha256
+        return found
 
 
 def _still_there(done: Done, destination: Destination, units: Sequence[Unit], journal: Path) -> Done:
@@ -180,9 +175,13 @@ def recorded_bytes(directory: Partial) -> int:
 def gather_parts(directory: Partial, parts: int, units: Sequence[Unit]) -> Done:
     """All journals as one; CheckpointError naming the parts that lack something."""
     whole, lacking, example = Done(), [], ""
+    owners = parts_of(units, parts)
+    theirs: dict[int, list[Unit]] = {}
+    for unit in units:
+        theirs.setdefault(owners[unit.file], []).append(unit)
     for part in range(1, parts + 1):
         done = read_journal(directory.journal(part, parts))
-        mine = part_of(units, part, parts)
+        mine = theirs.get(part, [])
         strange = done.spans.keys() - {unit.name for unit in mine}
         if strange:
             raise CheckpointError(

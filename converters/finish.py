@@ -39,13 +39,13 @@ def finish(
         written = open_source(destination.directory, SourceOptions(ignored=source.ignored))
         measured = measure(written, options.num_workers, options.progress)
         written.close()
-        wrong = [name for name, sha256 in hashes.items() if sha256 not in (None, measured[name].sha256)]
+        wrong = [name for name, digest in hashes.items() if digest not in (None, measured[name].blake3)]
         if wrong:
             raise CheckpointError(
                 f"--hash_output: {len(wrong)} tensors on the disk are not what was read ({', '.join(wrong[:3])}): "
                 "the disk or the memory is faulty"
             )
-        hashes = {name: each.sha256 for name, each in measured.items()}
+        hashes = {name: each.blake3 for name, each in measured.items()}
     decoded = source.decoded
     return Manifest(
         source.format,
@@ -60,11 +60,11 @@ def finish(
     )
 
 
-def _record(source: Source, name: str, sha256: str | None, decoded: str) -> TensorRecord:
+def _record(source: Source, name: str, digest: str | None, decoded: str) -> TensorRecord:
     keys = [piece.names[1] for piece in source.table.hf_pieces[name]]
     rule = source.table.megatron[keys[0]].rule.kind
     keys_text = " ".join(dict.fromkeys(keys))
-    return TensorRecord(source.dtype_of(name), source.table.hf[name], sha256, rule, keys_text, decoded)
+    return TensorRecord(source.dtype_of(name), source.table.hf[name], digest, rule, keys_text, decoded)
 
 
 def _clear(destination: Destination) -> None:

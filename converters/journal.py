@@ -17,12 +17,12 @@ _UNRECORDED_SHARE = 40
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes [low, high) of a unit are written and durable; sha256 (of the whole tensor) comes with the last ones."""
+    """Bytes [low, high) of a unit are written and durable; BLAKE3 (of the whole tensor) comes with the last ones."""
 
     name: str
     low: int
     high: int
-    sha256: str | None = None
+    blake3: str | None = None
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Done:
     def add(self, record: Record) -> None:
         """Takes one record in."""
         self.spans.setdefault(record.name, []).append((record.low, record.high))
-        if record.sha256 is not None:
-            self.hashes[record.name] = record.sha256
+        if record.blake3 is not None:
+            self.hashes[record.name] = record.blake3
 
     def fault(self, name: str, size: int) -> str | None:
         """None if the spans cover [0, size) exactly once, else what is wrong, in words."""
@@ -67,8 +67,8 @@ def read_journal(path: Path) -> Done:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         try:
-            name, low, high, sha256 = json.loads(line)
-            done.add(Record(str(name), int(low), int(high), sha256))
+            name, low, high, digest = json.loads(line)
+            done.add(Record(str(name), int(low), int(high), digest))
         except (ValueError, TypeError):
             raise CheckpointError(f"{path}: line {number} is damaged; begin anew with --restart") from None
     return done
@@ -138,7 +138,7 @@ class Recorder:
         if not batch:
             return
         self._sync(sorted({file for _, files in batch for file in files}))
-        lines = [json.dumps([r.name, r.low, r.high, r.sha256]) + "\n" for r, _ in batch]
+        lines = [json.dumps([r.name, r.low, r.high, r.blake3]) + "\n" for r, _ in batch]
         text = memoryview("".join(lines).encode())
         while text:
             text = text[os.write(self._fd, text) :]

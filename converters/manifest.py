@@ -4,7 +4,6 @@ Tensors are listed by Hugging Face name in every format, so that the digest of a
 bytes are laid out: a round trip is proved by equal digests.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,25 +13,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from mswift import __version__
 from mswift.converters.io.files import PIECE_BYTES, open_read, read_bytes, write_file
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One HF tensor: sha256 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor.
+    """One HF tensor: BLAKE3 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor.
 
     decoded: how its bytes were made of the source's, if they are not the same (dequantised, cast).
     """
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str | None
+    blake3: str | None
     rule: str
     megatron: str
     decoded: str = ""
@@ -52,10 +53,10 @@ class DroppedRecord:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the destination. `sha256` covers all of it, or (`frame`) the bytes that belong to no tensor."""
+    """A file of the destination. BLAKE3 covers all of it, or (`frame`) the bytes that belong to no tensor."""
 
     bytes: int
-    sha256: str
+    blake3: str
     frame: bool = False
 
 
@@ -91,11 +92,11 @@ class Manifest:
 
     @property
     def digest(self) -> str | None:
-        """sha256 over name, dtype, shape and hash of every tensor: the same in every format. None without hashes."""
-        if any(t.sha256 is None for t in self.tensors.values()):
+        """BLAKE3 over name, dtype, shape and hash of every tensor: the same in every format. None without hashes."""
+        if any(t.blake3 is None for t in self.tensors.values()):
             return None
-        lines = [f"{n}\0{t.dtype}\0{list(t.shape)}\0{t.sha256}\n" for n, t in sorted(self.tensors.items())]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        lines = [f"{n}\0{t.dtype}\0{list(t.shape)}\0{t.blake3}\n" for n, t in sorted(self.tensors.items())]
+        return blake3("".join(lines).encode()).hexdigest()
 
     def __str__(self) -> str:
         lines = [
@@ -103,7 +104,7 @@ class Manifest:
             f"  tensors   {len(self.tensors):,}",
             f"  elements  {self.num_elements:,}",
             f"  bytes     {self.num_bytes:,}",
-            f"  sha256    {self.digest or 'not taken (--hash_source false): only mswift verify A B can compare'}",
+            f"  blake3    {self.digest or 'not taken (--hash_source false): only mswift verify A B can compare'}",
             f"  seconds   {self.seconds:.2f}",
         ]
         if self.non_finite is not None:
@@ -129,7 +130,7 @@ class Manifest:
             "source_format": self.source_format,
             "format": self.format,
             "model_type": self.model_type,
-            "sha256": self.digest,
+            "blake3": self.digest,
             "num_tensors": len(self.tensors),
             "num_elements": self.num_elements,
             "num_bytes": self.num_bytes,
@@ -141,7 +142,7 @@ class Manifest:
             "dropped": {name: asdict(d) for name, d in self.dropped.items()},
             "files": {name: asdict(f) for name, f in self.files.items()},
         }
-        value["manifest_sha256"] = _own_hash(value)
+        value["manifest_blake3"] = _own_hash(value)
         write_file(directory / MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -150,8 +151,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _own_hash(value: Mapping[str, Any]) -> str:
-    rest = {name: item for name, item in value.items() if name != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    rest = {name: item for name, item in value.items() if name != "manifest_blake3"}
+    return blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -169,7 +170,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         kinds = (value["source_format"], value["format"], value["model_type"])
         reading = (tuple(value.get("ignored_config_fields", ())), dict(value.get("config_edits", {})))
         manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], value.get("non_finite"), *reading)
-        intact = value["manifest_sha256"] == _own_hash(value)
+        intact = value["manifest_blake3"] == _own_hash(value)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
     if not intact:
@@ -179,7 +180,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 def hash_frame(path: Path, extents: Sequence[tuple[int, int]]) -> FileRecord:
     """Hash of the bytes of a file outside the (offset, size) extents."""
-    digest, position = hashlib.sha256(), 0
+    digest, position = blake3(), 0
     fd = open_read(path)
     try:
         size = os.fstat(fd).st_size
@@ -197,4 +198,4 @@ def hash_frame(path: Path, extents: Sequence[tuple[int, int]]) -> FileRecord:
 def hash_whole(path: Path) -> FileRecord:
     """Hash of a whole file."""
     record = hash_frame(path, [])
-    return FileRecord(record.bytes, record.sha256)
+    return FileRecord(record.bytes, record.blake3)

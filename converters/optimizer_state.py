@@ -5,14 +5,13 @@ the weights, so the pieces of the family's table move it. Beside a Hugging Face 
 
     optimizer/<state>/             config.json and model.safetensors under the weights' own names, fp32
     optimizer/rng.safetensors      generator states by rank, which count at the same layout only
-    mswift_optimizer.json          step, sha256 of every state by Hugging Face name, run.json of the run if there is one
+    mswift_optimizer.json          step, BLAKE3 of every state by Hugging Face name, run.json of the run if there is one
 
 and in a torch_dist directory as `optimizer.<state>.<key>` in the same index as the weights, with the same
 mswift_optimizer.json: equal records are the proof that nothing changed on the way. With run.json comes COMMIT: what is
 written can be resumed at any layout. Read as well: what megatron-core saves in the space of the model.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
+
+from blake3 import blake3
 
 from mswift import rundir
 from mswift.converters.io.dcp_metadata import METADATA, read_metadata
@@ -44,7 +45,7 @@ from mswift.errors import CheckpointError
 
 SHARD = "__optimizer_0.distcp"
 Hashes = dict[str, dict[str, str]]
-"""State -> Hugging Face name -> sha256."""
+"""State -> Hugging Face name -> BLAKE3."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class StateReport:
 
     def __str__(self) -> str:
         lines = [str(self.weights)]
-        digest = hashlib.sha256(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
+        digest = blake3(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
         lines.append(f"  optimizer {', '.join(self.hashes)}: {self.num_elements:,} elements each, step {self.step}")
-        lines.append(f"  sha256    {digest} (of all states)")
+        lines.append(f"  blake3    {digest} (of all states)")
         if self.resumable:
             lines.append("  resumable: as checkpoint-N in an --output_dir, at any layout")
         return "\n".join(lines)
@@ -135,7 +136,7 @@ def _write_hf(states: StateSource, directory: Path) -> Hashes:
         with open(own / SINGLE, "xb") as file:
             file.write(header)
             for name in table.hf_order:
-                digest = hashlib.sha256()
+                digest = blake3()
                 for block in states.hf_blocks(state, name):
                     digest.update(block)
                     file.write(block)
@@ -172,7 +173,7 @@ def _write_megatron(states: StateSource, directory: Path) -> Hashes:
 
 
 def _hash(states: StateSource, state: str, name: str) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     for block in states.hf_blocks(state, name):
         digest.update(block)
     return digest.hexdigest()
@@ -181,11 +182,11 @@ def _hash(states: StateSource, state: str, name: str) -> str:
 def _check_record(states: StateSource, hashes: Hashes) -> None:
     """CheckpointError where the source's own record says otherwise: it was damaged, or the move is wrong."""
     for state, names in states.recorded.items():
-        for name, sha256 in names.items():
+        for name, said in names.items():
             found = hashes.get(state, {}).get(name)
-            if found != sha256:
+            if found != said:
                 raise CheckpointError(
-                    f"{states.path}: {state} of {name} has sha256 {found}, {RECORD} there says {sha256}: the files "
+                    f"{states.path}: {state} of {name} has BLAKE3 {found}, {RECORD} there says {said}: the files "
                     "were damaged, or changed"
                 )
 
@@ -219,7 +220,7 @@ def verify_states(path: Path, other: Path | None = None) -> list[str]:
     expected = _all_hashes(open_states(other)) if other is not None else read_record(path)["states"]
     differences = [f"optimizer state {state}: only in one of them" for state in sorted(found.keys() ^ expected.keys())]
     for state in sorted(found.keys() & expected.keys()):
-        names = [name for name, sha256 in found[state].items() if expected[state].get(name) != sha256]
+        names = [name for name, digest in found[state].items() if expected[state].get(name) != digest]
         differences += [f"optimizer state {state} of {name}: bits differ" for name in names]
     return differences
 

@@ -187,11 +187,11 @@ def verify_record(path: Path, *, progress: bool = False, num_workers: int | None
 
 
 def _verify_manifest(path: Path, manifest: Manifest, progress: bool, workers: int) -> Report:
-    report = Report(f"{path} and its {MANIFEST} (sha256 {manifest.digest})")
+    report = Report(f"{path} and its {MANIFEST} (BLAKE3 {manifest.digest})")
     report.differences += _file_differences(path, manifest)
     if report.differences:
         return report
-    unknown = [name for name, record in manifest.tensors.items() if record.sha256 is None]
+    unknown = [name for name, record in manifest.tensors.items() if record.blake3 is None]
     if unknown:
         raise ConfigError(
             f"{path / MANIFEST}: has no hash of {len(unknown)} of {len(manifest.tensors)} tensors (it was made with "
@@ -201,9 +201,9 @@ def _verify_manifest(path: Path, manifest: Manifest, progress: bool, workers: in
     measured = measure(source, workers, progress)
     for name in source.order:
         record, found = manifest.tensors.get(name), measured[name]
-        if record is None or record.sha256 != found.sha256:
-            said = record.sha256 if record else "nothing"
-            report.differences.append(f"{name}: sha256 {found.sha256}, the manifest says {said}")
+        if record is None or record.blake3 != found.blake3:
+            said = record.blake3 if record else "nothing"
+            report.differences.append(f"{name}: BLAKE3 {found.blake3}, the manifest says {said}")
     report.non_finite = {name: each.non_finite for name, each in measured.items() if each.non_finite}
     report.num_tensors, report.num_bytes = len(source.order), manifest.num_bytes
     for file, extents in source.extents().items():
@@ -221,4 +221,4 @@ def _file_differences(path: Path, manifest: Manifest) -> Iterable[str]:
         elif file.stat().st_size != record.bytes:
             yield f"{name}: has {file.stat().st_size:,} bytes, the manifest says {record.bytes:,}"
         elif not record.frame and hash_whole(file) != record:
-            yield f"{name}: sha256 differs from the manifest's"
+            yield f"{name}: BLAKE3 differs from the manifest's"

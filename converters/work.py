@@ -42,16 +42,19 @@ def spans(low: int, high: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def units_of(destination: Destination, order: Sequence[str], num_bytes: Callable[[str], int]) -> list[Unit]:
-    """One unit for each tensor and each file's frame: file after file, within a file in the source's order."""
+    """One unit for each tensor and each file's frame: file after file, within a file in the source's order.
+
+    Tensors that the destination repeats are units too, of the file that they are in.
+    """
     files = {file: [Unit(FRAME + file, 0, 0, file)] for file in destination.sizes}
-    for name in order:
+    for name, original in [*((name, name) for name in order), *destination.copies.items()]:
         home = destination.home(name)
-        files[home].append(Unit(name, 0, num_bytes(name), home))
+        files[home].append(Unit(name, 0, num_bytes(original), home))
     return [unit for units in files.values() for unit in units]
 
 
-def part_of(units: Sequence[Unit], part: int, parts: int) -> list[Unit]:
-    """The units of part `part` (from 1) of `parts`: whole files, so that two nodes never write to the same page.
+def parts_of(units: Sequence[Unit], parts: int) -> dict[str, int]:
+    """File -> the part (from 1) of `parts` that writes it: whole files, so that two nodes never write to the same page.
 
     Parts are about equal in bytes; some are empty if there are more parts than files.
     """
@@ -59,13 +62,18 @@ def part_of(units: Sequence[Unit], part: int, parts: int) -> list[Unit]:
     for unit in units:
         sizes[unit.file] = sizes.get(unit.file, 0) + unit.num_bytes
     total, before = sum(sizes.values()), 0
-    mine = set()
+    owners = {}
     for number, (file, size) in enumerate(sizes.items()):
         middle, of = (2 * before + size, 2 * total) if total else (2 * number + 1, 2 * len(sizes))
-        if min(parts - 1, middle * parts // of) == part - 1:  # a last file of copies alone counts no bytes
-            mine.add(file)
+        owners[file] = min(parts - 1, middle * parts // of) + 1
         before += size
-    return [unit for unit in units if unit.file in mine]
+    return owners
+
+
+def part_of(units: Sequence[Unit], part: int, parts: int) -> list[Unit]:
+    """The units of part `part` (from 1) of `parts`."""
+    owners = parts_of(units, parts)
+    return [unit for unit in units if owners[unit.file] == part]
 
 
 class Schedule:

@@ -10,6 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from mswift.converters.io.files import PIECE_BYTES, WIDE_BYTES
 
+_ALL_WIDE_BYTES = 64 << 20
+"""Of the wide blocks of all workers together, unless PIECE_BYTES each is more."""
+
 Item = TypeVar("Item")
 Given = TypeVar("Given", covariant=True)
 
@@ -36,21 +39,22 @@ class InOrder(Generic[Item]):
 class Buffers:
     """One worker's memory: a block of a tensor on each side of a comparison, and a tile for strided copies.
 
-    `wide` and `other_wide` are larger blocks, made when a transposed tensor first needs them. `stop` is set when the
-    work is to end early, between two spans.
+    `wide` and `other_wide` are larger blocks, made when a transposed tensor first needs them, smaller where there are
+    many workers (`of`). `stop` is set when the work is to end early, between two spans.
     """
 
-    def __init__(self, stop: Event | None = None) -> None:
+    def __init__(self, stop: Event | None = None, of: int = 1) -> None:
         self.stop = stop or Event()
+        self._wide_bytes = max(PIECE_BYTES, min(WIDE_BYTES, _ALL_WIDE_BYTES // of))
         self.block, self.other, self.tile = (memoryview(bytearray(PIECE_BYTES)) for _ in range(3))
 
     @cached_property
     def wide(self) -> memoryview:
-        return memoryview(bytearray(WIDE_BYTES))
+        return memoryview(bytearray(self._wide_bytes))
 
     @cached_property
     def other_wide(self) -> memoryview:
-        return memoryview(bytearray(WIDE_BYTES))
+        return memoryview(bytearray(self._wide_bytes))
 
 
 def default_workers() -> int:
@@ -65,7 +69,7 @@ def run_all(queue: Queue[Item], work: Callable[[Item, Buffers], None], num_worke
 
     def loop(worker: int) -> None:
         try:
-            buffers = Buffers(stop)
+            buffers = Buffers(stop, num_workers)
             while not stop.is_set():
                 item = queue.take(worker)
                 if item is None:

@@ -11,7 +11,6 @@ output_dir/
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from mswift.errors import CheckpointError, ConfigError
 
@@ -32,16 +33,16 @@ COMMIT = "COMMIT"
 STATE = "run.json"
 HF_FILES = "hf"
 LOCK = ".lock"
-_COMMIT_VERSION = 1
+_COMMIT_VERSION = 2
 _HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and sha256 (hex) of one file of a checkpoint."""
+    """Size in bytes and BLAKE3 (hex) of one file of a checkpoint."""
 
     size_bytes: int
-    sha256: str
+    blake3: str
 
 
 def checkpoint_dir(output_dir: Path, step: int) -> Path:
@@ -80,8 +81,8 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and sha256 of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Size and BLAKE3 of a file, read in blocks of 1 MiB."""
+    digest = blake3()
     size_bytes = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_HASH_BLOCK_BYTES):
@@ -147,7 +148,7 @@ def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) 
 
 def write_commit(directory: Path, files: Mapping[str, FileRecord]) -> None:
     """COMMIT of a directory that is published under another name afterwards."""
-    records = {n: {"size": r.size_bytes, "sha256": r.sha256} for n, r in sorted(files.items())}
+    records = {n: {"size": r.size_bytes, "blake3": r.blake3} for n, r in sorted(files.items())}
     write_json(directory / COMMIT, {"version": _COMMIT_VERSION, "files": records})
     fsync_path(directory)
 
@@ -171,7 +172,7 @@ def read_commit(checkpoint: Path) -> dict[str, FileRecord]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["version"] != _COMMIT_VERSION:
             raise CheckpointError(f"{path}: version {value['version']}; this mswift reads {_COMMIT_VERSION}")
-        return {n: FileRecord(int(r["size"]), str(r["sha256"])) for n, r in value["files"].items()}
+        return {n: FileRecord(int(r["size"]), str(r["blake3"])) for n, r in value["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} is not a committed checkpoint: it has no {COMMIT}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -189,8 +190,8 @@ def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
         found = path.stat().st_size
         if found != want.size_bytes:
             raise CheckpointError(f"{path} is damaged: {found} bytes, COMMIT says {want.size_bytes}")
-        if (digest := hash_file(path).sha256) != want.sha256:
-            raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., COMMIT says {want.sha256[:16]}...")
+        if (digest := hash_file(path).blake3) != want.blake3:
+            raise CheckpointError(f"{path} is damaged: BLAKE3 {digest[:16]}..., COMMIT says {want.blake3[:16]}...")
 
 
 def prune(output_dir: Path, keep: int) -> list[Path]:

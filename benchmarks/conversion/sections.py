@@ -105,7 +105,7 @@ def resume(folder: Path, gigabytes: float, moments: int, workers: list[str]) -> 
 COUNT = """
 import json, os, resource, sys, time
 from pathlib import Path
-from mswift.converters import engine
+from mswift.converters import describe, engine
 from mswift.converters.io import descriptors
 calls, pools = dict.fromkeys(("pwrite", "pwritev", "copy_file_range", "preadv", "fdatasync"), 0), []
 def counted(name, call):
@@ -123,7 +123,7 @@ def take(self, path):
 descriptors.Descriptors._take = take
 start = time.perf_counter(), time.process_time()
 planned = engine.plan(Path(sys.argv[1]), "megatron")
-text = engine.describe(planned, engine.MAX_SHARD_BYTES)
+text = describe.describe(planned, engine.MAX_SHARD_BYTES)
 planned.source.close()
 plan = time.perf_counter() - start[0], time.process_time() - start[1]
 result = {"plan": plan, "tensors": len(planned.source.order), "bytes": planned.total_bytes}

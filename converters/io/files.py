@@ -24,12 +24,16 @@ WRITE_BYTES = 128 << 10
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Unreadable(CheckpointError):
+    """The system could not read a file now; what was made of it before is good."""
+
+
 def open_read(path: Path) -> int:
-    """A file descriptor; CheckpointError naming the file if it cannot be read."""
+    """A file descriptor; Unreadable naming the file if it cannot be opened."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
@@ -39,7 +43,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
         try:
             count = os.preadv(fd, [view[done : done + PIECE_BYTES]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from None
+            raise Unreadable(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from None
         if count == 0:
             raise CheckpointError(
                 f"{path}: ends at byte {offset + done}, {len(view) - done} bytes short; the file is truncated"

@@ -88,7 +88,7 @@ class Partial:
         if not (self.path / "plan.json").exists():
             raise ConfigError(f"{self.flag} {self.destination}: there is nothing to finish: no part was run for it")
         try:
-            self._lock("lock", fcntl.LOCK_EX)
+            self._own()
             found = self._read()
             if found.plan != plan:
                 raise ConfigError(self._mismatch(found, None))
@@ -98,8 +98,8 @@ class Partial:
         return found.parts
 
     def publish(self) -> None:
-        """Gives the data its name; nothing may be written afterwards."""
-        self._lock("lock", fcntl.LOCK_EX)
+        """Gives the data its name; nothing may be written afterwards. ConfigError if another process cleared it."""
+        self._own()
         for folder in (*(p for p in self.data.rglob("*") if p.is_dir()), self.data):
             sync_directory(folder)
         os.rename(self.data, self.destination)
@@ -109,7 +109,7 @@ class Partial:
     def discard(self) -> None:
         """Removes everything, unless another process is at work there."""
         try:
-            self._lock("lock", fcntl.LOCK_EX)
+            self._own()
         except ConfigError:
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -121,20 +121,29 @@ class Partial:
 
     def _enter(self, own: str, *, clear: bool) -> None:
         if clear and self.path.exists():
-            self._lock("lock", fcntl.LOCK_EX)
+            self._own()
             shutil.rmtree(self.path)
             self.close()
         while True:
             self.path.mkdir(exist_ok=True)
             self._lock("lock", fcntl.LOCK_SH)
-            try:
-                same = os.path.samestat(os.fstat(self._locks["lock"]), os.stat(self.path / "lock"))
-            except FileNotFoundError:
-                same = False
-            if same:
+            if self._is_current():
                 break
             self.close()  # somebody published or cleared it meanwhile
         self._lock(own, fcntl.LOCK_EX)
+
+    def _own(self) -> None:
+        """Locks the directory for itself; between the shared lock and this one another process may have cleared it."""
+        self._lock("lock", fcntl.LOCK_EX)
+        if not self._is_current():
+            raise ConfigError(f"{self.flag} {self.destination}: another process began to write it just now")
+
+    def _is_current(self) -> bool:
+        """Whether the lock that is held is that of the directory as it is now."""
+        try:
+            return os.path.samestat(os.fstat(self._locks["lock"]), os.stat(self.path / "lock"))
+        except FileNotFoundError:
+            return False
 
     def _lock(self, name: str, kind: int) -> None:
         fd = self._locks.get(name)

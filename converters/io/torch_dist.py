@@ -1,6 +1,5 @@
 """megatron-core's `torch_dist` checkpoints as bytes: read any region, write one rank's file, index a directory."""
 
-import hashlib
 import json
 import os
 import re
@@ -10,6 +9,8 @@ from itertools import product
 from pathlib import Path
 from threading import local
 from typing import Any
+
+from blake3 import blake3
 
 from mswift.converters.io.dcp_metadata import METADATA, Index, Item, encode_metadata, read_metadata
 from mswift.converters.io.descriptors import Descriptors
@@ -159,7 +160,7 @@ class WrittenFile:
 
     name: str
     size: int
-    sha256: str
+    blake3: str
     chunks: tuple[StoredChunk, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class WrittenFile:
             [c.key, c.dtype, list(c.shape), list(c.region.offsets), list(c.region.sizes), c.offset, c.length]
             for c in self.chunks
         ]
-        return {"name": self.name, "size": self.size, "sha256": self.sha256, "chunks": chunks}
+        return {"name": self.name, "size": self.size, "blake3": self.blake3, "chunks": chunks}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> "WrittenFile":
@@ -177,7 +178,7 @@ class WrittenFile:
             StoredChunk(key, dtype, tuple(shape), Region(tuple(offsets), tuple(sizes)), offset, length)
             for key, dtype, shape, offsets, sizes, offset, length in value["chunks"]
         )
-        return WrittenFile(value["name"], value["size"], value["sha256"], chunks)
+        return WrittenFile(value["name"], value["size"], value["blake3"], chunks)
 
 
 class ShardWriter:
@@ -186,7 +187,7 @@ class ShardWriter:
     def __init__(self, directory: Path, file_name: str) -> None:
         self._name = file_name
         self._file = open(Path(directory) / file_name, "xb", buffering=0)  # noqa: SIM115  (closed by close)
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self._position = 0
         self._chunks: list[StoredChunk] = []
 
@@ -304,7 +305,7 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     for name, data in written.items():
         write_file(directory / name, data)
     sync_directory(directory)
-    return [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()]
+    return [WrittenFile(name, len(data), blake3(data).hexdigest()) for name, data in written.items()]
 
 
 def other_name(key: str) -> str:

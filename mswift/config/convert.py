@@ -25,11 +25,12 @@ class ConvertConfig:
     num_workers: int | None = None
     """Threads that copy. Default: one more than the processors, at most 8."""
     hash_source: bool = True
-    """Take the sha256 of every tensor while it is read. false is faster, but `mswift verify DIR` needs hashes."""
+    """Take the BLAKE3 of every tensor while it is read. false is faster, but `mswift verify DIR` needs hashes."""
     hash_output: bool = False
     """Read the result again before it is published: prove its hashes, count infinities and NaNs."""
     restart: bool = False
-    """Begin anew where a conversion was interrupted; without it the same command continues."""
+    """Begin anew where a conversion was interrupted; without it the same command continues. With --part: what all parts
+    have copied is removed, so give it to one part, before the others start."""
     part: str | None = None
     """Copy only part I of N, as I/N (1/4 ... 4/4), on as many nodes as there are parts; then run --finish."""
     finish: bool = False

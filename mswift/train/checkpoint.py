@@ -8,7 +8,7 @@ checkpoint-<step>/
         rng.<rank>                        generator states, used only at the same layout
     hf/                                   config.json, tokenizer, (LoRA) adapter_config.json
     run.json                              step, data position, configuration, layout
-    COMMIT                                sizes and sha256 of all of these; written last
+    COMMIT                                sizes and BLAKE3 of all of these; written last
 """
 
 import json
@@ -191,7 +191,7 @@ def _finish(
     for name, data in hf_files.items():
         _write_bytes(partial / rundir.HF_FILES / name, data)
     _write_bytes(partial / rundir.STATE, json.dumps(state.as_dict(), indent=1).encode())
-    records = {file.name: rundir.FileRecord(file.size, file.sha256) for file in files}
+    records = {file.name: rundir.FileRecord(file.size, file.blake3) for file in files}
     for path in sorted(partial.rglob("*")):
         name = path.relative_to(partial).as_posix()
         if path.is_file() and name not in records:

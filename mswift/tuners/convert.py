@@ -4,12 +4,13 @@ Nothing is published unless the source holds exactly the tensors that its adapte
 and every one was written; the proof is mswift_manifest.json.
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
+
+from blake3 import blake3
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig
@@ -107,7 +108,7 @@ def convert_adapter(
 
 
 class _Hashes:
-    """sha256 of every tensor on its way, against the manifest of the source if it has one."""
+    """BLAKE3 of every tensor on its way, against the manifest of the source if it has one."""
 
     def __init__(self, files: AdapterFiles) -> None:
         self._files = files
@@ -117,7 +118,7 @@ class _Hashes:
 
     def take(self, name: str, blocks: Iterator[bytearray]) -> Iterator[bytearray]:
         """The blocks of one tensor, hashed as they pass."""
-        digest = hashlib.sha256()
+        digest = blake3()
         for block in blocks:
             digest.update(block)
             yield block
@@ -128,7 +129,7 @@ class _Hashes:
         if name in self._found:
             raise CheckpointError(f"{self._files.path}: {PREFIX}{name} was moved twice")
         record = self._recorded.get(PREFIX + name)
-        if self._recorded and (record is None or record.sha256 != digest):
+        if self._recorded and (record is None or record.blake3 != digest):
             raise CheckpointError(
                 f"{self._files.path}: {PREFIX}{name} is not what {MANIFEST} there says: the files were damaged, or "
                 "changed (if that was meant, remove it)"
@@ -180,7 +181,7 @@ def _write_torch_dist(files: AdapterFiles, directory: Path, hashes: _Hashes, bri
                 writer.add(STORED + name, dtype, shape, region, memoryview(block))
     else:
         for name, data in write_bridge(files, bridge, writer):
-            hashes.note(name, hashlib.sha256(data).hexdigest())
+            hashes.note(name, blake3(data).hexdigest())
         write_file(directory / RUN_CONFIG, bridge.config)
     write_index(directory, [writer.close()])
     (directory / HF_FOLDER).mkdir()

@@ -1,10 +1,11 @@
 """Proof that two adapters are the same, whatever their formats, or that one still is what its manifest says."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+
+from blake3 import blake3
 
 from mswift import rundir
 from mswift.converters.io.side_files import MANIFEST
@@ -42,7 +43,7 @@ def _verify_record(path: Path, base_model: str | None) -> Report:
         except CheckpointError as error:
             report.differences.append(str(error))
         return report
-    report = Report(f"{path} and its {MANIFEST} (sha256 {manifest.digest})")
+    report = Report(f"{path} and its {MANIFEST} (BLAKE3 {manifest.digest})")
     for name, record in manifest.files.items():
         if not (path / name).is_file():
             report.differences.append(f"{name}: is missing")
@@ -52,12 +53,12 @@ def _verify_record(path: Path, base_model: str | None) -> Report:
         return report
     files = open_adapter(path, base_model)
     for name in files.tensors:
-        digest = hashlib.sha256()
+        digest = blake3()
         for block in blocks_of(files, name):
             digest.update(block)
         known = manifest.tensors.get(PREFIX + name)
-        if known is None or known.sha256 != digest.hexdigest():
-            report.differences.append(f"{PREFIX}{name}: sha256 differs from the manifest's")
+        if known is None or known.blake3 != digest.hexdigest():
+            report.differences.append(f"{PREFIX}{name}: BLAKE3 differs from the manifest's")
     _count(report, files)
     return report
 

@@ -396,7 +396,7 @@ def flip(checkpoint: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "a bit": (flip, [".distcp is damaged: sha256"]),
+    "a bit": (flip, [".distcp is damaged: BLAKE3"]),
     "a shard": (lambda c: next(c.glob("*.distcp")).unlink(), [".distcp is missing", "bytes"]),
     "run.json": (lambda c: (c / "run.json").write_text("{"), ["run.json is damaged: 1 bytes"]),
     "COMMIT": (lambda c: (c / "COMMIT").write_text('{"version": 1'), ["COMMIT is damaged"]),

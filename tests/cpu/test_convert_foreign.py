@@ -10,7 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from mswift.cli.main import main
-from mswift.converters.engine import convert, describe, plan
+from mswift.converters.describe import describe
+from mswift.converters.engine import convert, plan
 from mswift.converters.reader import WeightReader
 from mswift.converters.source import SourceOptions
 from mswift.converters.verify import verify

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, dequantised
 from mswift.converters.decoders import E4M3, narrow, widen
-from mswift.converters.engine import convert, describe, plan
+from mswift.converters.describe import describe
+from mswift.converters.engine import convert, plan
 from mswift.converters.manifest import read_manifest
 from mswift.converters.quantization import Quantization
 from mswift.converters.reader import WeightReader

@@ -409,7 +409,7 @@ def test_commands_print_the_proof_and_return_the_status(tmp_path: Path, capsys: 
     assert not Path(out).exists()
     assert commands.convert(ConvertConfig(model=hf, to="megatron", output_dir=out)) == 0
     printed = capsys.readouterr().out
-    for word in ("tensors   30", "elements  ", "bytes     ", "sha256    ", "seconds   "):
+    for word in ("tensors   30", "elements  ", "bytes     ", "blake3    ", "seconds   "):
         assert word in printed
     assert commands.verify(VerifyConfig(a=hf, b=out)) == 0
     assert commands.verify(VerifyConfig(a=out)) == 0

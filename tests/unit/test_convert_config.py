@@ -8,7 +8,8 @@ import pytest
 
 from mswift.cli.main import main
 from mswift.converters.catalog import read_config
-from mswift.converters.engine import convert, describe, plan
+from mswift.converters.describe import describe
+from mswift.converters.engine import convert, plan
 from mswift.converters.export_config import config_edits, missing_for_vllm
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for

@@ -40,7 +40,7 @@ def contents(path: Path) -> dict[str, Any]:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         found[file.relative_to(path).as_posix()] = file.read_bytes()
     manifest = json.loads(found[MANIFEST])
-    found[MANIFEST] = {n: v for n, v in manifest.items() if n not in ("seconds", "manifest_sha256")}
+    found[MANIFEST] = {n: v for n, v in manifest.items() if n not in ("seconds", "manifest_blake3")}
     return found
 
 

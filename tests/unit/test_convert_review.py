@@ -1,7 +1,10 @@
 """Faults of whole conversions that no rule shows: files of copies alone, mixed dtypes, parts, links, spellings."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from mswift.converters import engine
 from mswift.converters.engine import convert, convert_part, finish_parts
+from mswift.converters.execute import recorded_bytes
+from mswift.converters.io.partial import Identity, Partial
 from mswift.converters.io.safetensors import encode_header
 from mswift.converters.plan import table_for
 from mswift.converters.verify import verify
@@ -34,6 +39,74 @@ def test_a_file_that_holds_copies_alone_is_written(shard_bytes: int, tmp_path: P
     convert(tmp_path / "hf", tmp_path / "again", "hf", max_shard_bytes=shard_bytes)
     assert verify(tmp_path / "hf", tmp_path / "again").equal
     convert(tmp_path / "again", tmp_path / "meg", "megatron")
+
+
+def test_a_copy_is_written_by_the_part_that_has_its_file(tmp_path: Path) -> None:
+    tied_with_a_head(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "whole", "hf", max_shard_bytes=13_000)
+    inside = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert inside["lm_head.weight"] != inside["model.embed_tokens.weight"]
+    data = tmp_path / ".cut.mswift-partial" / "data"
+    written: set[str] = set()
+    for part in range(1, 5):
+        convert_part(tmp_path / "hf", tmp_path / "cut", "hf", part, 4, max_shard_bytes=13_000)
+        now = {path.name for path in data.glob("*.safetensors") if path.stat().st_blocks}
+        for name in now - written:  # a file is whole when its part is done
+            assert (data / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        written |= now
+    finish_parts(tmp_path / "hf", tmp_path / "cut", "hf", max_shard_bytes=13_000)
+    assert verify(tmp_path / "hf", tmp_path / "cut").equal
+
+
+def test_a_source_that_cannot_be_read_now_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model(tmp_path / "hf")
+    right, left = os.preadv, [40]
+
+    def failing(*args: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return right(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(CheckpointError, match=r"cannot be read at byte \d+ \(Input/output error\)"):
+            convert(tmp_path / "hf", tmp_path / "out", "megatron")
+    assert recorded_bytes(Partial(tmp_path / "out")) > 0
+    convert(tmp_path / "hf", tmp_path / "out", "megatron")
+    assert verify(tmp_path / "hf", tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("end", ["publish", "discard", "restart"])
+def test_who_clears_between_two_locks_is_not_published(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flock gives a shared lock up before it has the other: what happens between is somebody else's."""
+    mine, theirs = Partial(tmp_path / "out"), Partial(tmp_path / "out")
+    identity = Identity("plan", 1, "source", "hf")
+    mine.begin(identity, 1, restart=False)
+    right = fcntl.flock
+
+    def flock(fd: int, kind: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", right)
+        right(mine._locks["lock"], fcntl.LOCK_UN)
+        theirs.begin(identity, 1, restart=True)
+        (theirs.data / "theirs").touch()
+        right(fd, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if end == "publish":
+        with pytest.raises(ConfigError, match="another process began to write it just now"):
+            mine.publish()
+    elif end == "discard":
+        mine.discard()
+    else:
+        with pytest.raises(ConfigError, match="another process began to write it just now"):
+            mine._enter("part-00001.lock", clear=True)
+    assert (theirs.data / "theirs").exists()
+    assert not (tmp_path / "out").exists()
+    theirs.publish()
+    assert (tmp_path / "out" / "theirs").exists()
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 6))

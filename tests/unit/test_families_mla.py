@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mswift.converters.engine import convert, describe, plan
+from mswift.converters.describe import describe
+from mswift.converters.engine import convert, plan
 from mswift.converters.layout import tiling_fault
 from mswift.converters.plan import table_for
 from mswift.converters.reader import WeightReader

@@ -27,9 +27,9 @@ used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, text]))
 """
 PLAN = """
-from mswift.converters import engine
+from mswift.converters import describe, engine
 planned = engine.plan(Path(sys.argv[1]), sys.argv[2])
-text = engine.describe(planned, engine.MAX_SHARD_BYTES)
+text = describe.describe(planned, engine.MAX_SHARD_BYTES)
 """
 READER = """
 from mswift.converters.reader import WeightReader

@@ -20,6 +20,7 @@ from mswift.converters.io.partial import Identity, Partial
 from mswift.converters.io.side_files import MANIFEST, identity_of
 from mswift.converters.journal import Done
 from mswift.converters.manifest import DroppedRecord, Manifest, read_manifest
+from mswift.converters.measured import Measured
 from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.work import part_of, units_of
 from mswift.converters.workers import default_workers
@@ -156,14 +157,15 @@ class _Job:
         units = part_of(self.units, part, parts)
         journal = self.partial.journal(part, parts)
         with self.worded(keep=parts > 1):
-            return execute.run(self.planned.source, self._recorded(), self.destination, units, journal, self.options)
+            promised = {name: measured.blake3 for name, measured in self._recorded().items()}
+            return execute.run(self.planned.source, promised, self.destination, units, journal, self.options)
 
     def publish(self, done: Done, hash_output: bool, *, keep: bool = False) -> Manifest:
         """Index, side files, proof and manifest, then the rename."""
         with self.worded(keep=keep):
             source, recorded = self.planned.source, self._recorded()
-            hashes = {name: done.hashes.get(name, recorded.get(name)) for name in source.order}
-            manifest = finish(source, self.destination, hashes, self.planned.dropped, self.options, hash_output)
+            measured = {name: done.measured.get(name, recorded.get(name)) for name in source.order}
+            manifest = finish(source, self.destination, measured, self.planned.dropped, self.options, hash_output)
             manifest = manifest.timed(time.perf_counter() - self.started)
             manifest.write(self.destination.directory)
             if self._source_state() != self._state_then:
@@ -172,11 +174,12 @@ class _Job:
         self.close()
         return manifest
 
-    def _recorded(self) -> dict[str, str]:
-        """Hashes that the source's manifest promises, of tensors that are taken as they are stored."""
+    def _recorded(self) -> dict[str, Measured]:
+        """What the source's manifest says of the tensors that are taken as they are stored."""
         recorded = self.planned.recorded.tensors if self.planned.recorded else {}
         decoded = self.planned.source.decoded
-        return {n: record.blake3 for n, record in recorded.items() if record.blake3 is not None and n not in decoded}
+        known = {name: record.measured for name, record in recorded.items() if name not in decoded}
+        return {name: measured for name, measured in known.items() if measured is not None}
 
     def close(self) -> None:
         """Gives up locks and files."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from blake3 import blake3
-
 from mswift.converters.copying import check_written, copy_span, is_transposed, opened, placed, stream
 from mswift.converters.destinations import Destination
 from mswift.converters.io.descriptors import Descriptors, SizedFiles
@@ -16,6 +14,7 @@ from mswift.converters.io.files import WIDE_BYTES, write_exactly
 from mswift.converters.io.partial import Partial
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.journal import Done, Record, Recorder, read_journal
+from mswift.converters.measured import Measured, Measuring
 from mswift.converters.sources import Place, Source
 from mswift.converters.work import FRAME, Schedule, Unit, parts_of, span_bytes, spans
 from mswift.converters.workers import Buffers, progress_bar, run_all
@@ -108,20 +107,20 @@ class _Worker:
         names = sorted({place.path.name for place in places})
         finished = set(self.done.spans.get(unit.name, ()))
         original = self.destination.copies.get(unit.name, unit.name)
-        digest = blake3() if self.hashing and original == unit.name else None
+        measuring = Measuring(self.source.dtype_of(original)) if self.hashing and original == unit.name else None
         with opened(self.source, original, self.sources, self.places_from) as tensor, placed(places, self.files) as to:
             step = max(self.step, WIDE_BYTES) if is_transposed(tensor.direct(), to) else self.step
             for low, high in spans(unit.low, unit.high, step):
                 if buffers.stop.is_set():
                     return
                 there = (low, high) in finished
-                if digest is not None:
-                    written = stream(tensor, low, high, () if there else to, buffers, digest.update)
+                if measuring is not None:
+                    written = stream(tensor, low, high, () if there else to, buffers, measuring)
                     check_written(tensor.name, written, 0 if there else high - low)
                 elif not there:
                     copy_span(tensor, low, high, to, buffers)
                 if not there:
-                    found = self._checked(unit.name, digest) if digest and high == unit.high else None
+                    found = self._checked(unit.name, measuring) if measuring and high == unit.high else None
                     self.recorder.done(Record(unit.name, low, high, found), names)
                     self.advance(high - low)
 
@@ -132,12 +131,12 @@ class _Worker:
                 write_exactly(fds[path], memoryview(data), offset)
         self.recorder.done(Record(unit.name, 0, 0), [unit.file])
 
-    def _checked(self, name: str, digest: blake3) -> str:
-        found = digest.hexdigest()
-        if self.promised.get(name, found) != found:
+    def _checked(self, name: str, measuring: Measuring) -> Measured:
+        found = measuring.result()
+        if self.promised.get(name, found.blake3) != found.blake3:
             raise CheckpointError(
-                f"{self.source.path}: {name} has BLAKE3 {found}, but the manifest there says {self.promised[name]}: "
-                f"the files were damaged, or changed (if that was meant, remove {MANIFEST})"
+                f"{self.source.path}: {name} has BLAKE3 {found.blake3}, but the manifest there says "
+                f"{self.promised[name]}: the files were damaged, or changed (if that was meant, remove {MANIFEST})"
             )
         return found
 
@@ -194,7 +193,7 @@ def gather_parts(directory: Partial, parts: int, units: Sequence[Unit]) -> Done:
                 lacking.append(part)
                 break
         whole.spans |= done.spans
-        whole.hashes |= done.hashes
+        whole.measured |= done.measured
     if lacking:
         flags = " ".join(f"--part {part}/{parts}" for part in lacking)
         raise CheckpointError(

@@ -8,7 +8,8 @@ from pathlib import Path
 from mswift.converters.destinations import Destination
 from mswift.converters.execute import Options
 from mswift.converters.manifest import DroppedRecord, FileRecord, Manifest, TensorRecord, hash_frame, hash_whole
-from mswift.converters.proof import Measured, measure
+from mswift.converters.measured import Measured
+from mswift.converters.proof import measure
 from mswift.converters.sources import Source, SourceOptions, open_source
 from mswift.converters.workers import Buffers, InOrder, run_all
 from mswift.errors import CheckpointError
@@ -17,7 +18,7 @@ from mswift.errors import CheckpointError
 def finish(
     source: Source,
     destination: Destination,
-    hashes: Mapping[str, str | None],
+    measured: Mapping[str, Measured | None],
     dropped: Mapping[str, DroppedRecord],
     options: Options,
     hash_output: bool,
@@ -34,37 +35,35 @@ def finish(
     destination.finish()
     side_files = _carry(source.side_files(), destination.directory / destination.side_folder)
     files = _files(destination, side_files, options.num_workers)
-    measured: Mapping[str, Measured] = {}
     if hash_output:
         written = open_source(destination.directory, SourceOptions(ignored=source.ignored))
-        measured = measure(written, options.num_workers, options.progress)
+        found = measure(written, options.num_workers, options.progress)
         written.close()
-        wrong = [name for name, digest in hashes.items() if digest not in (None, measured[name].blake3)]
+        wrong = [name for name, known in measured.items() if known not in (None, found[name])]
         if wrong:
             raise CheckpointError(
                 f"--hash_output: {len(wrong)} tensors on the disk are not what was read ({', '.join(wrong[:3])}): "
                 "the disk or the memory is faulty"
             )
-        hashes = {name: each.blake3 for name, each in measured.items()}
+        measured = found
     decoded = source.decoded
     return Manifest(
         source.format,
         destination.format,
         source.table.family.model_type,
-        {name: _record(source, name, hashes[name], decoded.get(name, "")) for name in source.table.hf_order},
+        {name: _record(source, name, measured[name], decoded.get(name, "")) for name in source.table.hf_order},
         dropped,
         files,
         ignored_config_fields=source.ignored,
         config_edits=source.config_edits,
-        non_finite={n: each.non_finite for n, each in measured.items() if each.non_finite} if hash_output else None,
     )
 
 
-def _record(source: Source, name: str, digest: str | None, decoded: str) -> TensorRecord:
+def _record(source: Source, name: str, measured: Measured | None, decoded: str) -> TensorRecord:
     keys = [piece.names[1] for piece in source.table.hf_pieces[name]]
     rule = source.table.megatron[keys[0]].rule.kind
     keys_text = " ".join(dict.fromkeys(keys))
-    return TensorRecord(source.dtype_of(name), source.table.hf[name], digest, rule, keys_text, decoded)
+    return TensorRecord.of(source.dtype_of(name), source.table.hf[name], measured, rule, keys_text, decoded)
 
 
 def _clear(destination: Destination) -> None:

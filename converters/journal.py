@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
 
+from mswift.converters.measured import Measured
 from mswift.errors import CheckpointError
 
 _SHORTEST_WAIT_SECONDS = 0.2
@@ -17,12 +18,12 @@ _UNRECORDED_SHARE = 40
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes [low, high) of a unit are written and durable; BLAKE3 (of the whole tensor) comes with the last ones."""
+    """Bytes [low, high) of a unit are written and durable; what was measured of the tensor comes with the last ones."""
 
     name: str
     low: int
     high: int
-    blake3: str | None = None
+    measured: Measured | None = None
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Done:
     """The records of one or several journals."""
 
     spans: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Measured] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -39,8 +40,8 @@ class Done:
     def add(self, record: Record) -> None:
         """Takes one record in."""
         self.spans.setdefault(record.name, []).append((record.low, record.high))
-        if record.blake3 is not None:
-            self.hashes[record.name] = record.blake3
+        if record.measured is not None:
+            self.measured[record.name] = record.measured
 
     def fault(self, name: str, size: int) -> str | None:
         """None if the spans cover [0, size) exactly once, else what is wrong, in words."""
@@ -67,11 +68,16 @@ def read_journal(path: Path) -> Done:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         try:
-            name, low, high, digest = json.loads(line)
-            done.add(Record(str(name), int(low), int(high), digest))
+            name, low, high, *measured = json.loads(line)
+            done.add(Record(str(name), int(low), int(high), Measured(*measured) if measured else None))
         except (ValueError, TypeError):
             raise CheckpointError(f"{path}: line {number} is damaged; begin anew with --restart") from None
     return done
+
+
+def _line(record: Record) -> list[str | int]:
+    measured = record.measured
+    return [record.name, record.low, record.high, *(() if measured is None else (measured.blake3, measured.non_finite))]
 
 
 class Recorder:
@@ -138,7 +144,7 @@ class Recorder:
         if not batch:
             return
         self._sync(sorted({file for _, files in batch for file in files}))
-        lines = [json.dumps([r.name, r.low, r.high, r.blake3]) + "\n" for r, _ in batch]
+        lines = [json.dumps(_line(r)) + "\n" for r, _ in batch]
         text = memoryview("".join(lines).encode())
         while text:
             text = text[os.write(self._fd, text) :]

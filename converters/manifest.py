@@ -18,6 +18,7 @@ from blake3 import blake3
 from mswift import __version__
 from mswift.converters.io.files import PIECE_BYTES, open_read, read_bytes, write_file
 from mswift.converters.io.side_files import MANIFEST
+from mswift.converters.measured import Measured
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
@@ -26,7 +27,7 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One HF tensor: BLAKE3 of its bytes (None: not taken), and by which rule it lies in which Megatron tensor.
+    """One HF tensor: its hash and count of infinities and NaNs (None: not taken), and by which rule it lies where.
 
     decoded: how its bytes were made of the source's, if they are not the same (dequantised, cast).
     """
@@ -34,13 +35,28 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     blake3: str | None
+    non_finite: int | None
     rule: str
     megatron: str
     decoded: str = ""
 
+    @staticmethod
+    def of(
+        dtype: str, shape: tuple[int, ...], measured: Measured | None, rule: str, megatron: str, decoded: str = ""
+    ) -> "TensorRecord":
+        """The record of a tensor that was measured, or not."""
+        digest, count = (measured.blake3, measured.non_finite) if measured else (None, None)
+        return TensorRecord(dtype, shape, digest, count, rule, megatron, decoded)
+
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def measured(self) -> Measured | None:
+        if self.blake3 is None or self.non_finite is None:
+            return None
+        return Measured(self.blake3, self.non_finite)
 
 
 @dataclass(frozen=True)
@@ -62,10 +78,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The proof of one conversion; printed by `mswift convert`.
-
-    `non_finite`: how many infinities and NaNs each tensor has that has any; None if they were not counted.
-    """
+    """The proof of one conversion; printed by `mswift convert`."""
 
     source_format: str
     format: str
@@ -74,13 +87,20 @@ class Manifest:
     dropped: Mapping[str, DroppedRecord] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     seconds: float = 0.0
-    non_finite: Mapping[str, int] | None = None
     ignored_config_fields: Sequence[str] = ()
     config_edits: Mapping[str, Any] = field(default_factory=dict)
 
     def timed(self, seconds: float) -> "Manifest":
         """The same with the seconds that the conversion took."""
         return replace(self, seconds=seconds)
+
+    @property
+    def non_finite(self) -> dict[str, int] | None:
+        """How many infinities and NaNs each tensor has that has any; None if they were not counted."""
+        counts = {name: t.non_finite for name, t in self.tensors.items()}
+        if None in counts.values():
+            return None
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def num_elements(self) -> int:
@@ -107,7 +127,7 @@ class Manifest:
             f"  blake3    {self.digest or 'not taken (--hash_source false): only mswift verify A B can compare'}",
             f"  seconds   {self.seconds:.2f}",
         ]
-        if self.non_finite is not None:
+        if self.non_finite:
             lines.append(f"  not finite {sum(self.non_finite.values()):,} {_some(list(self.non_finite))}".rstrip())
         reasons: dict[str, list[str]] = {}
         for name, record in self.dropped.items():
@@ -135,7 +155,6 @@ class Manifest:
             "num_elements": self.num_elements,
             "num_bytes": self.num_bytes,
             "seconds": round(self.seconds, 3),
-            "non_finite": self.non_finite,
             "ignored_config_fields": list(self.ignored_config_fields),
             "config_edits": dict(self.config_edits),
             "tensors": {name: vars(t) for name, t in self.tensors.items()},
@@ -169,7 +188,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         files = {n: FileRecord(**f) for n, f in value["files"].items()}
         kinds = (value["source_format"], value["format"], value["model_type"])
         reading = (tuple(value.get("ignored_config_fields", ())), dict(value.get("config_edits", {})))
-        manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], value.get("non_finite"), *reading)
+        manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], *reading)
         intact = value["manifest_blake3"] == _own_hash(value)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None

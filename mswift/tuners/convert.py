@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from blake3 import blake3
-
 from mswift import rundir
 from mswift.config.convert import ConvertConfig
 from mswift.converters.io.files import new_directory, write_file
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
 from mswift.converters.manifest import FileRecord, Manifest, TensorRecord, hash_whole, read_manifest
+from mswift.converters.measured import Measured, Measuring
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.bridge_destination import BridgePlan, plan_bridge, write_bridge
@@ -112,29 +111,32 @@ class _Hashes:
 
     def __init__(self, files: AdapterFiles) -> None:
         self._files = files
-        self._found: dict[str, str] = {}
+        self._found: dict[str, Measured] = {}
         recorded = read_manifest(files.path)
         self._recorded = {} if recorded is None else recorded.tensors
 
     def take(self, name: str, blocks: Iterator[bytearray]) -> Iterator[bytearray]:
         """The blocks of one tensor, hashed as they pass."""
-        digest = blake3()
+        measuring = self.measuring(name)
         for block in blocks:
-            digest.update(block)
+            measuring(memoryview(block))
             yield block
-        self.note(name, digest.hexdigest())
+        self.note(name, measuring.result())
 
-    def note(self, name: str, digest: str) -> None:
+    def measuring(self, name: str) -> Measuring:
+        return Measuring(self._files.tensors[name][0])
+
+    def note(self, name: str, measured: Measured) -> None:
         """CheckpointError if the source's own manifest says otherwise, or the tensor came twice."""
         if name in self._found:
             raise CheckpointError(f"{self._files.path}: {PREFIX}{name} was moved twice")
         record = self._recorded.get(PREFIX + name)
-        if self._recorded and (record is None or record.blake3 != digest):
+        if self._recorded and (record is None or record.measured != measured):
             raise CheckpointError(
                 f"{self._files.path}: {PREFIX}{name} is not what {MANIFEST} there says: the files were damaged, or "
                 "changed (if that was meant, remove it)"
             )
-        self._found[name] = digest
+        self._found[name] = measured
 
     def check_complete(self) -> None:
         """CheckpointError unless every tensor of the source was moved."""
@@ -147,10 +149,11 @@ class _Hashes:
     def records(self, bridge: BridgePlan | None) -> dict[str, TensorRecord]:
         keys = bridge.keys() if bridge else {}
         rule = f"{bridge.layout}, {'stacked' if bridge.stack else 'A shared'}" if bridge else "adapter"
-        return {
-            PREFIX + name: TensorRecord(dtype, shape, self._found[name], rule, keys.get(name, STORED + name))
-            for name, (dtype, shape) in sorted(self._files.tensors.items())
-        }
+        records = {}
+        for name, (dtype, shape) in sorted(self._files.tensors.items()):
+            key = keys.get(name, STORED + name)
+            records[PREFIX + name] = TensorRecord.of(dtype, shape, self._found[name], rule, key)
+        return records
 
 
 def blocks_of(files: AdapterFiles, name: str) -> Iterator[bytearray]:
@@ -181,7 +184,9 @@ def _write_torch_dist(files: AdapterFiles, directory: Path, hashes: _Hashes, bri
                 writer.add(STORED + name, dtype, shape, region, memoryview(block))
     else:
         for name, data in write_bridge(files, bridge, writer):
-            hashes.note(name, blake3(data).hexdigest())
+            measuring = hashes.measuring(name)
+            measuring(memoryview(data))
+            hashes.note(name, measuring.result())
         write_file(directory / RUN_CONFIG, bridge.config)
     write_index(directory, [writer.close()])
     (directory / HF_FOLDER).mkdir()

@@ -299,11 +299,13 @@ def test_without_hashes_only_two_checkpoints_can_be_compared(tmp_path: Path) -> 
 def test_values_that_are_not_finite_are_carried_and_counted(tmp_path: Path) -> None:
     tensors = random_model(tmp_path / "hf", **WIDE)
     expected = {n: int(np.count_nonzero((t & 0x7F80) == 0x7F80)) for n, t in tensors.items()}
-    manifest = convert(tmp_path / "hf", tmp_path / "m", "megatron", hash_output=True)
-    assert manifest.non_finite == {n: c for n, c in expected.items() if c}
+    for flags in ({}, {"hash_output": True}, {"hash_source": False, "hash_output": True}):
+        manifest = convert(tmp_path / "hf", tmp_path / f"m{len(flags)}", "megatron", **flags)
+        assert manifest.non_finite == {n: c for n, c in expected.items() if c}
+    assert convert(tmp_path / "m0", tmp_path / "back", "hf", hash_source=False).non_finite == manifest.non_finite
     assert f"not finite {sum(expected.values()):,} (in " in str(manifest)
-    assert f"{sum(expected.values()):,} elements of" in str(verify_record(tmp_path / "m"))
-    assert convert(tmp_path / "hf", tmp_path / "m2", "megatron").non_finite is None
+    assert f"{sum(expected.values()):,} elements of" in str(verify_record(tmp_path / "m0"))
+    assert convert(tmp_path / "hf", tmp_path / "m", "megatron", hash_source=False).non_finite is None
 
 
 def test_hash_output_finds_what_the_disk_changed(tmp_path: Path) -> None:

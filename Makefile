@@ -2,9 +2,11 @@
 #
 #   PYTHON=python3.12      the interpreter of .venv (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from, e.g. https://download.pytorch.org/whl/cpu
+#   TEST_PROCESSES=N       test files side by side in `make test`
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +44,7 @@ demo-seeds: $(READY)
 	@for seed in 1 2 3; do $(BIN)/python configs/demo/run.py --seed $$seed --output_dir demo-output/seed-$$seed || exit 1; done
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/unit tests/cpu
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile tests/unit tests/cpu
 
 test-system: $(READY)
 	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest tests/system; \

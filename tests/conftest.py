@@ -17,8 +17,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 settings.register_profile("mswift", deadline=None, derandomize=True)  # a busy machine is no failure
 settings.load_profile("mswift")
 
-# Seconds on two cores, by the longest prefix of a test's path below tests/. The sum leaves `make test` (15 minutes)
-# room for the installation.
+# Seconds on two cores, by the longest prefix of a test's path below tests/. `make test` runs two files side by side, so
+# that it takes about half their sum: 15 minutes with room for the installation.
 BUDGET_SECONDS = {
     "unit": 75,
     "unit/test_plan_scale": 20,

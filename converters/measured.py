@@ -38,7 +38,8 @@ def non_finite(dtype: str, data: memoryview) -> int:
     import numpy as np  # only where bytes are measured
 
     item_bytes, mask = EXPONENT_BITS[dtype]
-    exponents = np.frombuffer(data, f"<u{item_bytes}") & mask
-    if exponents.max() != mask:
+    bits = np.frombuffer(data, f"<u{item_bytes}")
+    sign = 1 << (8 * item_bytes - 1)
+    if bits.max() < sign | mask and bits.view(f"<i{item_bytes}").max() < mask:  # negative ones, positive ones
         return 0
-    return int(np.count_nonzero(exponents == mask))
+    return int(np.count_nonzero((bits & mask) == mask))

@@ -7,8 +7,8 @@ bytes are laid out: a round trip is proved by equal digests.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 from blake3 import blake3
 
 from mswift import __version__
-from mswift.converters.io.files import PIECE_BYTES, open_read, read_bytes, write_file
+from mswift.converters.io.files import PIECE_BYTES, open_read, read_bytes
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.measured import Measured
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
 _VERSION = 2
+_HASH_MARK = ' "manifest_blake3": '
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,18 @@ class Manifest:
         return "\n".join(lines)
 
     def write(self, directory: Path) -> None:
-        """As the last file of the directory."""
-        value = {
+        """As the last file of the directory, a line for each tensor; its last line is the hash of those before it."""
+        digest = blake3()
+        with open(directory / MANIFEST, "xb") as file:
+            for text in self._text():
+                digest.update(text.encode())
+                file.write(text.encode())
+            file.write(f"{_HASH_MARK}{json.dumps(digest.hexdigest())}\n}}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _text(self) -> Iterator[str]:
+        head = {
             "version": _VERSION,
             "mswift": __version__,
             "source_format": self.source_format,
@@ -157,21 +168,20 @@ class Manifest:
             "seconds": round(self.seconds, 3),
             "ignored_config_fields": list(self.ignored_config_fields),
             "config_edits": dict(self.config_edits),
-            "tensors": {name: vars(t) for name, t in self.tensors.items()},
-            "dropped": {name: asdict(d) for name, d in self.dropped.items()},
-            "files": {name: asdict(f) for name, f in self.files.items()},
         }
-        value["manifest_blake3"] = _own_hash(value)
-        write_file(directory / MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
+        yield "{\n" + "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
+        records: dict[str, Mapping[str, TensorRecord | DroppedRecord | FileRecord]]
+        records = {"tensors": self.tensors, "dropped": self.dropped, "files": self.files}
+        for key, named in records.items():
+            before = f" {json.dumps(key)}: {{\n"
+            for name, record in named.items():
+                yield f"{before}  {json.dumps(name)}: {json.dumps(vars(record))}"
+                before = ",\n"
+            yield f"{'' if named else before}\n }},\n"
 
 
 def _some(names: Sequence[str]) -> str:
     return f"(in {len(names)} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-
-
-def _own_hash(value: Mapping[str, Any]) -> str:
-    rest = {name: item for name, item in value.items() if name != "manifest_blake3"}
-    return blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -180,7 +190,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        text = path.read_bytes()
+        value: dict[str, Any] = json.loads(text)
         if value["version"] != _VERSION:
             raise CheckpointError(f"{path}: version {value['version']}; this mswift reads {_VERSION}")
         tensors = {n: TensorRecord(**{**t, "shape": tuple(t["shape"])}) for n, t in value["tensors"].items()}
@@ -189,7 +200,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         kinds = (value["source_format"], value["format"], value["model_type"])
         reading = (tuple(value.get("ignored_config_fields", ())), dict(value.get("config_edits", {})))
         manifest = Manifest(*kinds, tensors, dropped, files, value["seconds"], *reading)
-        intact = value["manifest_blake3"] == _own_hash(value)
+        intact = value["manifest_blake3"] == blake3(text[: text.rindex(_HASH_MARK.encode())]).hexdigest()
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
     if not intact:

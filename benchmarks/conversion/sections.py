@@ -127,6 +127,7 @@ text = describe.describe(planned, engine.MAX_SHARD_BYTES)
 planned.source.close()
 plan = time.perf_counter() - start[0], time.process_time() - start[1]
 result = {"plan": plan, "tensors": len(planned.source.order), "bytes": planned.total_bytes}
+del planned, text
 if len(sys.argv) > 2:
     start = time.perf_counter(), time.process_time()
     engine.convert(Path(sys.argv[1]), Path(sys.argv[2]), "megatron", hash_source=sys.argv[3] == "true")

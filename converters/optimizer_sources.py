@@ -234,7 +234,8 @@ def _core_step(path: Path) -> int | None:
                 (data,) = [n for n in archive.namelist() if n.endswith("/data/0")]
                 return int(struct.unpack("<f", archive.read(data))[0])
         (step,) = {int(group["step"]) for group in state["param_groups"]}
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, struct.error):
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError,
+            struct.error):  # fmt: skip
         return None
     return step
 

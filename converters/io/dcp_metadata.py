@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mswift.converters.io.safe_pickle import TORCH_DTYPES, PickleWriter, Record, brief, load_pickle
+from mswift.converters.io.pickle_writer import TORCH_DTYPES, PickleWriter
+from mswift.converters.io.safe_pickle import MOST_AXES, Record, brief, load_pickle
+from mswift.converters.io.side_files import check_link
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 
@@ -31,10 +33,18 @@ class Index:
     tensors: dict[str, tuple[str, tuple[int, ...], dict[Region, Item]]] = field(default_factory=dict)
     objects: dict[str, Item] = field(default_factory=dict)
 
+    def files(self) -> set[str]:
+        """Names of all files that hold items."""
+        chunks = (item for _, _, items in self.tensors.values() for item in items.values())
+        return {item.file for item in (*chunks, *self.objects.values())}
+
 
 def read_metadata(directory: Path) -> Index:
-    """Parses `.metadata` with an allow-list; CheckpointError if it is missing, malicious or contradictory."""
+    """Parses `.metadata` with an allow-list; CheckpointError if it is missing, malicious or contradictory, or if it
+    or a file that it names is a link that leads out of the directory.
+    """
     path = directory / METADATA
+    check_link(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -43,13 +53,16 @@ def read_metadata(directory: Path) -> Index:
             "it is not a torch_dist checkpoint, or it is incomplete"
         ) from None
     try:
-        return _index(load_pickle(data))
+        index = _index(load_pickle(data))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is not the metadata of a checkpoint ({type(error).__name__}: {error})"
         ) from None
+    for file in index.files():
+        check_link(directory / file)
+    return index
 
 
 def _index(metadata: Record) -> Index:
@@ -63,7 +76,7 @@ def _index(metadata: Record) -> Index:
         if type(entry).__name__ == "BytesStorageMetadata":
             index.objects[_text(name)] = items[name, None]
             continue
-        shape, dtype = _ints(entry.field("size")), entry.field("properties").state[0]
+        shape, dtype = _ints(entry.field("size")), _text(entry.field("properties").state[0])
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"tensor {name} has dtype {brief(dtype)}")
         chunks: dict[Region, Item] = {}
@@ -71,6 +84,8 @@ def _index(metadata: Record) -> Index:
             region = Region(_ints(chunk.field("offsets")), _ints(chunk.field("sizes")))
             if len(region.offsets) != len(shape) or len(region.sizes) != len(shape):
                 raise ValueError(f"tensor {name} of shape {list(shape)} has a chunk {region}")
+            if region in chunks:
+                raise ValueError(f"tensor {name} has the chunk {region} twice")
             chunks[region] = items[name, region.offsets]
         index.tensors[_text(name)] = (dtype, shape, chunks)
     return index
@@ -92,9 +107,9 @@ def _text(value: Any) -> str:
 
 
 def _ints(values: Any) -> tuple[int, ...]:
-    result = tuple(values)
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in result):
-        raise TypeError(f"{brief(result)} are not sizes")
+    result = tuple(values) if len(values) <= MOST_AXES else ()
+    if len(result) != len(values) or not all(type(n) is int and 0 <= n < 1 << 62 for n in result):
+        raise TypeError(f"{brief(values)} are not sizes")
     return result
 
 

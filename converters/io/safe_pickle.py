@@ -1,28 +1,25 @@
-"""The pickles of torch checkpoints, written and read without torch; reading constructs nothing but plain records."""
+"""The pickles of torch checkpoints, read without torch: nothing but plain records is constructed."""
 
-import io
 import pickle
 import reprlib
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mswift.converters.io.pickle_scan import scan
+from mswift.converters.io.pickle_writer import TORCH_DTYPES
+from mswift.converters.io.unpickler import Inert, RestrictedUnpickler
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+MOST_AXES = 64
+"""Of a torch tensor."""
+
+_MOST_CLASSES = 1000
+"""Of one pickle with stand-ins."""
 
 
-class Record:
-    """Stands for an instance of an allowed class: `args` of its constructor, `state` that pickle would set."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+class Record(Inert):
+    """An instance of an allowed class, whose state is a dict of its attributes."""
 
     def field(self, name: str) -> Any:
         """One attribute of the pickled object; KeyError if it has none."""
@@ -33,6 +30,12 @@ class Record:
 
 def _record(name: str) -> type[Record]:
     return type(name, (Record,), {})
+
+
+class _Storage(NamedTuple):
+    storage: str
+    key: str
+    numel: int
 
 
 class PickledTensor(NamedTuple):
@@ -46,16 +49,31 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Dict(dict[Any, Any]):
+class _Dict(dict[Any, Any], Inert):
     """An OrderedDict without the attributes that a pickle sets (a state dict's `_metadata`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> PickledTensor:
-    name, key, numel = storage
-    return PickledTensor(name, key, numel, offset, tuple(size), tuple(stride))
+def _ordered_dict() -> dict[Any, Any]:
+    return {}
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+    """torch.Size; UnpicklingError unless they are the sizes or strides of a tensor."""
+    if len(values) > MOST_AXES or not all(type(n) is int for n in values):
+        raise pickle.UnpicklingError(f"{brief(values)} are not sizes")
+    return tuple(values)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> PickledTensor:
+    if not isinstance(storage, _Storage) or type(offset) is not int:
+        raise pickle.UnpicklingError("it has a tensor without storage or offset")
+    return PickledTensor(*storage, offset, _size(size), _size(stride))
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -73,13 +91,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     **{(_PLANNER, n): _record(n) for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")},
     **{(_FILESYSTEM, n): _record(n) for n in ("_StorageInfo", "_StoragePrefix")},
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _record("layout"),
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("pathlib", "PosixPath"): _record("PosixPath"),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
 }
-TORCH_DTYPES = {
+_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
@@ -90,7 +108,7 @@ _DTYPES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 
 _STATE_DICT: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
@@ -100,11 +118,11 @@ _INERT_PACKAGES = frozenset({"argparse", "megatron", "torch", "numpy", "pathlib"
 """Classes of these stand in the arguments that Megatron-LM stores; each becomes a `Record`, none is imported."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(RestrictedUnpickler):
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> None:
-        scan(data)
-        super().__init__(io.BytesIO(data))
+        super().__init__(data)
         self._allowed, self._inert = allowed, inert
+        self._stand_ins: dict[str, type[Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -115,16 +133,23 @@ class _Unpickler(pickle.Unpickler):
             return self._allowed[module, name]
         except KeyError:
             if self._inert and module.split(".", 1)[0] in _INERT_PACKAGES:
-                return _record(name)
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs") from None
+                return self._stand_in(name)
+            raise pickle.UnpicklingError(f"it asks for {module:.100}.{name:.100}, which no checkpoint needs") from None
+
+    def _stand_in(self, name: str) -> type[Record]:
+        if name not in self._stand_ins:
+            if len(self._stand_ins) == _MOST_CLASSES:
+                raise pickle.UnpicklingError(f"it asks for more than {_MOST_CLASSES} classes")
+            self._stand_ins[name] = _record(name)
+        return self._stand_ins[name]
 
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _device, numel = pid
         if kind != "storage":
-            raise pickle.UnpicklingError(f"it refers to {kind!r}")
+            raise pickle.UnpicklingError(f"it refers to {brief(kind)}")
         if not (isinstance(storage, str) and isinstance(key, str) and type(numel) is int):
             raise pickle.UnpicklingError("it refers to a storage without name, record or length")
-        return storage, key, numel
+        return _Storage(storage, key, numel)
 
 
 def load_pickle(data: bytes) -> Any:
@@ -142,9 +167,18 @@ def load_arguments(data: bytes) -> Any:
     return _load(data, _ALLOWED, inert=True)
 
 
+class _Brief(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Of all but containers, strings and numbers: what a repr of their own would write has no bound."""
+        return repr(x) if x is None or isinstance(x, bool | float) else f"<{type(x).__name__}>"
+
+
+_brief = _Brief()
+
+
 def brief(value: Any) -> str:
     """A value for a message; nested ones are cut short before they are written out."""
-    return reprlib.repr(value)[:100]
+    return _brief.repr(value)[:100]
 
 
 def _load(data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = False) -> Any:
@@ -154,112 +188,3 @@ def _load(data: bytes, allowed: Mapping[tuple[str, str], Any], *, inert: bool = 
         raise
     except Exception as error:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
-
-
-class PickleWriter:
-    """Protocol-2 opcodes for plain values and instances of classes named only, without importing them."""
-
-    def __init__(self) -> None:
-        self._out = bytearray(b"\x80\x02")
-        self._globals: dict[tuple[str, str], int] = {}
-
-    def close(self) -> bytes:
-        """The finished pickle."""
-        return bytes(self._out + b".")
-
-    def plain(self, value: Any) -> None:
-        """None, bool, int, float, str, and tuples, lists, dicts of values or of callables that write one."""
-        if callable(value):
-            value()
-        elif value is None:
-            self._out += b"N"
-        elif isinstance(value, bool):
-            self._out += b"\x88" if value else b"\x89"
-        elif isinstance(value, int):
-            self._int(value)
-        elif isinstance(value, float):
-            self._out += b"G" + struct.pack(">d", value)
-        elif isinstance(value, str):
-            data = value.encode("utf-8")
-            self._out += b"X" + struct.pack("<I", len(data)) + data
-        elif isinstance(value, tuple):
-            self._tuple(value)
-        elif isinstance(value, Mapping):
-            self._out += b"}("
-            for key, item in value.items():
-                self.plain(key)
-                self.plain(item)
-            self._out += b"u"
-        elif isinstance(value, Sequence):
-            self._out += b"]("
-            for item in value:
-                self.plain(item)
-            self._out += b"e"
-        else:
-            raise TypeError(f"cannot pickle {type(value).__name__}")
-
-    def items(self, values: Iterable[Any]) -> None:
-        """A list whose values are made while it is written."""
-        self._out += b"]("
-        for value in values:
-            self.plain(value)
-        self._out += b"e"
-
-    def pairs(self, pairs: Iterable[tuple[Callable[[], None], Any]]) -> None:
-        """A dict whose keys are written by callables; pairs are made while it is written."""
-        self._out += b"}("
-        for key, item in pairs:
-            key()
-            self.plain(item)
-        self._out += b"u"
-
-    def _int(self, n: int) -> None:
-        if 0 <= n < 256:
-            self._out += b"K" + bytes([n])
-        elif 0 <= n < 65536:
-            self._out += b"M" + struct.pack("<H", n)
-        elif -(2**31) <= n < 2**31:
-            self._out += b"J" + struct.pack("<i", n)
-        else:
-            data = n.to_bytes((n.bit_length() >> 3) + 1, "little", signed=True)
-            self._out += b"\x8a" + bytes([len(data)]) + data
-
-    def _tuple(self, items: tuple[Any, ...]) -> None:
-        if len(items) > 3:
-            self._out += b"("
-        for item in items:
-            self.plain(item)
-        self._out += (b")", b"\x85", b"\x86", b"\x87")[len(items)] if len(items) <= 3 else b"t"
-
-    def global_(self, module: str, name: str) -> None:
-        """A class or function by name."""
-        known = self._globals.get((module, name))
-        if known is not None:
-            self._out += b"h" + bytes([known])
-            return
-        known = self._globals[module, name] = len(self._globals)
-        self._out += f"c{module}\n{name}\n".encode() + b"q" + bytes([known])
-
-    def call(self, module: str, name: str, args: tuple[Any, ...]) -> None:
-        """The result of calling a global."""
-        self.global_(module, name)
-        self.plain(args)
-        self._out += b"R"
-
-    def instance(self, module: str, name: str, state: Any) -> None:
-        """An instance made without __init__, with that state (None: none)."""
-        self.global_(module, name)
-        self._out += b")\x81"
-        if state is not None:
-            self.plain(state)
-            self._out += b"b"
-
-    def rebuild_tensor(self, storage: str, numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        """What torch pickles for a contiguous CPU tensor whose storage is record `data/0`."""
-
-        def persistent() -> None:
-            self.plain(("storage", lambda: self.global_("torch", storage), "0", "cpu", numel))
-            self._out += b"Q"
-
-        args = (persistent, 0, shape, stride, False, lambda: self.call("collections", "OrderedDict", ()))
-        self.call("torch._utils", "_rebuild_tensor_v2", args)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.io.files import read_bytes
-from mswift.converters.io.safe_pickle import PickledTensor, PickleWriter, brief, load_pickle
+from mswift.converters.io.pickle_writer import PickleWriter
+from mswift.converters.io.safe_pickle import PickledTensor, brief, load_pickle
 from mswift.converters.layout import strides
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError

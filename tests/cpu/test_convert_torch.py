@@ -17,7 +17,7 @@ from mswift.cli.main import main
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
 from mswift.converters.io.dcp_metadata import read_metadata
-from mswift.converters.io.safe_pickle import TORCH_DTYPES
+from mswift.converters.io.pickle_writer import TORCH_DTYPES
 from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
 from mswift.converters.io.torch_item import STORAGES, tensor_envelope
 from mswift.converters.layout import Region

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mswift.converters.io.safe_pickle import Record, brief, load_arguments
+from mswift.converters.io.side_files import check_link
 from mswift.converters.io.torch_bin import read_pickle
 from mswift.converters.io.torch_dist import COMMON
 from mswift.converters.spec import ModelSpec
@@ -62,6 +63,7 @@ def check_args(path: Path, spec: ModelSpec) -> None:
     common = path / COMMON
     if not common.is_file():
         return
+    check_link(common)
     value, _ = read_pickle(common, load_arguments)
     args = value.get("args") if isinstance(value, dict) else None
     if not isinstance(args, Record) or not isinstance(args.state, dict):

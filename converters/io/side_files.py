@@ -49,7 +49,10 @@ def carried_files(model_dir: Path) -> list[Path]:
 def check_link(path: Path) -> None:
     """CheckpointError for a link that leads out of its directory, other than into the blobs of a hub cache."""
     if path.is_symlink():
-        target, home = path.resolve(), path.parent.resolve()
+        try:
+            target, home = path.resolve(), path.parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: is a link that leads nowhere ({error})") from None
         if target.parent not in (home, home.parent.parent / "blobs"):
             raise CheckpointError(f"{path}: is a link to {target}, outside {path.parent}; put the file itself there")
 

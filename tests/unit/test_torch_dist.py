@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mswift.converters.engine import convert, plan
 from mswift.converters.io.safe_pickle import load_pickle
 from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, WrittenFile, split_region, write_index
 from mswift.converters.layout import Region, tiling_fault
 from mswift.errors import CheckpointError
-from tests.support.checkpoints import at, read_region
+from tests.support.checkpoints import at, random_model, read_region
 
 U2 = np.dtype("<u2")
 
@@ -186,6 +188,38 @@ def test_damage_is_named(good: Path) -> None:
     (good / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="not a torch_dist checkpoint, or it is incomplete"):
         TorchDistSource(good)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt"])
+def test_links_that_lead_out_of_the_directory(name: str, tmp_path: Path) -> None:
+    """One rule for all weights: a link into the directory or into the blobs of its own hub cache is read."""
+    random_model(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "hub" / "snapshots" / "main", "megatron")
+    folder, blobs = tmp_path / "hub" / "snapshots" / "main", tmp_path / "hub" / "blobs"
+    blobs.mkdir()
+    for place in (blobs / "abc", folder / "inside"):
+        (folder / name).rename(place)
+        (folder / name).symlink_to(os.path.relpath(place, folder))
+        verify_open(folder)
+        (folder / name).unlink()
+        place.rename(folder / name)
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: is a link to .*secret, outside"):
+        verify_open(folder)
+
+
+def test_a_circle_of_links_is_refused(good: Path) -> None:
+    (good / "__0_0.distcp").unlink()
+    (good / "__0_0.distcp").symlink_to(good / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="__0_0.distcp"):
+        read_region(TorchDistSource(good), "x", Region((0, 0), (4, 6)), U2)
+
+
+def verify_open(folder: Path) -> None:
+    """Opens the checkpoint as a conversion does."""
+    source = plan(folder, "hf").source
+    source.close()
 
 
 def test_questions_outside_the_checkpoint(good: Path) -> None:

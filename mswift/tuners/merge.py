@@ -19,12 +19,15 @@ from torch import Tensor
 from mswift.config.merge import MergeConfig
 from mswift.converters.adapters import EMBED, HEAD, SAVABLE, HfLinear
 from mswift.converters.catalog import read_config
+from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
-from mswift.converters.io.safetensors import INDEX, read_directory
+from mswift.converters.io.safetensors import INDEX, SAFETENSORS, read_directory
 from mswift.converters.io.side_files import carried_files
 from mswift.converters.io.stored import StoredTensor
+from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
+from mswift.converters.quantization import FIELD, quantization_of
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
@@ -66,8 +69,7 @@ def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeRepor
     nothing is written then.
     """
     start = time.perf_counter()
-    if (base / ".metadata").is_file():
-        raise ConfigError(f"--model {base} is a Megatron checkpoint: mswift convert --model {base} --to hf first")
+    _check_form(base)
     table = table_for(read_config(base))
     stored = _check_base(base, table)
     fold = _Fold(table, stored, [PeftAdapter(path) for path in adapters])
@@ -191,6 +193,24 @@ def _refuse_unfoldable(table: ModelTable, adapter: PeftAdapter) -> None:
         )
     if settings.lora_bias:
         raise ConfigError(f"{settings.path}: lora_bias=True: merge has no bias in the base to fold B's bias into")
+
+
+def _check_form(base: Path) -> None:
+    """ConfigError, with the remedy, for weights in another form than plain safetensors."""
+    quantization = None if (base / METADATA).is_file() else quantization_of(read_config(base))
+    if (base / METADATA).is_file():
+        form = "is a Megatron checkpoint"
+    elif quantization is not None:
+        form = f"holds quantised weights ({FIELD}: {quantization.method})"
+    elif TORCH_BIN.present(base) and not SAFETENSORS.present(base):
+        form = f"holds {TORCH_BIN.single}"
+    else:
+        return
+    plain = f"{base}-hf"
+    raise ConfigError(
+        f"--model {base} {form}, and merge reads plain safetensors: mswift convert --model {base} --to hf "
+        f"--output_dir {plain}; then merge with --model {plain}"
+    )
 
 
 def _check_base(base: Path, table: ModelTable) -> dict[str, StoredTensor]:

@@ -1,20 +1,27 @@
 """`mswift merge` against PEFT: merge_and_unload's weights, the unmerged model's logits, an untouched base."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mswift.cli.main import main
+from mswift.converters.engine import convert
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners import files
 from mswift.tuners.merge import merge
 from tests.support.adapters import difference, edit_config, hashes, load_peft, random_adapter, random_model
+from tests.support.checkpoints import random_model as bf16_model
+from tests.support.family_configs import family_config
+from tests.support.quantised import FP8, quantise_fp8, write_typed
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 BOTH = ("embed_tokens", "lm_head")
@@ -172,6 +179,54 @@ def test_an_incomplete_base_is_refused(models: Path, tmp_path: Path) -> None:
     save_file(tensors | {"model.norm.weight": norm, "extra": norm.clone()}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"extra \[64\] is no tensor of this model"):
         merge(tmp_path / "base", [adapter], tmp_path / "out")
+
+
+def in_another_form(path: Path, form: str) -> None:
+    """A BF16 model as torch.save, DeepSeek or megatron-core store one."""
+    tensors = bf16_model(path if form != "megatron" else path.with_name("plain"))
+    if form == "megatron":
+        convert(path.with_name("plain"), path, "megatron")
+    elif form == "bin":
+        bits = {n: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) for n, a in tensors.items()}
+        torch.save(bits, path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    else:
+        write_typed(path / "model.safetensors", quantise_fp8(tensors, (16, 8)))
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"] = FP8 | {"weight_block_size": [16, 8]}
+        (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("form", "word"),
+    [
+        ("bin", "pytorch_model.bin"),
+        ("fp8", r"quantised weights \(quantization_config: fp8"),
+        ("megatron", "a Megatron"),
+    ],
+)
+def test_a_base_in_another_form_is_refused_with_the_command_that_helps(
+    form: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command out of the message is run, and then the merge that it proposes."""
+    in_another_form(tmp_path / "base", form)
+    adapter = random_adapter(tmp_path / "a", tmp_path / "base" / ("hf" if form == "megatron" else ""))
+    argv = ["merge", "--adapters", str(adapter), "--output_dir", str(tmp_path / "out"), "--model"]
+    assert main([*argv, str(tmp_path / "base")]) == 2
+    told = capsys.readouterr().err
+    assert re.search(word, told), told
+    remedy = re.search(r"mswift (convert .+?); then merge with --model (\S+)", told)
+    assert remedy is not None, told
+    assert main(shlex.split(remedy[1])) == 0
+    assert main([*argv, remedy[2]]) == 0
+    assert "21 with a LoRA folded in" in capsys.readouterr().out
+
+
+def test_a_base_of_mxfp4_is_refused_alike(tmp_path: Path) -> None:
+    config = family_config("gpt_oss") | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"\(quantization_config: mxfp4\), .* mswift convert --model "):
+        merge(tmp_path, [tmp_path], tmp_path / "out")
 
 
 MEASURED = """

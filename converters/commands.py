@@ -13,6 +13,7 @@ from mswift.converters.catalog import config_path, read_config
 from mswift.converters.describe import describe
 from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.files import check_absent
 from mswift.converters.io.side_files import OPTIMIZER_RECORD
 from mswift.converters.source import SourceOptions, dtype_option
 from mswift.errors import ConfigError
@@ -37,6 +38,7 @@ def convert(config: ConvertConfig) -> int:
     if config.optimizer:
         check_optimizer_flags(config)
     if config.dry_run:
+        check_absent(Path(config.output_dir), "--output_dir")
         planned = engine.plan(source, config.to, options)
         print(describe(planned, max_shard_bytes))
         if config.to == "hf":

@@ -8,7 +8,10 @@ from mswift import rundir
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA
+from mswift.converters.io.safetensors import SAFETENSORS
+from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.plan import ModelTable, table_for
+from mswift.converters.quantization import FIELD
 from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
@@ -16,6 +19,7 @@ from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals
 from mswift.train.memory import ACTIVATIONS, StageMemory, idle_parameters, stage_memory
+from mswift.train.resume import start_of
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -26,11 +30,12 @@ _GIB, _MIB = 2**30, 2**20
 def dry_run(config: TrainConfig) -> int:
     """Print the resolved run on --world_size ranks; returns 0, or 2 when a launch would be refused."""
     info = current()
-    world_size = config.world_size or config.nproc_per_node or (info.world_size if info else 1)
-    table, stored = _model(Path(config.model))
+    world_size = config.world_size or (info.world_size if info else config.nproc_per_node or 1)
+    model = _weights_of(config)
+    table, stored = _model(model)
     refusals = _refusals(config, table, stored, world_size)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
-    rows = [*_model_rows(config, table), *_run_rows(config)]
+    rows = [*_model_rows(config, model, table), *_run_rows(config)]
     if not refusals:
         dims = dims_of(config, world_size)
         rows += [*_layout_rows(dims), *_batch_rows(config, dims), *_memory_rows(config, table, stored, dims)]
@@ -38,6 +43,14 @@ def dry_run(config: TrainConfig) -> int:
     for refusal in refusals:
         print(f"\nrefused: {refusal}")
     return ConfigError.exit_status if refusals else 0
+
+
+def _weights_of(config: TrainConfig) -> Path:
+    """The directory that a launch reads; --model where it would not start, which is among the refusals."""
+    try:
+        return start_of(config)[0]
+    except ConfigError:
+        return Path(config.model)
 
 
 def _model(path: Path) -> tuple[ModelTable, str]:
@@ -48,12 +61,14 @@ def _model(path: Path) -> tuple[ModelTable, str]:
         return reader.table, reader.dtype
     raw = read_config(path / rundir.HF_FILES if (path / rundir.HF_FILES).is_dir() else path)
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    if raw.get(FIELD):
+        stored = "bfloat16"  # what quantised weights become
     return table_for(raw), _DTYPES.get(stored, stored)
 
 
 def _holds_weights(path: Path) -> bool:
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    return any(name.endswith((".safetensors", ".safetensors.index.json", ".distcp", METADATA)) for name in names)
+    megatron = (path / METADATA).exists() or any(path.glob("*.distcp"))
+    return megatron or SAFETENSORS.present(path) or TORCH_BIN.present(path)
 
 
 def _refusals(config: TrainConfig, table: ModelTable, stored: str, world_size: int) -> list[MswiftError]:
@@ -62,11 +77,11 @@ def _refusals(config: TrainConfig, table: ModelTable, stored: str, world_size: i
     return list({str(error): error for error in refusals}.values())
 
 
-def _model_rows(config: TrainConfig, table: ModelTable) -> Iterator[tuple[str, str]]:
+def _model_rows(config: TrainConfig, model: Path, table: ModelTable) -> Iterator[tuple[str, str]]:
     spec = table.spec
     yield (
         "model",
-        f"{config.model}: {spec.model_type}, {spec.num_layers} layers, hidden {spec.hidden_size}, "
+        f"{model}: {spec.model_type}, {spec.num_layers} layers, hidden {spec.hidden_size}, "
         f"{spec.num_attention_heads} heads, {spec.num_kv_heads} KV heads, ffn {spec.ffn_hidden_size}, "
         f"vocabulary {spec.vocab_size:,}{' (tied)' if spec.tied_embeddings else ''}",
     )
@@ -79,7 +94,7 @@ def _model_rows(config: TrainConfig, table: ModelTable) -> Iterator[tuple[str, s
             "experts",
             f"{spec.moe.num_experts} of width {spec.moe.ffn_hidden_size}, {spec.moe.top_k} for each token{shared}",
         )
-    if not _holds_weights(Path(config.model)):
+    if not _holds_weights(model):
         yield "weights", "none here, so they are not checked; a launch needs them"
     if config.tuner_type == "lora":
         yield (

@@ -10,7 +10,7 @@ from mswift.data.formats import parse_spec
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
-from mswift.train.resume import find_resume_point
+from mswift.train.resume import start_of
 from mswift.tuners.peft_config import read_peft_config
 from mswift.tuners.shapes import promised_shapes
 
@@ -23,7 +23,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         *(partial(parse_spec, spec, "--dataset") for spec in config.dataset),
         *(partial(parse_spec, spec, "--val_dataset") for spec in config.val_dataset),
-        lambda: find_resume_point(Path(config.output_dir), config.resume),
+        lambda: start_of(config),
     ]
     refusals = []
     for check in checks:

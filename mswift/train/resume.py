@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from mswift import rundir
+from mswift.config.train import TrainConfig
 from mswift.errors import ConfigError
+from mswift.tuners.export import is_adapter_checkpoint
 
 _OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
 
@@ -35,6 +37,22 @@ def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]
             f"--resume true: no committed checkpoint in --output_dir {output_dir}; pass --resume auto to start there"
         )
     return None
+
+
+def start_of(config: TrainConfig) -> tuple[Path, ResumePoint | None]:
+    """The directory whose weights a launch reads, and what it continues; ConfigError where it would not start.
+
+    A run of full weights continues with its own; an adapter's base is always --model.
+    """
+    resume = find_resume_point(Path(config.output_dir), config.resume)
+    if resume is None or config.tuner_type != "full":
+        return Path(config.model), resume
+    if is_adapter_checkpoint(resume.checkpoint):
+        raise ConfigError(
+            f"--tuner_type full: the run of --output_dir {config.output_dir} trains an adapter; pass --tuner_type "
+            "lora, or start a new run with another --output_dir"
+        )
+    return resume.checkpoint, resume
 
 
 def _check_output_dir(output_dir: Path) -> None:

@@ -4,20 +4,17 @@ Everything that can be refused without torch is refused before torch is imported
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from mswift.config.loader import to_arguments
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
-from mswift.errors import ConfigError
 from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
 from mswift.refusals import check_train
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals
-from mswift.train.resume import ResumePoint, find_resume_point
-from mswift.tuners.export import is_adapter_checkpoint
+from mswift.train.resume import ResumePoint, start_of
 
 Kind = Literal["pt", "sft"]
 
@@ -64,14 +61,8 @@ def _run(kind: Kind, config: TrainConfig) -> int:
 
 def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
-    resume = find_resume_point(Path(config.output_dir), config.resume)
-    own_weights = resume is not None and config.tuner_type == "full"
-    if resume and own_weights and is_adapter_checkpoint(resume.checkpoint):
-        raise ConfigError(
-            f"--tuner_type full: the run of --output_dir {config.output_dir} trains an adapter; pass --tuner_type "
-            "lora, or start a new run with another --output_dir"
-        )
-    reader = WeightReader(resume.checkpoint if resume and own_weights else Path(config.model))
+    model, resume = start_of(config)
+    reader = WeightReader(model)
     dims = check_train(config, reader.table.spec, info.world_size)
     for refusal in input_refusals(config, reader.table, reader.dtype):
         raise refusal

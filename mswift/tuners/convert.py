@@ -12,7 +12,7 @@ from typing import Literal
 
 from mswift import rundir
 from mswift.config.convert import ConvertConfig
-from mswift.converters.io.files import new_directory, write_file
+from mswift.converters.io.files import check_absent, new_directory, write_file
 from mswift.converters.io.side_files import MANIFEST
 from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
 from mswift.converters.manifest import FileRecord, Manifest, TensorRecord, hash_whole, read_manifest
@@ -51,6 +51,7 @@ def convert(config: ConvertConfig, source: Path) -> int:
         raise ConfigError("--fuse_adapters stack is for --adapter_layout fused; the other layouts do not fuse")
     files = open_adapter(source, config.base_model)
     if config.dry_run:
+        check_absent(Path(config.output_dir), "--output_dir")
         print(describe(files, config.to, layout, fuse))
         return 0
     if (source / rundir.COMMIT).is_file():

@@ -7,14 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mswift import rundir
 from mswift.cli.main import main
 from mswift.config.train import PtConfig, SftConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.plan import ModelTable, table_for
+from mswift.errors import MswiftError
+from mswift.launchers.environment import RankInfo
 from mswift.topology import ParallelDims
+from mswift.train.dry_run import dry_run
 from mswift.train.memory import stage_memory, stage_parameters, trained_parameters
+from mswift.train.run import prepare
+from tests.support.checkpoints import write_model
+from tests.support.family_configs import family_config
 from tests.support.shared import shared_file
 
 LLAMA = {
@@ -112,3 +120,73 @@ def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: p
 def test_a_wrong_module_name_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--tuner_type", "lora", "--target_modules", "q_prj"]) == 2
     assert "q_proj" in capsys.readouterr().out
+
+
+def _whole_model(path: Path, config: dict[str, Any]) -> None:
+    """A model with weights, of a config.json that may be refused: its sizes are those without dropouts."""
+    plain = {name: 0.0 if "drop" in name else value for name, value in config.items()}
+    tensors = {name: np.zeros(shape, np.uint32) for name, shape in table_for(plain).hf.items()}
+    write_model(path, config, tensors, "F32", 1)
+
+
+def _checkpoint(output_dir: Path, **files: bytes) -> None:
+    """A committed checkpoint-5 with these files in it."""
+    path = output_dir / "checkpoint-5"
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    (path / rundir.COMMIT).write_text(json.dumps({"version": 1, "files": {}}))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, bytes], dict[str, bytes], str]] = {
+    # config.json, files beside it, files of a checkpoint in --output_dir, words of the refusal
+    "starcoder2": (family_config("starcoder2", residual_dropout=0.1), {}, {}, "does not compute dropout 0.1"),
+    "granite": (family_config("granite", attention_dropout=0.1), {}, {}, "does not compute dropout 0.1"),
+    "llama": (LLAMA | {"attention_dropout": 0.1}, {}, {}, "'attention_dropout' is 0.1"),
+    "phi3": (family_config("phi3", resid_pdrop=0.1), {}, {}, "'resid_pdrop' is 0.1"),
+    "nemotron_h": (family_config("nemotron_h", hidden_dropout=0.1), {}, {}, "'hidden_dropout' is 0.1"),
+    "deepseek_v2": (family_config("deepseek_v2", attention_dropout=0.1), {}, {}, "'attention_dropout' is 0.1"),
+    "prediction": (family_config("deepseek_v3"), {}, {}, "does not compute mtp_layers"),
+    "bin": (LLAMA, {"pytorch_model.bin": b"no zip"}, {}, "is not a zip file of torch.save"),
+    "adapter": (LLAMA, {}, {"hf/adapter_config.json": b"{}"}, "trains an adapter; pass --tuner_type lora"),
+    "own weights": (LLAMA, {}, {".metadata": b"x", "hf/config.json": b"{}"}, "checkpoint-5/.metadata: refused"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_shows_what_a_launch_refuses(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields, beside, of_a_run, words = REFUSED[case]
+    _whole_model(tmp_path / "m", fields)
+    for name, content in beside.items():
+        (tmp_path / "m" / "model.safetensors").unlink()
+        (tmp_path / "m" / name).write_bytes(content)
+    if of_a_run:
+        _checkpoint(tmp_path / "out", **of_a_run)
+    (tmp_path / "data.txt").write_text("text")
+    model, data, output_dir = (str(tmp_path / name) for name in ("m", "data.txt", "out"))
+    config = PtConfig(model=model, dataset=(data,), output_dir=output_dir, train_iters=10)
+    with pytest.raises(MswiftError) as launch:
+        prepare("pt", config, RankInfo.single())
+    assert words in str(launch.value)
+    assert refused_by_dry_run(config, capsys) == (launch.value.exit_status, str(launch.value))
+
+
+def refused_by_dry_run(config: PtConfig, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and first refusal of `--dry_run`."""
+    try:
+        status = dry_run(config)
+    except MswiftError as error:
+        return error.exit_status, str(error)
+    printed = capsys.readouterr().out
+    return status, next(line for line in printed.splitlines() if line.startswith("refused: ")).removeprefix("refused: ")
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_quantised_weights_that_are_not_here_become_bfloat16(
+    stored: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    fields = LLAMA | {"quantization_config": fp8, "torch_dtype": stored}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    assert main(argv) == 0
+    assert "BF16, of one rank" in capsys.readouterr().out

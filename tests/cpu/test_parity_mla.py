@@ -16,7 +16,7 @@ from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.refusals import check_computed
 from tests.support.deepseek import V3
-from tests.support.parity import MODELS, differences, megatron_run, random_model, random_steps, reference
+from tests.support.parity import BASE, differences, megatron_run, model_of, random_steps, reference
 from tests.support.spaces import weights_of
 
 YARN = {
@@ -30,7 +30,7 @@ LATENT = {
     "rms_norm_eps": 1e-3,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
-MODELS |= {
+MODELS: dict[str, dict[str, Any]] = {
     "v3": LATENT | GROUPS | {"model_type": "deepseek_v3", "rope_parameters": YARN},
     "v3-direct": LATENT | GROUPS | {"model_type": "deepseek_v3", "q_lora_rank": None, "norm_topk_prob": False},
     "v3-halves": LATENT | GROUPS | {"model_type": "deepseek_v3", "rope_interleave": False, "n_shared_experts": 1},
@@ -56,7 +56,7 @@ TOLERANCE = 1e-5
 @cache
 def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(config.json, start weights, what transformers computes)."""
-    model = random_model(name)
+    model = model_of(BASE | MODELS[name])
     config = {k: v for k, v in model.config.to_dict().items() if v is not None or k == "q_lora_rank"}
     start = {n: w.copy() for n, w in weights_of(model).items()}
     return config, start, reference(model, random_steps(), SGD)

@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
     "tie_word_embeddings": False, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-4-groups": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},

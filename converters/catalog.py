@@ -3,7 +3,6 @@
 import difflib
 import json
 import pkgutil
-from collections import Counter
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from mswift.converters import families
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
+from mswift.converters.named_once import named_once
 from mswift.converters.quantization import FIELD, quantization_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError, ConfigError
@@ -51,17 +51,10 @@ def read_config(model_dir: Path, ignored: Collection[str] | None = None, *, or_f
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = Counter(name for name, _ in pairs)
-            raise ValueError(f"{next(n for n, count in names.items() if count > 1)!r} is named twice")
-        return result
-
     try:
         if path.stat().st_size > LARGEST_CONFIG_BYTES:
             raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; that is no config.json")
-        config = json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
+        config = json.loads(path.read_text("utf-8"), object_pairs_hook=named_once)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mswift.converters.io.files import open_read, read_bytes
 from mswift.converters.io.stored import FileFormat, StoredTensor, check_names
+from mswift.converters.named_once import named_once
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
@@ -39,16 +40,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise CheckpointError(f"{path}: the header names {name!r} twice")
-            result[name] = value
-        return result
-
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=named_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from mswift.converters.io.side_files import check_link
 from mswift.converters.layout import Dim, Piece, merge_bytes
+from mswift.converters.named_once import named_once
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
 
@@ -133,7 +133,7 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > LARGEST_INDEX_BYTES:
             raise CheckpointError(f"{index}: has {index.stat().st_size:,} bytes; that is no index")
-        value = json.loads(index.read_text("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(index.read_text("utf-8"), object_pairs_hook=named_once)
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -152,14 +152,6 @@ def check_names(path: Path, names: Iterable[str]) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise CheckpointError(f"{path}: {name!r:.100} is not the name of a tensor") from None
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = Counter(name for name, _ in pairs)
-        raise ValueError(f"{next(n for n, count in names.items() if count > 1)!r} is named twice")
-    return result
 
 
 def _check_inside(model_dir: Path, file: str, index: Path) -> None:

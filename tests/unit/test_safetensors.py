@@ -37,7 +37,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (file_of(b'{"\xff": 1}'), "not valid JSON"),
     "deep JSON": (file_of(b"[" * 100000), "not valid JSON"),
     "a list": (file_of([]), "JSON list"),
-    "duplicate": (file_of(b'{"a":1,"a":2}'), "names 'a' twice"),
+    "duplicate": (file_of(b'{"a":1,"a":2}'), "'a' is named twice"),
     "not an entry": (file_of({"a": 3}), "tensor 'a'"),
     "surplus field": (file_of({"a": entry(0, 8) | {"x": 1}}, bytes(8)), "tensor 'a'"),
     "unknown dtype": (file_of({"a": entry(0, 8, dtype="F7")}, bytes(8)), "unknown dtype 'F7'"),

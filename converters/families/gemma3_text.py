@@ -3,33 +3,20 @@
 from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import LayerSpec, ModelSpec
-from mswift.converters.tables.dense import SANDWICH, decoder, dense_spec
+from mswift.converters.tables.dense import SANDWICH, decoder
+from mswift.converters.tables.gemma import sandwich_gemma_spec
 from mswift.converters.tables.layer_types import ropes_of_layer_types, sliding, window
 
 
 def _spec(config: Fields) -> ModelSpec:
-    config.require("use_bidirectional_attention", False)
     config.require("attn_logit_softcapping", None)
     every = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
     slides, width = sliding(config, lambda layer: (layer + 1) % every != 0), window(config, 4096)
     rope, local = ropes_of_layer_types(config, ("rope_theta", 1e6), ("rope_local_base_freq", 1e4))
-    bias = config.flag("attention_bias", False)
-    return dense_spec(
+    return sandwich_gemma_spec(
         config,
         max_positions=131072,
-        num_kv_heads=4,
-        head_dim=256,
-        activation="gelu_pytorch_tanh",
-        activation_fields=("hidden_act", "hidden_activation"),
-        tied=True,
-        qkv_bias=bias,
-        attention_out_bias=bias,
         qk_norm="head",
-        zero_centered_norm=True,
-        post_norm=True,
-        embedding_multiplier=config.integer("hidden_size") ** 0.5,
-        rounded_embedding_multiplier=True,
-        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
         logit_softcap=config.optional_number("final_logit_softcapping"),
         rope=rope,
         other_ropes=(local,),

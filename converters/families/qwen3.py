@@ -4,12 +4,11 @@ from mswift.converters.family import Family
 from mswift.converters.fields import Fields
 from mswift.converters.spec import ModelSpec
 from mswift.converters.tables.dense import DECODER, dense_spec
-from mswift.converters.tables.layer_types import sliding_layers
+from mswift.converters.tables.layer_types import sliding_upper_layers
 
 
 def _spec(config: Fields) -> ModelSpec:
-    first = config.count("max_window_layers", 28)
-    layers = sliding_layers(config, lambda layer: layer >= first, default=4096, switch="use_sliding_window")
+    layers = sliding_upper_layers(config)
     bias = config.flag("attention_bias", False)
     return dense_spec(
         config,

@@ -48,6 +48,12 @@ def sliding_layers(
     return tuple(LayerSpec(window=width if slide else None) for slide in on)
 
 
+def sliding_upper_layers(config: Fields) -> tuple[LayerSpec, ...]:
+    """The same for Qwen2 and 3: a window from layer `max_window_layers` on, where `use_sliding_window` says so."""
+    first = config.count("max_window_layers", 28)
+    return sliding_layers(config, lambda layer: layer >= first, default=4096, switch="use_sliding_window")
+
+
 def ropes_of_layer_types(
     config: Fields, full: tuple[str, float], sliding: tuple[str, float]
 ) -> tuple[RopeSpec, RopeSpec]:

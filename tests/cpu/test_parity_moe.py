@@ -32,13 +32,15 @@ SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "clip_grad": 1.0}
 ADAM = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0}
 FIRST = ("logits", "loss", "grad_norm", "gradients")
 TOLERANCE = 1e-5
+WINDOW = "mixtral with a window"
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe")
 
 
 @cache
 def expected(family: str, num_microbatches: int, optimizer: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(config.json, start weights, what transformers computes)."""
-    model = model_of(family_config(family, vocab_size=VOCAB, num_hidden_layers=2))
+    changes = {"sliding_window": 9} if family == WINDOW else {}  # of 24 tokens
+    model = model_of(family_config(family.split()[0], vocab_size=VOCAB, num_hidden_layers=2, **changes))
     start = {n: w.copy() for n, w in weights_of(model).items()}
     settings = SGD if optimizer == "sgd" else ADAM
     return model.config.to_dict(), start, reference(model, random_steps(num_microbatches=num_microbatches), settings)
@@ -58,7 +60,7 @@ CASES = [(family, layout) for family in FAMILIES for layout in ("one", "tp2-sp",
 CASES.remove(("gpt_oss", "tp2-sp"))  # experts with biases are not cut
 CASES += [("gpt_oss", "tp2-sp-etp1"), ("gpt_oss", "tp2-sp-etp1-ep2")]
 CASES += [("qwen2_moe", "tp2-sp-etp1"), ("qwen2_moe", "etp2"), ("qwen2_moe", "dp4-ep2")]
-CASES += [("glm4_moe", "tp2-sp-ep2"), ("glm4_moe", "tp2-sp-etp1-ep2"), ("qwen3_moe", "pp2-ep2")]
+CASES += [("glm4_moe", "tp2-sp-ep2"), ("glm4_moe", "tp2-sp-etp1-ep2"), ("qwen3_moe", "pp2-ep2"), (WINDOW, "tp2-sp")]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
@@ -166,6 +168,14 @@ def no_sinks() -> Any:
     return patched(SinkAttention, "forward", SdpaAttention.forward)
 
 
+def no_window() -> Any:
+    """Every position sees all before it."""
+    from mswift.parallel import attention
+
+    visible = attention.visible
+    return patched(attention, "visible", lambda queries, keys, _window, device: visible(queries, keys, None, device))
+
+
 def no_shared_gate() -> Any:
     """The shared expert's output as it comes."""
     import torch
@@ -191,6 +201,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "gate_and_up_exchanged": ("gpt_oss", "one", "logits"),
     "no_clamp": ("gpt_oss", "one", "logits"),
     "no_sinks": ("gpt_oss", "one", "logits"),
+    "no_window": (WINDOW, "one", "logits"),
     "no_shared_gate": ("qwen2_moe", "one", "logits"),
     "no_router_sum": ("qwen3_moe", "tp2-sp", "gradients"),
 }

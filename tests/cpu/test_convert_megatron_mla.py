@@ -2,7 +2,6 @@
 build it, loads them at TP, EP and PP, and what it saves itself converts to Hugging Face files.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -73,15 +72,13 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
     """megatron-core's GPTModel on this rank, random weights."""
     dims, _ = join(world_size, **layout)
     import torch
-    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     from mswift.parallel.attention import SdpaAttention
     from mswift.parallel.megatron import world
-    from mswift.parallel.norms import RMSNorm
 
     world.enter(dims, 1)
     stage = dims.coordinate(torch.distributed.get_rank()).pp
@@ -108,10 +105,6 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
     block = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm")
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention  # its own has one width for all
-    mtp = get_gpt_mtp_block_spec(core, block, use_transformer_engine=False) if spec.mtp_layers else None
-    for prediction in mtp.layer_specs if mtp is not None else ():
-        for name in ("enorm", "hnorm", "layer_norm"):
-            setattr(prediction.submodules, name, RMSNorm)  # the local one is LayerNorm whatever the config says
     with patch.object(multi_latent_attention, "HAVE_TE", False):  # its TELinear is a mock
         model = GPTModel(
             core,
@@ -121,8 +114,6 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
             pre_process=stage == 0,
             post_process=stage == dims.pp - 1,
             position_embedding_type="none",
-            mtp_block_spec=mtp,
+            mtp_block_spec=of_moe.prediction_layers(core, block) if spec.mtp_layers else None,
         )
-    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    model.sharded_state_dict = partial(model.sharded_state_dict, metadata=groups)  # MTP on a later stage asks for it
-    return model
+    return of_moe.with_groups(model)

@@ -2,6 +2,7 @@
 at TP, EP, ETP and PP, and what it saves itself converts to Hugging Face files.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_hidden_layers": 2},
     "glm4_moe": {"num_hidden_layers": 2},
 }
+WITH_PREDICTION = "glm4_moe with a prediction layer"
+CHANGES = MODELS | {WITH_PREDICTION: {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}}
 
 
 def core_model(config: dict[str, Any], world_size: int, layout: dict[str, Any]) -> Any:
@@ -64,15 +67,15 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, Any]) 
         moe_router_score_function="sigmoid" if moe.correction_bias else "softmax",
         moe_router_enable_expert_bias=moe.correction_bias,
         moe_layer_freq=1 if spec.stacked else [int(spec.layer(n).mlp == "moe") for n in range(spec.num_layers)],
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        apply_rope_fusion=False,
+        mtp_num_layers=len(spec.mtp_layers) or None, use_cpu_initialization=True, gradient_accumulation_fusion=False,
+        persist_layer_norm=False, apply_rope_fusion=False,
     )  # fmt: skip
     block = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm")
     if own_norm:  # as in the layers of Transformer Engine
         for number, layer in enumerate(block.layer_specs):
             if spec.layer(number).mlp == "moe":
                 layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    return GPTModel(
+    model = GPTModel(
         core,
         block,
         vocab_size=-(-spec.vocab_size // dims.tp) * dims.tp,
@@ -81,7 +84,31 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, Any]) 
         post_process=stage == dims.pp - 1,
         position_embedding_type="none",
         share_embeddings_and_output_weights=spec.tied_embeddings,
+        mtp_block_spec=prediction_layers(core, block) if spec.mtp_layers else None,
     )
+    return with_groups(model)
+
+
+def prediction_layers(core: Any, block: Any) -> Any:
+    """megatron-core's block of multi-token-prediction layers like the last of these layers; None on other stages."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from mswift.parallel.norms import RMSNorm
+
+    mtp = get_gpt_mtp_block_spec(core, block, use_transformer_engine=False)
+    for prediction in mtp.layer_specs if mtp is not None else ():
+        for name in ("enorm", "hnorm", "layer_norm"):
+            setattr(prediction.submodules, name, RMSNorm)  # the local one is LayerNorm whatever the config says
+    return mtp
+
+
+def with_groups(model: Any) -> Any:
+    """The model, whose sharded_state_dict is given the group that its prediction layers ask for on a later stage."""
+    from megatron.core import parallel_state
+
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    model.sharded_state_dict = partial(model.sharded_state_dict, metadata=groups)
+    return model
 
 
 def on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[Any]:
@@ -109,7 +136,7 @@ def on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[An
 
 def make(path: Path, family: str) -> tuple[dict[str, Any], ModelTable, dict[str, Any]]:
     """An fp32 Hugging Face model at path/hf, converted to path/m."""
-    config = family_config(family, vocab_size=104, **MODELS[family])  # padded vocabularies are another test
+    config = family_config(family.split()[0], vocab_size=104, **CHANGES[family])  # padded vocabularies are another test
     table = table_for(config)
     rng = np.random.default_rng(0)
     tensors = {name: rng.integers(0, 2**30, shape, np.uint32) for name, shape in table.hf.items()}
@@ -121,6 +148,7 @@ def make(path: Path, family: str) -> tuple[dict[str, Any], ModelTable, dict[str,
 CASES = [(family, layout) for family in MODELS for layout in ("ep2", "tp2")]
 CASES += [("qwen2_moe", "one"), ("qwen3_moe", "etp2"), ("qwen2_moe", "tp2-etp1"), ("glm4_moe", "pp2")]
 CASES += [("qwen3_moe", "te-names"), ("glm4_moe", "te-names")]
+CASES += [(WITH_PREDICTION, "tp2")]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)

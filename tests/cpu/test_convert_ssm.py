@@ -8,10 +8,12 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 
 from mswift.converters.engine import convert
 from mswift.converters.plan import table_for
+from tests.cpu import test_convert_megatron_moe as of_moe
 from tests.cpu.test_convert_megatron import assert_loaded, load_into
 from tests.support.checkpoints import read_model, same, write_model
 from tests.support.family_configs import family_config
@@ -19,7 +21,7 @@ from tests.support.ranks import join, run_ranks
 from tests.support.spaces import to_megatron
 from tests.unit.test_families_ssm import random_bits
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
 EVEN: dict[str, dict[str, Any]] = {  # a number of layers that two stages can share
     "mamba2": {"num_hidden_layers": 2},
     "nemotron_h": {"num_hidden_layers": 4, "hybrid_override_pattern": "M-*E"},
@@ -33,13 +35,12 @@ def layers_of(config: dict[str, Any]) -> str:
     return "" if config["model_type"] == "qwen3_next" else letters
 
 
-def core_config(config: dict[str, Any], dims: Any) -> Any:
+def core_config(config: dict[str, Any], dims: Any, **values: Any) -> Any:
     """megatron-core's config of the tiny model."""
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     spec = table_for(config).spec
-    values: dict[str, Any] = {}
     if spec.mamba is not None:
         m = spec.mamba
         values |= {"mamba_num_heads": m.num_heads, "mamba_head_dim": m.head_dim, "mamba_state_dim": m.state_size}
@@ -95,6 +96,7 @@ def layer_specs(config: Any) -> dict[str, Any]:
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -114,7 +116,7 @@ def layer_specs(config: Any) -> dict[str, Any]:
     experts = get_moe_module_spec(False, config.num_moe_experts or 2, moe_grouped_gemm=False)
     return {
         "M": ModuleSpec(MambaLayer, submodules=MambaLayerSubmodules(mixer=mamba)),
-        "*": {"self_attention": ModuleSpec(SelfAttention, {"attn_mask_type": None}, attention)},
+        "*": {"self_attention": ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention)},
         "D": {"self_attention": ModuleSpec(
             GatedDeltaNet, submodules=GatedDeltaNetSubmodules(NormAndLinear, RMSNorm, RowParallelLinear)
         )},
@@ -123,9 +125,11 @@ def layer_specs(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) -> Any:
-    """megatron-core's model on this rank, weights not set."""
-    dims, _ = join(world_size, **layout)
+def core_model(config: dict[str, Any], world_size: int, layout: dict[str, Any]) -> Any:
+    """megatron-core's model on this rank, weights not set. layout: degrees, and whether it has a prediction layer."""
+    degrees = dict(layout)
+    prediction = degrees.pop("prediction", False)
+    dims, _ = join(world_size, **degrees)
     from mswift.parallel.megatron import world
 
     world.enter(dims, 1)
@@ -145,7 +149,7 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
 
     from mswift.parallel.norms import RMSNorm
 
-    core = core_config(config, dims)
+    core = core_config(config, dims, mtp_num_layers=1 if prediction else None)
     stage = dims.coordinate(torch.distributed.get_rank()).pp
     parts = layer_specs(core)
 
@@ -163,8 +167,12 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
             return mamba_model.MambaModel(core, stack, hybrid_override_pattern=pattern, **sizes, **ends)
     specs = [layer("D", "E"), layer("D", "-"), layer("D", "E"), layer("*", "E")]
     here = [specs[n] for n in dims.stage_layers(4, stage)]
+    block = TransformerBlockSubmodules(here, RMSNorm)
     with patch.object(gated_delta_net, "HAVE_FLA", True):
-        return GPTModel(core, TransformerBlockSubmodules(here, RMSNorm), **sizes, **ends)
+        if not prediction:
+            return GPTModel(core, block, **sizes, **ends)
+        mtp = of_moe.prediction_layers(core, block)
+        return of_moe.with_groups(GPTModel(core, block, mtp_block_spec=mtp, **sizes, **ends))
 
 
 def load_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], str]) -> dict[str, Any]:
@@ -185,6 +193,22 @@ def test_megatron_core_loads_it(family: str, layout: str, tmp_path: Path) -> Non
     strict = "raise_all" if world_size == 1 else "assume_ok_unexpected"
     ranks = run_ranks(world_size, load_on_rank, (str(tmp_path / "m"), config, world_size, degrees, strict))
     assert_loaded(ranks, to_megatron(tensors, table_for(config)))
+
+
+def test_megatron_core_loads_the_prediction_layer_of_qwen3_next(tmp_path: Path) -> None:
+    """Of the hub's files; transformers leaves it out, and config.json does not speak of it."""
+    config = family_config("qwen3_next")
+    table = table_for(config, ["mtp.fc.weight"])
+    generator = np.random.default_rng(0)
+    tensors = {name: generator.integers(0, 2**30, shape, np.uint32) for name, shape in table.hf.items()}
+    write_model(tmp_path / "hf", config, tensors, "F32", 1)
+    convert(tmp_path / "hf", tmp_path / "m", "megatron")
+    layout = {"tp": 2, "prediction": True}
+    payload = (str(tmp_path / "m"), config, 2, layout, "assume_ok_unexpected")
+    ranks = run_ranks(2, load_on_rank, payload)
+    expected = to_megatron(tensors, table)
+    assert sum(key.startswith("mtp.layers.0.") for key in expected) > 10
+    assert_loaded(ranks, expected)
 
 
 def save_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mswift.converters.rules import LAYERS, Rule, size_of
+from mswift.converters.rule import LAYERS, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 

@@ -8,7 +8,8 @@ from mswift.converters.layout import Piece, tiling_fault
 from mswift.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from mswift.converters.plan import MegatronTensor, ModelTable
+    from mswift.converters.megatron_tensor import MegatronTensor
+    from mswift.converters.plan import ModelTable
 
 
 def prove_coverage(table: "ModelTable") -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import Drop, Rule
+from mswift.converters.rule import Drop, Rule
 from mswift.converters.spec import LayerSpec, ModelSpec
 
 

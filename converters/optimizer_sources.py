@@ -21,7 +21,8 @@ from mswift.converters.io.safe_pickle import load_pickle
 from mswift.converters.io.safetensors import SINGLE, read_header
 from mswift.converters.io.side_files import OPTIMIZER_RECORD as RECORD
 from mswift.converters.io.stored import StoredTensor
-from mswift.converters.io.torch_dist import COMMON, TorchDistSource, other_name
+from mswift.converters.io.torch_dist import COMMON, other_name
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for

@@ -1,7 +1,7 @@
 """A family table applied to one config.json, and the proof that it moves every element exactly once."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,8 @@ from mswift.converters.catalog import family_for, spec_for
 from mswift.converters.coverage import prove_coverage
 from mswift.converters.family import Family, features_of, holds, sizes_of
 from mswift.converters.layout import Piece, Region
-from mswift.converters.rules import LAYERS, MTP_LAYERS, Drop, Rule, size_of
+from mswift.converters.megatron_tensor import MegatronTensor
+from mswift.converters.rule import LAYERS, MTP_LAYERS, Drop, Rule, size_of
 from mswift.converters.spec import ModelSpec
 from mswift.errors import CheckpointError
 from mswift.topology import check_expert_tensor_parallel, check_tensor_parallel
@@ -24,26 +25,6 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """Dtypes that a model's weights may have here."""
 
 LARGEST_GRID = 8
-
-
-@dataclass(frozen=True)
-class MegatronTensor:
-    """A global Megatron tensor: its key in torch_dist files, its shape, the rule that makes it.
-
-    layer: its layer (HF count) where layers are kept apart; None where it holds all layers, or lies outside them.
-    Axes: [layer if stacked] [expert if the rule has experts] rows, width.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    rule: Rule
-    layer: int | None = None
-    stacked: bool = False
-
-    @property
-    def num_lead_axes(self) -> int:
-        """How many axes come before the rows."""
-        return self.stacked + bool(self.rule.experts)
 
 
 class ModelTable:
@@ -198,10 +179,6 @@ class ModelTable:
                         order.setdefault(part.hf.format(l=layer, e=expert), (place, expert, rank))
         return sorted(order, key=order.__getitem__)
 
-    def hf_modules(self, key: str) -> tuple[str, ...]:
-        """Leaf names of the HF modules fused in it, in order: ("q_proj", "k_proj", "v_proj"), ..."""
-        return tuple(part.hf.split(".")[-2] for part in self.megatron[key].rule.parts)
-
     def shard(
         self, key: str, tp_rank: int, tp_size: int, layer: int | None = None, expert: int | None = None
     ) -> tuple[Region, ...]:
@@ -213,31 +190,10 @@ class ModelTable:
         LayoutError if tp_size does not divide the unit that is cut.
         """
         tensor = self.megatron[key]
-        rule, cut = tensor.rule, tensor.rule.cut
-        for given, needed, what in ((layer, tensor.stacked, "layer"), (expert, bool(rule.experts), "expert")):
-            if needed != (given is not None):
-                raise ValueError(
-                    f"{key}: {what} {'is missing' if needed else 'given, but the tensor has no such axis'}"
-                )
-        lead = tuple(n for n in (layer, expert) if n is not None)
-        offsets = (*lead, *(0 for _ in tensor.shape[len(lead) :]))
-        sizes = [*(1 for _ in lead), *tensor.shape[len(lead) :]]
-        if cut is None:
-            return (Region(offsets, tuple(sizes)),)
-        axis, units = cut.axis + len(lead), size_of(cut.unit, self.sizes)
-        if not cut.uneven and units % tp_size:
+        cut = tensor.rule.cut
+        if cut is not None and not cut.uneven and (units := size_of(cut.unit, self.sizes)) % tp_size:
             self._refuse_cut(key, tp_size, units)
-        rows = tensor.shape[axis] // cut.blocks // units  # rows of one unit
-        step = -(-units // tp_size)
-        first, last = min(units, tp_rank * step), min(units, (tp_rank + 1) * step)
-        regions = []
-        for block in range(cut.blocks):
-            if first < last:
-                start, size = list(offsets), list(sizes)
-                start[axis] = (block * units + first) * rows
-                size[axis] = (last - first) * rows
-                regions.append(Region(tuple(start), tuple(size)))
-        return tuple(regions)
+        return tensor.shard(self.sizes, tp_rank, tp_size, layer, expert)
 
     def check_tp(self, tp_size: int) -> None:
         """LayoutError if that tensor-parallel size cuts what must stay whole; names sizes that work."""

@@ -9,19 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import (
-    LAYERS,
-    MTP_LAYERS,
-    Drop,
-    Rule,
-    columns,
-    gated_qkv,
-    in_mtp,
-    rows,
-    rows_of,
-    same,
-    unit_rows_of,
-)
+from mswift.converters.rule import LAYERS, MTP_LAYERS, Drop, Rule
+from mswift.converters.rules import columns, gated_qkv, in_mtp, rows, rows_of, same, unit_rows_of
 from mswift.converters.spec import DeltaSpec
 
 M = LAYERS + "self_attention."

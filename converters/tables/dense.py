@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import LAYERS, Drop, Rule, columns, drop, fused_gate_up, gate_up, qkv, rows, same
+from mswift.converters.rule import LAYERS, Drop, Rule
+from mswift.converters.rules import columns, drop, fused_gate_up, gate_up, qkv, rows, same
 from mswift.converters.spec import Activation, ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"

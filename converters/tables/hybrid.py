@@ -7,7 +7,8 @@ except before experts. Hugging Face calls every layer's content `mixer`.
 from collections.abc import Mapping
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import Drop, Rule, columns, experts, qkv, rows, same
+from mswift.converters.rule import Drop, Rule
+from mswift.converters.rules import columns, experts, qkv, rows, same
 from mswift.converters.spec import LayerSpec, MoeSpec
 from mswift.converters.tables.mamba import AROUND, MAMBA_LAYER, H, M
 

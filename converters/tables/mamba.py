@@ -5,7 +5,8 @@ megatron-core stores the input projection in its parts z, x, B, C, dt and the co
 """
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import LAYERS, Cut, Drop, Rule, columns, drop, rows, rows_of, same
+from mswift.converters.rule import LAYERS, Cut, Drop, Rule
+from mswift.converters.rules import columns, drop, rows, rows_of, same
 from mswift.converters.spec import MambaSpec
 
 EMBEDDING = "backbone.embeddings.weight"

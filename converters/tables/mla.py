@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import LAYERS, Drop, Rule, columns, rows, same
+from mswift.converters.rule import LAYERS, Drop, Rule
+from mswift.converters.rules import columns, rows, same
 from mswift.converters.spec import LayerSpec, MlaSpec, ModelSpec, MoeSpec, RopeSpec
 from mswift.converters.tables.moe import MOE_DECODER, moe_spec, shared_expert
 from mswift.converters.tables.mtp import with_mtp

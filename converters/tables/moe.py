@@ -10,17 +10,8 @@ from dataclasses import replace
 from typing import Literal
 
 from mswift.converters.fields import Fields
-from mswift.converters.rules import (
-    LAYERS,
-    Drop,
-    Rule,
-    columns,
-    experts,
-    fused_gate_up,
-    gate_up,
-    interleaved_gate_up,
-    same,
-)
+from mswift.converters.rule import LAYERS, Drop, Rule
+from mswift.converters.rules import columns, experts, fused_gate_up, gate_up, interleaved_gate_up, same
 from mswift.converters.spec import LayerSpec, MoeSpec
 from mswift.converters.tables.dense import DECODER
 

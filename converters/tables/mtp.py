@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from mswift.converters.rules import MTP_LAYERS, Drop, Rule, drop, in_mtp, rows, same
+from mswift.converters.rule import MTP_LAYERS, Drop, Rule
+from mswift.converters.rules import drop, in_mtp, rows, same
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 P = MTP_LAYERS

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from mswift import rundir
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, WrittenFile, write_index
+from mswift.converters.io.torch_dist import ShardWriter, WrittenFile, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
 from mswift.parallel.megatron.engine import MegatronEngine, StateShard

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import LoraConfig, adapter_shapes, expand_modules_to_save
-from mswift.converters.plan import MegatronTensor, ModelTable
-from mswift.converters.rules import size_of
+from mswift.converters.megatron_tensor import MegatronTensor
+from mswift.converters.plan import ModelTable
+from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 

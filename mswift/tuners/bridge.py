@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from mswift.converters.adapters import is_linear
-from mswift.converters.plan import MegatronTensor, ModelTable
-from mswift.converters.rules import Rule
+from mswift.converters.megatron_tensor import MegatronTensor
+from mswift.converters.plan import ModelTable
+from mswift.converters.rule import Rule
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.detect import RUN_CONFIG
 from mswift.tuners.fused import Fusion

@@ -10,7 +10,7 @@ import numpy as np
 
 from mswift.converters.adapters import LoraConfig
 from mswift.converters.catalog import read_config
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for

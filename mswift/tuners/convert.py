@@ -14,7 +14,8 @@ from mswift import rundir
 from mswift.config.convert import ConvertConfig
 from mswift.converters.io.files import check_absent, new_directory, write_file
 from mswift.converters.io.side_files import MANIFEST
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
+from mswift.converters.io.torch_dist import ShardWriter, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.manifest import FileRecord, Manifest, TensorRecord, hash_whole, read_manifest
 from mswift.converters.measured import Measured, Measuring
 from mswift.converters.plan import DTYPE_BYTES

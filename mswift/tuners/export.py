@@ -8,7 +8,7 @@ from pathlib import Path
 from mswift.converters.adapters import trained_name
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, write_file
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError

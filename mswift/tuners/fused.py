@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mswift.converters.rules import Rule, Sizes
+from mswift.converters.rule import Rule, Sizes
 from mswift.tuners.arrays import Bits, view
 
 

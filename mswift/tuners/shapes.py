@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mswift.converters.adapters import SAVABLE, HfLinear, all_linears, saved_shapes
 from mswift.converters.plan import ModelTable
-from mswift.converters.rules import size_of
+from mswift.converters.rule import size_of
 from mswift.errors import ConfigError
 from mswift.tuners.settings import PeftSettings
 

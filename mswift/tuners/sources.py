@@ -12,7 +12,7 @@ from mswift.converters.io.safetensors import read_header
 from mswift.converters.io.side_files import carried_files
 from mswift.converters.io.stored import StoredTensor
 from mswift.converters.io.strided import gather
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region, flatten, identity
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mswift.cli.main import main
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.tuners import bridge_destination
 from mswift.tuners.bridge import run_config

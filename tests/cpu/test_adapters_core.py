@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from tests.cpu.test_adapters_bridge import STACK
 from tests.cpu.test_adapters_convert import ALL, convert

@@ -10,7 +10,7 @@ import pytest
 
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.verify import verify
 from tests.support.checkpoints import Array, megatron_tensors, random_model, read_model, same, tiny_config
 from tests.support.ranks import join, run_ranks

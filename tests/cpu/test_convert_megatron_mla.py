@@ -11,7 +11,7 @@ import pytest
 
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.plan import table_for
 from mswift.converters.verify import verify
 from tests.cpu import test_convert_megatron_moe as of_moe

@@ -11,7 +11,7 @@ import pytest
 
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.verify import verify
 from tests.support.arrays import to_megatron

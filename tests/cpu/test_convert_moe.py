@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.tables.moe import SPELLINGS

@@ -18,7 +18,8 @@ from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
 from mswift.converters.io.dcp_metadata import read_metadata
 from mswift.converters.io.pickle_writer import TORCH_DTYPES
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
+from mswift.converters.io.torch_dist import ShardWriter, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.io.torch_item import STORAGES, tensor_envelope
 from mswift.converters.layout import Region
 from mswift.converters.plan import table_for

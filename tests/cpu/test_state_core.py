@@ -86,7 +86,7 @@ def test_moments_in_the_space_of_the_model_are_read(tmp_path: Path, case: str) -
     assert main([*argv, "--model_config", str(tmp_path / "model")]) == 0
     dropped = json.loads((tmp_path / "hf" / "mswift_optimizer.json").read_text())["dropped"]
     assert len(dropped) == (0 if CASES[case]["layout"] == {} else 6)  # of two matrices in three states
-    from mswift.converters.io.torch_dist import TorchDistSource
+    from mswift.converters.io.torch_dist_reader import TorchDistSource
     from mswift.converters.layout import Region
 
     source = TorchDistSource(core)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mswift import rundir
 from mswift.cli.main import main
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from tests.support.commands import command, make_home, run
 from tests.support.parity import random_model, random_steps
 from tests.support.ranks import join, run_ranks

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mswift import rundir
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 
 TIMED = {"step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device",

@@ -14,10 +14,11 @@ import pytest
 from mswift.config.convert import ConvertConfig, VerifyConfig
 from mswift.converters import commands
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, WrittenFile, write_index
+from mswift.converters.io.torch_dist import ShardWriter, WrittenFile, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Piece, Region
 from mswift.converters.reader import WeightReader
-from mswift.converters.rules import Rule
+from mswift.converters.rule import Rule
 from mswift.converters.verify import verify, verify_record
 from mswift.errors import CheckpointError, ConfigError, MswiftError
 from tests.support.checkpoints import (

@@ -12,7 +12,7 @@ from mswift.converters.catalog import family_for, spec_for
 from mswift.converters.engine import convert
 from mswift.converters.layout import Piece
 from mswift.converters.plan import ModelTable, table_for
-from mswift.converters.rules import Rule
+from mswift.converters.rule import Rule
 from mswift.converters.tables.mla import DECODER
 from mswift.errors import CheckpointError
 from tests.support.checkpoints import random_model, tiny_config

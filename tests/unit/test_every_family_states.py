@@ -11,7 +11,8 @@ from mswift.converters.catalog import family_names
 from mswift.converters.engine import convert
 from mswift.converters.io.dcp_metadata import read_metadata
 from mswift.converters.io.safetensors import read_header
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, rewrite_index
+from mswift.converters.io.torch_dist import ShardWriter, rewrite_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.converters.optimizer_state import convert_with_optimizer
 from mswift.converters.plan import ModelTable, table_for

@@ -73,13 +73,6 @@ def test_tensor_parallel_size_that_cuts_a_group_names_sizes_that_work() -> None:
         table.check_tp(works)
 
 
-def test_modules_of_fused_tensors() -> None:
-    table = table_for(tiny_config())
-    assert table.hf_modules("decoder.layers.self_attention.linear_qkv.weight") == ("q_proj", "k_proj", "v_proj")
-    assert table.hf_modules("decoder.layers.mlp.linear_fc1.weight") == ("gate_proj", "up_proj")
-    assert table.hf_modules("decoder.layers.mlp.linear_fc2.weight") == ("down_proj",)
-
-
 ROPE: list[tuple[dict[str, Any], RopeSpec]] = [
     ({"rope_theta": 5e5}, RopeSpec(5e5)),
     ({"rope_theta": None}, RopeSpec(1e4)),

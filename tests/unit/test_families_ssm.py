@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mswift.converters.engine import convert
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region, tiling_fault
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError, LayoutError

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mswift.converters.layout import Chunks, Dim, Piece, Region, flatten, restrict, tiling_fault
-from mswift.converters.rules import Rule, gate_up, qkv, same
+from mswift.converters.rule import Rule
+from mswift.converters.rules import gate_up, qkv, same
 
 SIZES = st.fixed_dictionaries(
     {

@@ -10,7 +10,8 @@ import pytest
 
 from mswift.converters.io import safe_pickle
 from mswift.converters.io.safe_pickle import brief, load_arguments, load_pickle, load_state_dict
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, write_index
+from mswift.converters.io.torch_dist import ShardWriter, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 from tests.support.checkpoints import read_region
@@ -119,7 +120,7 @@ def test_values_are_cut_short_in_messages() -> None:
 WALKS = """
 import sys
 from pathlib import Path
-from mswift.converters.io.torch_dist import TorchDistSource
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.errors import CheckpointError
 for path in map(Path, sys.argv[1:]):
     try:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mswift.converters.engine import convert, plan
 from mswift.converters.io.safe_pickle import load_pickle
-from mswift.converters.io.torch_dist import ShardWriter, TorchDistSource, WrittenFile, split_region, write_index
+from mswift.converters.io.torch_dist import ShardWriter, WrittenFile, split_region, write_index
+from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region, tiling_fault
 from mswift.errors import CheckpointError
 from tests.support.checkpoints import at, random_model, read_region

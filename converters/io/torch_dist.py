@@ -33,7 +33,20 @@ _LINEAR = re.compile(
     r"(linear_qkv|linear_proj|linear_fc1|linear_fc2|in_proj|out_proj|linear_in|linear_out|eh_proj|linear_q_proj|"
     r"linear_q_down_proj|linear_q_up_proj|linear_kv_down_proj|linear_kv_up_proj))\.weight(\.\w+)?"
 )
-_LAYERS, _NORM, _ROUTER = "decoder.layers.", "mlp.linear_fc1.layer_norm_weight", "mlp.router.weight"
+_LAYERS = ("decoder.layers.", "mtp.layers.")
+_OTHER_NAMES = {
+    "mlp.linear_fc1.layer_norm_weight": ("pre_mlp_layernorm.weight", "mlp.router.weight"),
+    "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight"),
+    "self_attention.q_layernorm.weight": (
+        "self_attention.linear_q_up_proj.layer_norm_weight",
+        "self_attention.linear_q_up_proj.weight",
+    ),
+    "self_attention.kv_layernorm.weight": (
+        "self_attention.linear_kv_up_proj.layer_norm_weight",
+        "self_attention.linear_kv_up_proj.weight",
+    ),
+}
+"""End of a norm's name -> its end in layers of the other kind, where there is the weight that follows."""
 _MAMBA_MODEL_NORM = "decoder.final_norm.weight"
 
 
@@ -187,7 +200,8 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
     empty = object_item([None])
     written = {}
     for key, entry in list(index.tensors.items()):
-        if key.replace(_NORM, _ROUTER) in index.tensors and (name := other_name(key)):
+        name, beside = _other_name(key)
+        if beside in index.tensors:
             index.tensors[name] = entry
     for key, (_, shape, _) in sorted(index.tensors.items()):
         for name in _extra_states(key, shape):
@@ -204,13 +218,21 @@ def write_index_files(directory: Path, index: Index) -> list[WrittenFile]:
 
 
 def other_name(key: str) -> str:
-    """The name that a Transformer Engine layer of megatron-core gives the norm before a mixture of experts; else "".
+    """The name of a norm in layers of the other kind (local, Transformer Engine) of megatron-core; "" if it has one.
 
-    Its local layer names that norm as part of a linear, as both do in dense layers. Written checkpoints have one copy
-    of the bytes under both names.
+    The layers differ in which norms are parts of a linear: before a mixture of experts, before the dense layers of
+    latent attention, and inside latent attention. Written checkpoints have one copy of the bytes under both names.
     """
-    inside = key.startswith(_LAYERS) and key.endswith(_NORM)
-    return key.removesuffix(_NORM) + "pre_mlp_layernorm.weight" if inside else ""
+    return _other_name(key)[0]
+
+
+def _other_name(key: str) -> tuple[str, str]:
+    """The other name, and the weight without which no layer uses it."""
+    for end, others in _OTHER_NAMES.items():
+        if key.startswith(_LAYERS) and key.endswith(end):
+            name, beside = (key.removesuffix(end) + other for other in others)
+            return name, beside
+    return "", ""
 
 
 def _extra_states(key: str, shape: tuple[int, ...]) -> Iterator[str]:

@@ -33,7 +33,8 @@ class TorchDistSource:
         self._index = read_metadata(self.path)
         for key in list(self._index.tensors):
             name = other_name(key)
-            if name in self._index.tensors and self._index.tensors.pop(name) != self._index.tensors[key]:
+            both = {key, name} <= self._index.tensors.keys()
+            if both and self._index.tensors.pop(name) != self._index.tensors[key]:
                 raise CheckpointError(f"{self.path / METADATA}: {name} and {key} are one norm, but other bytes")
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, dtype) for name, (dtype, shape, _) in self._index.tensors.items()

@@ -2,6 +2,7 @@
 build it, loads them at TP, EP and PP, and what it saves itself converts to Hugging Face files.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ import pytest
 
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
+from mswift.converters.io.torch_dist import other_name
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.plan import table_for
 from mswift.converters.verify import verify
@@ -25,13 +27,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tp2": (2, {"tp": 2}),
     "ep2": (2, {"ep": 2}),
     "pp2": (2, {"pp": 2}),
+    "te-names": (1, {}),
 }
+TE_NAMES = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+"""Of a layer's norms in the specs of Transformer Engine, which holds them in the linears that follow."""
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {}, "tp2"),
     ("deepseek_v3", {"num_hidden_layers": 2}, "pp2"),
     ("deepseek_v3", {"num_nextn_predict_layers": 0}, "ep2"),
     ("deepseek_v2", {"q_lora_rank": None}, "one"),
     ("deepseek_v2", {"first_k_dense_replace": 0}, "ep2"),
+    ("deepseek_v3", {"num_nextn_predict_layers": 0}, "te-names"),
+    ("deepseek_v2", {"q_lora_rank": None}, "te-names"),
 ]
 
 
@@ -45,31 +55,37 @@ def test_megatron_core_loads_and_saves_it(family: str, changes: dict[str, Any], 
     convert(tmp_path / "hf", tmp_path / "m", "megatron")
     (tmp_path / "core").mkdir()
     world_size, degrees = LAYOUTS[layout]
-    ranks = run_ranks(world_size, on_rank, (str(tmp_path), config, world_size, degrees))
+    named_by_te = layout == "te-names"
+    ranks = run_ranks(world_size, on_rank, (str(tmp_path), config, world_size, degrees, named_by_te))
     expected = to_megatron(tensors, table)
+    ours = {other_name(key): key for key in expected if other_name(key)}
     seen = {key: np.zeros(array.shape, bool) for key, array in expected.items()}
     for key, offset, prepended, local in (entry for rank in ranks for entry in rank):
         sizes = (1,) * prepended + local.shape
+        key = ours.get(key, key)
         index = tuple(slice(o, o + s) for o, s in zip(offset, sizes, strict=True))
         assert (local.reshape(sizes).view(np.uint32) == expected[key][index]).all(), (key, offset)
         seen[key][index] = True
     assert [key for key, array in seen.items() if not array.all()] == []
     (tmp_path / "m" / "hf").rename(tmp_path / "core" / "hf")
-    assert TorchDistSource(tmp_path / "core").tensors.keys() == table.megatron.keys()
+    written = TorchDistSource(tmp_path / "core").tensors.keys()
+    assert {ours.get(key, key) for key in written} == table.megatron.keys()
+    assert (written == table.megatron.keys()) is not named_by_te
     convert(tmp_path / "core", tmp_path / "back", "hf")
     assert same(read_model(tmp_path / "back"), tensors)
     assert read_config(tmp_path / "back") == config
     assert verify(tmp_path / "core", tmp_path / "hf").equal
 
 
-def on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[Any]:
+def on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], bool]) -> list[Any]:
     """What the test of mixtures of experts does, with a model of megatron-core's that has latent attention."""
-    with patch.object(of_moe, "core_model", core_model):
-        return of_moe.on_rank(payload)
+    *rest, named_by_te = payload
+    with patch.object(of_moe, "core_model", partial(core_model, named_by_te=named_by_te)):
+        return of_moe.on_rank(tuple(rest))
 
 
-def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) -> Any:
-    """megatron-core's GPTModel on this rank, random weights."""
+def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int], named_by_te: bool) -> Any:
+    """megatron-core's GPTModel on this rank, random weights; its keys may be those of layers of Transformer Engine."""
     dims, _ = join(world_size, **layout)
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -103,7 +119,10 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
         persist_layer_norm=False,
     )  # fmt: skip
     block = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm")
-    for layer in block.layer_specs:
+    for number, layer in enumerate(block.layer_specs):
+        if named_by_te:
+            dense = {} if spec.layer(number).mlp == "moe" else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+            layer.submodules.sharded_state_dict_keys_map = TE_NAMES | dense
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention  # its own has one width for all
     with patch.object(multi_latent_attention, "HAVE_TE", False):  # its TELinear is a mock
         model = GPTModel(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
-from mswift.topology import ParallelDims, check_experts, check_stages, check_tensor_parallel
+from mswift.topology import FLAGS, ParallelDims, check_experts, check_stages, check_tensor_parallel, divisors
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
 _LARGEST_SEED = 2**32 - 1
@@ -61,6 +61,7 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
         check_model_fits(config, spec)
         dims = dims_of(config, world_size)
         check_experts(dims, spec.expert_layout)
+        check_context_parallel(dims, config.cp_comm_type, spec)
         check_batch(config, dims)
     except LayoutError as error:
         refusals.append(error)
@@ -94,6 +95,8 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
         world_size=world_size,
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
+        cp=config.context_parallel_size,
+        cp_levels=config.hierarchical_context_parallel_sizes,
         ep=config.expert_model_parallel_size,
         etp=config.expert_tensor_parallel_size,
         sequence_parallel=config.sequence_parallel,
@@ -106,6 +109,33 @@ def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
         check_tensor_parallel(config.tensor_model_parallel_size, spec.tensor_parallel_units)
     if config.pipeline_model_parallel_size >= 1:
         check_stages(spec.num_layers, config.pipeline_model_parallel_size)
+
+
+def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> None:
+    """LayoutError unless ranks can share this model's sequences with this `cp_comm_type`."""
+    if dims.cp == 1:
+        return
+    recurrent = sorted({spec.layer(n).mixer for n in range(spec.num_layers)} & {"mamba", "delta"})
+    if recurrent:
+        raise LayoutError(
+            f"{FLAGS['cp']} {dims.cp}: model_type {spec.model_type!r} has {' and '.join(recurrent)} layers, whose state "
+            f"passes from each position to the next, so that ranks cannot share a sequence: use {FLAGS['cp']} 1"
+        )
+    if (dims.cp_levels is not None) != (kind == "a2a+p2p"):
+        inner = divisors(dims.cp)[1]
+        raise LayoutError(
+            f"--cp_comm_type {kind} {'without' if dims.cp_levels is None else 'with'} "
+            "--hierarchical_context_parallel_sizes, which a2a+p2p needs (ranks that exchange heads, such groups in a "
+            f"ring) and the other kinds do not take: use --cp_comm_type a2a+p2p --hierarchical_context_parallel_sizes "
+            f"{inner} {dims.cp // inner}, or --cp_comm_type p2p without them"
+        )
+    sharing = {"a2a": dims.cp, "a2a+p2p": (dims.cp_levels or (1, 1))[0]}.get(kind, 1)
+    heads = spec.num_kv_heads if spec.mla is None else spec.num_attention_heads
+    if heads // dims.tp % sharing:
+        raise LayoutError(
+            f"--cp_comm_type {kind} exchanges heads between {sharing} ranks, and of the model's {heads} key/value heads "
+            f"(KV groups) {FLAGS['tp']} {dims.tp} leaves {heads // dims.tp}: use --cp_comm_type p2p or all_gather"
+        )
 
 
 def check_batch(config: TrainConfig, dims: ParallelDims) -> None:

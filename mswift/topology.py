@@ -39,7 +39,8 @@ class Coordinate:
 class ParallelDims:
     """Degrees of parallelism of one job; what is left of `world_size` after tp x cp x pp is data parallel.
 
-    `etp` is the tensor-parallel size of experts (default: `tp`), `vpp` the model chunks per pipeline stage.
+    `etp` is the tensor-parallel size of experts (default: `tp`), `vpp` the model chunks per pipeline stage,
+    `cp_levels` the sizes of context-parallel groups inside groups, the innermost first.
     Raises LayoutError when the degrees do not fit each other.
     """
 
@@ -51,6 +52,7 @@ class ParallelDims:
     etp: int | None = None
     vpp: int | None = None
     sequence_parallel: bool = False
+    cp_levels: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for axis, flag in FLAGS.items():
@@ -65,6 +67,12 @@ class ParallelDims:
             raise LayoutError(
                 f"--sequence_parallel true splits the sequence inside a tensor-parallel group, but {FLAGS['tp']} is 1: "
                 f"use --sequence_parallel false, or {FLAGS['tp']} 2"
+            )
+        if self.cp_levels is not None and (min(self.cp_levels) < 1 or math.prod(self.cp_levels) != self.cp):
+            fitting = " or ".join(f"{inner} {self.cp // inner}" for inner in divisors(self.cp))
+            raise LayoutError(
+                f"--hierarchical_context_parallel_sizes {' '.join(map(str, self.cp_levels))} are not two numbers whose "
+                f"product is {FLAGS['cp']} {self.cp}: use --hierarchical_context_parallel_sizes {fitting}"
             )
         if self.vpp is not None and self.vpp > 1 and self.pp == 1:
             raise LayoutError(
@@ -104,7 +112,8 @@ class ParallelDims:
 
     def describe(self) -> str:
         """One line: 8 ranks = TP 2 x PP 1 x DP 4, sequence parallel; experts ETP 1 x EP 4 x EDP 2."""
-        text = f"{self.world_size} ranks = TP {self.tp} x PP {self.pp} x DP {self.dp}"
+        context = f"CP {self.cp} x " if self.cp > 1 else ""
+        text = f"{self.world_size} ranks = TP {self.tp} x {context}PP {self.pp} x DP {self.dp}"
         text += ", sequence parallel" if self.sequence_parallel else ""
         if self.has_expert_axes:
             text += f"; experts ETP {self.sizes['etp']} x EP {self.ep} x EDP {self.edp}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mswift.converters.spec import RopeSpec
 from mswift.errors import ConfigError
+from mswift.parallel.attention.share import Share, positions
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int, length: int = 0) -> Tensor:
@@ -98,16 +99,22 @@ class RotaryTable:
         self.interleaved = rope.interleaved
         self._rope, self._head_dim, self._device = rope, head_dim, device
         self._factor = attention_factor(rope)
-        self._cached: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._cached: dict[tuple[int | Share, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [s, 1, 1, r / 2] in `dtype`, of positions 0..length-1."""
-        found = self._cached.get((length, dtype))
+    def __call__(self, of: int | Share, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [s, 1, 1, r / 2] in `dtype`: of positions 0..of-1, or of the rows of a share."""
+        found = self._cached.get((of, dtype))
         if found is None:
-            found = self._cached[(length, dtype)] = self._computed(length, dtype)
+            found = self._selected(of, dtype) if isinstance(of, Share) else self._computed(of, dtype)
+            self._cached[(of, dtype)] = found
             if len(self._cached) > 8:  # lengths vary from step to step; keep the newest
                 self._cached.pop(next(iter(self._cached)))
         return found
+
+    def _selected(self, share: Share, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = positions(share, self._device)
+        cos, sin = self(max(share.lengths), dtype)
+        return cos[rows], sin[rows]
 
     def _computed(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = inverse_frequencies(self._rope, self._head_dim, length).to(self._device)

@@ -97,6 +97,12 @@ class TrainConfig:
     """Ranks that share each layer (TP); divides the KV heads."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (PP), 1F1B; divides the layers."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How attention crosses CP ranks: keys round a ring, gathered keys, heads for positions, the latter in a ring."""
+    hierarchical_context_parallel_sizes: tuple[int, int] | None = None
+    """a2a+p2p: CP ranks that exchange heads (next to each other), and how many such groups form the ring."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of each layer (EP); divides the number of experts."""
     expert_tensor_parallel_size: int | None = None

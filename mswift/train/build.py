@@ -15,6 +15,7 @@ from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
+from mswift.parallel.batch import sequence_multiple
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
@@ -81,6 +82,7 @@ def built_engine(
     engine_config = EngineConfig(
         dtype=train_dtype(config, reader.dtype),
         micro_batch_size=config.micro_batch_size,
+        cp_comm_type=config.cp_comm_type,
         optimizer=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -121,14 +123,14 @@ def _lora(
 
 
 def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer, vocab_size: int) -> BatchPlan:
-    """Batch arithmetic of this rank; under sequence parallelism a length divides by the tensor-parallel size."""
+    """Batch arithmetic of this rank; a length is a multiple of 8 and of what the layout cuts it into."""
     pad = pad_token_id(tokenizer)
     return BatchPlan(
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
         dp_rank=dims.coordinate(rank).dp,
         dp_size=dims.dp,
-        seq_multiple=math.lcm(8, dims.tp) if dims.sequence_parallel else 8,
+        seq_multiple=math.lcm(8, sequence_multiple(dims)),
         pad_token_id=pad if pad < vocab_size else 0,  # never a target, and behind every real token
     )
 

@@ -132,6 +132,7 @@ def engine_layout(engine: MegatronEngine) -> dict[str, int]:
     """The degrees that decide which rank holds what."""
     dims = engine.dims
     sizes = {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}
+    sizes |= {"cp": dims.cp} if dims.cp > 1 else {}
     return sizes | ({"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {})
 
 

@@ -38,7 +38,11 @@ def dry_run(config: TrainConfig) -> int:
     rows = [*_model_rows(config, model, table), *_run_rows(config)]
     if not refusals:
         dims = dims_of(config, world_size)
-        rows += [*_layout_rows(dims), *_batch_rows(config, dims), *_memory_rows(config, table, stored, dims)]
+        rows += [
+            *_layout_rows(dims, config.cp_comm_type),
+            *_batch_rows(config, dims),
+            *_memory_rows(config, table, stored, dims),
+        ]
     print("\n".join(f"{name:<15}{text}" for name, text in rows))
     for refusal in refusals:
         print(f"\nrefused: {refusal}")
@@ -122,10 +126,15 @@ def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "output", f"{config.output_dir} ({start}; --resume {config.resume}), saved {every}"
 
 
-def _layout_rows(dims: ParallelDims) -> Iterator[tuple[str, str]]:
+def _layout_rows(dims: ParallelDims, kind: str) -> Iterator[tuple[str, str]]:
     yield "layout", dims.describe()
     experts = {"etp": "share each expert", "ep": "share the experts"} if dims.has_expert_axes else {}
-    axes = {"tp": "share each layer", "pp": "are the stages of a pipeline", "dp": "share the batch"} | experts
+    axes = {
+        "tp": "share each layer",
+        "cp": f"share each sequence ({kind})",
+        "pp": "are the stages of a pipeline",
+        "dp": "share the batch",
+    } | experts
     for axis, what in axes.items():
         if dims.sizes[axis] > 1:
             yield f"  {axis.upper()} groups", f"{_groups(dims, axis)} {what}"
@@ -163,7 +172,10 @@ def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: Para
     dtype_bytes = _DTYPE_BYTES[dtype]
     stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]
     yield "memory", f"{dtype}, of one rank, estimated:\n{_table(stages)}"
-    yield "  weights", "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP"
+    yield (
+        "  weights",
+        "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP" + (" x CP" if dims.cp > 1 else ""),
+    )
     yield "  activations", ACTIVATIONS
 
 

@@ -17,7 +17,7 @@ _STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each trained parameter
 _MASTER_BYTES = 4  # fp32 copy of a trained bf16 parameter
 
 ACTIVATIONS = (
-    "microbatches in flight x tokens x layers x (4h + 2(a + kv)d/TP + 4f/TP) x bytes, h/TP with SP; no recompute"
+    "microbatches in flight x tokens / CP x layers x (4h + 2(a + kv)d/TP + 4f/TP) x bytes, h/TP with SP; no recompute"
 )
 """Shape letters: h hidden, a heads, kv KV heads, d head_dim, f ffn. Attention keeps no [seq, seq] scores (SDPA)."""
 
@@ -106,14 +106,14 @@ def stage_memory(
         trained=trained,
         weights_bytes=parameters * dtype_bytes,
         gradients_bytes=trained * _GRAD_BYTES,
-        optimizer_bytes=math.ceil((trained - experts) * state / dims.dp + experts * state / dims.edp),
+        optimizer_bytes=math.ceil((trained - experts) * state / (dims.dp * dims.cp) + experts * state / dims.edp),
         activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),
     )
 
 
 def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
     spec = table.spec
-    tokens = config.micro_batch_size * config.max_length
+    tokens = config.micro_batch_size * config.max_length / dims.cp
     num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
     in_flight = min(dims.pp - pp_rank, num_microbatches)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)

@@ -26,6 +26,7 @@ class EngineConfig:
 
     dtype: Literal["F32", "BF16"] = "F32"
     micro_batch_size: int = 1
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-5
     weight_decay: float = 0.1
@@ -68,6 +69,8 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         context_parallel_size=dims.cp,
+        cp_comm_type=config.cp_comm_type,
+        hierarchical_context_parallel_sizes=list(dims.cp_levels) if dims.cp_levels else None,
         sequence_parallel=dims.sequence_parallel,
         expert_model_parallel_size=dims.ep,
         expert_tensor_parallel_size=dims.sizes["etp"],

@@ -15,14 +15,16 @@ from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
+from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_parameters
-from mswift.parallel.megatron.schedule import Microbatch, StepResult
+from mswift.parallel.megatron.schedule import StepResult
 from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
+from mswift.refusals import check_context_parallel
 from mswift.topology import ParallelDims, check_experts
 
 __all__ = ["EngineConfig", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
@@ -41,6 +43,7 @@ class MegatronEngine:
     def __init__(self, table: ModelTable, dims: ParallelDims, config: EngineConfig, device: torch.device) -> None:
         table.check_tp(dims.tp)
         check_experts(dims, table.spec.expert_layout)
+        check_context_parallel(dims, config.cp_comm_type, table.spec)
         world.enter(dims, config.seed)
         self.table, self.dims, self.config, self.device = table, dims, config, device
         self.coordinate = dims.coordinate(dist.get_rank())
@@ -152,15 +155,15 @@ class MegatronEngine:
     def train_step(self, microbatches: Sequence[Microbatch], lr: float) -> StepResult:
         """One update from these microbatches of this data-parallel rank (1F1B over pipeline stages).
 
-        The loss is the mean over the global batch, weighted by the tokens' loss weights; all microbatches of the
-        step have one length, on all ranks.
+        The loss is the mean over the global batch, weighted by the tokens' loss weights; all unpacked microbatches of
+        the step have one length, on all ranks.
         """
         started = time.perf_counter()
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
-        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
+        batches, weights = self._mine(microbatches)
         self._weight_sum.fill_(weights)
-        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False)
+        losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
         loss_sum = self._sum_over_ranks(losses)
         devices.synchronize(self.device)
         computed = time.perf_counter()
@@ -174,8 +177,8 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
         """(sum of weighted losses, sum of weights) over the global batch; touches no state of the training."""
-        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=True)
-        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
+        batches, weights = self._mine(microbatches)
+        losses = schedule.run(self._chunks, batches, self.device, forward_only=True)
         mine = [losses, weights] if self._reports else [0.0, 0.0]
         total = torch.tensor(mine, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
@@ -184,11 +187,17 @@ class MegatronEngine:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype, on every rank."""
-        return schedule.logits(self._chunks, tokens, self.table.spec.vocab_size, self.device)
+        batches, _ = self._mine([Microbatch(tokens, tokens, torch.zeros_like(tokens))])
+        return schedule.logits(self._chunks, batches[0], tokens.shape[1], self.table.spec.vocab_size, self.device)
+
+    def _mine(self, microbatches: Sequence[Microbatch]) -> tuple[list[RankBatch], float]:
+        """The positions of this context-parallel rank, and the sum of their loss weights."""
+        batches = rank_batches(microbatches, self.dims, self.coordinate.cp)
+        return batches, sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
 
     @property
     def _reports(self) -> bool:
-        """One rank per data-parallel rank counts: the last pipeline stage of the first tensor-parallel rank."""
+        """One rank for each position counts: the last pipeline stage of the first tensor-parallel rank."""
         return self.coordinate.tp == 0 and self.coordinate.pp == self.dims.pp - 1
 
     def _sum_over_ranks(self, losses: float) -> float:
@@ -216,7 +225,7 @@ class MegatronEngine:
                 mine[placed.is_expert] += sum(part.region.num_elements for part in placed.parts)
         total = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
-        return int(total[0]) // self.dims.dp + int(total[1]) // self.dims.edp
+        return int(total[0]) // (self.dims.dp * self.dims.cp) + int(total[1]) // self.dims.edp
 
     def close(self) -> None:
         """Give megatron-core's groups back; the engine is of no use afterwards.

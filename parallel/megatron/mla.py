@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mswift.converters.spec import MlaSpec, ModelSpec
-from mswift.parallel.attention import SdpaAttention
+from mswift.parallel.attention.core import SdpaAttention
+from mswift.parallel.attention.share import share_of
 from mswift.parallel.megatron.linears import DuplicatedLinear
 from mswift.parallel.norms import RMSNorm
 from mswift.parallel.rotary import RotaryTable, rotate
@@ -40,11 +41,12 @@ class LatentSelfAttention(MegatronModule):
         rotary: RotaryTable,
         softmax_scale: float,
         pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,
         **_unused: Any,
     ) -> None:
         super().__init__(config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self._mla, self._rotary, self._group = mla, rotary, groups.tp
+        self._mla, self._rotary, self._group, self._context = mla, rotary, groups.tp, groups.cp
         heads, hidden, norm = config.num_attention_heads, config.hidden_size, {"config": config, "eps": mla.norm_eps}
         self._heads = heads // groups.tp.size()
         width = heads * mla.qk_head_dim
@@ -59,7 +61,9 @@ class LatentSelfAttention(MegatronModule):
         self.kv_layernorm = RMSNorm(hidden_size=mla.kv_lora_rank, **norm)
         up = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
         self.linear_kv_up_proj = _column(mla.kv_lora_rank, up, config, groups.tp)
-        self.core_attention = SdpaAttention(config, softmax_scale=softmax_scale)
+        self.core_attention = SdpaAttention(
+            config, softmax_scale=softmax_scale, pg_collection=groups, cp_comm_type=cp_comm_type
+        )
         self.linear_proj = RowParallelLinear(
             heads * mla.v_head_dim,
             hidden,
@@ -73,14 +77,13 @@ class LatentSelfAttention(MegatronModule):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
         """[s, b, hidden] -> ([s, b, hidden], no bias)."""
-        query, key, value = self._query_key_value(hidden_states)
-        mixed = self.core_attention(
-            query, key, value, attention_mask, packed_seq_params=options.get("packed_seq_params")
-        )
+        packed = options.get("packed_seq_params")
+        query, key, value = self._query_key_value(hidden_states, packed)
+        mixed = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
         out, _ = self.linear_proj(mixed)
         return out, None
 
-    def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, x: Tensor, packed: Any) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, hidden] -> query and key [s, b, h, n + p] and value [s, b, h, v] of the whole sequence."""
         mla = self._mla
         if mla.q_lora_rank is None:
@@ -93,7 +96,8 @@ class LatentSelfAttention(MegatronModule):
         up = up.unflatten(-1, (self._heads, mla.qk_nope_head_dim + mla.v_head_dim))
         plain, turning = query.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         key, value = up.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
-        cos, sin = self._rotary(query.shape[0], query.dtype)
+        share = share_of(query.shape[0], self._context.rank(), self._context.size(), packed)
+        cos, sin = self._rotary(share or query.shape[0], query.dtype)
         pairs = self._rotary.interleaved
         query = torch.cat((plain, rotate(turning, cos, sin, interleaved=pairs)), dim=-1)
         shared = rotate(self._of_all_heads(key_rotary).unsqueeze(-2), cos, sin, interleaved=pairs)

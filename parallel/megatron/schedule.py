@@ -1,6 +1,7 @@
 """Forward and backward over the microbatches of a step, through megatron-core's schedules (1F1B over stages).
 
-Shapes: b microbatch size, s padded sequence length, v vocabulary columns of one tensor-parallel rank, V all of them.
+Shapes: b microbatch size, s padded sequence length, n context-parallel ranks, v vocabulary columns of one
+tensor-parallel rank, V all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,19 +14,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from mswift.errors import LayoutError
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """`labels` are shifted already: labels[:, t] is the target of position t. Any device.
-
-    tokens, labels: int64 [b, s]; loss_weights: float32 [b, s], 0 where there is nothing to learn.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_weights: Tensor
+from mswift.parallel.batch import RankBatch, whole_rows
+from mswift.parallel.megatron.documents import documents
 
 
 @dataclass(frozen=True)
@@ -42,28 +32,32 @@ class StepResult:
 
 
 def run(
-    chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], device: torch.device, *, forward_only: bool
+    chunks: Sequence[nn.Module], batches: Sequence[RankBatch], device: torch.device, *, forward_only: bool
 ) -> float:
-    """Sum of weighted losses of this data-parallel rank; 0.0 on all pipeline stages but the last."""
-    data = _inputs(microbatches, device)
-    collected = _schedule(chunks, _weighted_loss, data, microbatches[0].tokens, len(microbatches), forward_only)
+    """Sum of weighted losses of this rank's positions; 0.0 on all pipeline stages but the last."""
+    collected = _schedule(chunks, _weighted_loss, batches, device, forward_only)
     return sum((float(value) for value in collected), 0.0)
 
 
-def logits(chunks: Sequence[nn.Module], tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
-    """[b, s] -> [b, s, V] on every rank of the pipeline and tensor-parallel group."""
-    tokens = tokens.to(device)
-    data = iter([(tokens, None, None)])
-    collected = _schedule(chunks, _keep_output, data, tokens, 1, True, collect_non_loss_data=True)
+def logits(
+    chunks: Sequence[nn.Module], batch: RankBatch, num_positions: int, vocab_size: int, device: torch.device
+) -> Tensor:
+    """This rank's part of [b, s] -> [b, num_positions, V] on every rank that shares the model."""
+    collected = _schedule(chunks, _keep_output, [batch], device, True, with_loss=False, collect_non_loss_data=True)
     tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     width = -(-vocab_size // tp.size())
     dtype = next(chunks[0].parameters()).dtype
-    local = collected[0] if collected else torch.empty((*tokens.shape, width), dtype=dtype, device=device)
+    local = collected[0] if collected else torch.empty((*batch.tokens.shape, width), dtype=dtype, device=device)
     if pp.size() > 1:
         dist.broadcast(local, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
-    parts = [torch.empty_like(local) for _ in range(tp.size())]
-    dist.all_gather(parts, local.contiguous(), group=tp)
-    return torch.cat(parts, dim=-1)[..., :vocab_size]
+    columns = torch.cat(_gathered(local, tp), dim=-1)[..., :vocab_size]
+    return whole_rows(_gathered(columns, parallel_state.get_context_parallel_group()), num_positions)
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
 
 
 def finalize_gradients(model: list[nn.Module], weight_sum: Tensor, **groups: object) -> None:
@@ -74,54 +68,45 @@ def finalize_gradients(model: list[nn.Module], weight_sum: Tensor, **groups: obj
     finalize_model_grads(model, weight_sum, **groups)
 
 
-def _inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    shape = microbatches[0].tokens.shape
-    for batch in microbatches:
-        if batch.tokens.shape != shape:
-            raise LayoutError(
-                f"microbatches of one step differ in shape: {tuple(batch.tokens.shape)} and {tuple(shape)}"
-            )
-    return ((b.tokens.to(device), b.labels.to(device), b.loss_weights.to(device)) for b in microbatches)
-
-
 def _schedule(
     chunks: Sequence[nn.Module],
-    finish: Callable[[Tensor, Tensor | None], object],
-    data: Iterator[tuple[Tensor, Tensor | None, Tensor | None]],
-    tokens: Tensor,
-    num_microbatches: int,
+    finish: Callable[[Tensor, Tensor], object],
+    batches: Sequence[RankBatch],
+    device: torch.device,
     forward_only: bool,
+    *,
+    with_loss: bool = True,
     **options: object,
 ) -> list[Tensor]:
     """megatron-core's schedule for this layout; what the last stage collected."""
 
-    def forward(
-        inputs: Iterator[tuple[Tensor, Tensor | None, Tensor | None]], model: nn.Module
-    ) -> tuple[Tensor, object]:
-        tokens, labels, weights = next(inputs)
-        return model(tokens, None, None, labels=labels), finish_with(weights)
+    def forward(inputs: Iterator[RankBatch], model: nn.Module) -> tuple[Tensor, object]:
+        batch = next(inputs)
+        packed = None if batch.documents is None else documents(batch.documents, device)
+        labels = batch.labels.to(device) if with_loss else None
+        output = model(batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed)
+        return output, finish_with(batch.loss_weights.to(device))
 
-    def finish_with(weights: Tensor | None) -> object:
+    def finish_with(weights: Tensor) -> object:
         return lambda output, **_: finish(output, weights)
 
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward,
-        data_iterator=data,
+        data_iterator=iter(batches),
         model=list(chunks),
-        num_microbatches=num_microbatches,
-        seq_length=tokens.shape[1],
-        micro_batch_size=tokens.shape[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].seq_length,
+        micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
         **options,
     )
 
 
-def _weighted_loss(losses: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted_loss(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [b, s] -> (what is differentiated, tokens as megatron-core counts them, what is collected)."""
-    assert weights is not None
     total = (losses * weights).sum()
     return total, torch.zeros((), dtype=torch.int, device=losses.device), total.detach()
 
 
-def _keep_output(output: Tensor, _weights: Tensor | None) -> Tensor:
+def _keep_output(output: Tensor, _weights: Tensor) -> Tensor:
     return output

@@ -18,7 +18,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mswift.converters.spec import LayerSpec, ModelSpec
-from mswift.parallel.attention import SdpaAttention
+from mswift.parallel.attention.core import SdpaAttention
+from mswift.parallel.attention.share import share_of
 from mswift.parallel.megatron.linears import BiasedRowParallelLinear
 from mswift.parallel.megatron.width_norm import WidthRMSNorm
 from mswift.parallel.norms import norm_class
@@ -47,6 +48,12 @@ class RotarySelfAttention(SelfAttention):
     def __init__(self, *args: Any, rotary: RotaryTable | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rotary = rotary
+        self._packed: Any = None
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """As megatron-core's."""
+        self._packed = packed_seq_params  # what rotates q and k is not told
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     def get_query_key_value_tensors(
         self,
@@ -68,7 +75,9 @@ class RotarySelfAttention(SelfAttention):
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self._rotary is not None:
-            cos, sin = (part.unsqueeze(-2) for part in self._rotary(s, mixed.dtype))
+            context = self.pg_collection.cp
+            share = share_of(s, context.rank(), context.size(), self._packed)
+            cos, sin = (part.unsqueeze(-2) for part in self._rotary(share or s, mixed.dtype))
             query, key = (rotate(x, cos, sin, interleaved=self._rotary.interleaved) for x in (query, key))
         return query.flatten(2, 3), key.flatten(2, 3), value.squeeze(-2), *(part.flatten(2, 3) for part in gate)
 

@@ -23,6 +23,7 @@ def enter(dims: ParallelDims, seed: int, timeout_seconds: float = 1800.0) -> Non
             pipeline_model_parallel_size=dims.pp,
             virtual_pipeline_model_parallel_size=dims.vpp,
             context_parallel_size=dims.cp,
+            hierarchical_context_parallel_sizes=list(dims.cp_levels) if dims.cp_levels else None,
             expert_model_parallel_size=dims.ep,
             expert_tensor_parallel_size=dims.etp,
             distributed_timeout_minutes=math.ceil(timeout_seconds / 60),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mswift.parallel import attention
+from mswift.parallel.attention import core, kernels, tiles
 
 S, B, G, R, D = 37, 2, 2, 3, 8
 CONFIG = SimpleNamespace(context_parallel_size=1)
@@ -51,10 +51,12 @@ def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, case: dict[str,
 @pytest.mark.parametrize("block", [8, 36, 1024])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    monkeypatch.setattr(tiles, "BLOCK", block)
+    tiles.tiles.cache_clear()
     case = dict(CASES[name])
     sinks = torch.linspace(-1, 2, G * R, dtype=torch.float64, requires_grad=True) if case.pop("sinks", False) else None
-    module = attention.SdpaAttention(CONFIG, **case)
+    module = core.SdpaAttention(CONFIG, **case)
     module.sinks = sinks
     q, k, v, gradient = inputs()
     leaves = [q, k, v] if sinks is None else [q, k, v, sinks]
@@ -66,27 +68,17 @@ def test_equals_transformers(name: str, block: int, monkeypatch: pytest.MonkeyPa
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_no_mask_and_no_score_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    original = attention.visible
-    monkeypatch.setattr(attention, "BLOCK", 8)
-    monkeypatch.setattr(attention, "visible", lambda *args: sizes.append(args[:2]) or original(*args))
-    q, k, v, _ = inputs()
-    attention.SdpaAttention(CONFIG, window=5)(q, k, v)
-    assert max(keys for _, keys in sizes) <= 8 + 5 - 1
-    assert max(queries for queries, _ in sizes) == 8
-
-
-def test_scores_of_several_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the backward pass keeps of a soft-capped layer grows with s, not with s * s."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
     q, k, v, _ = inputs()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        attention.SdpaAttention(CONFIG, softcap=1.0)(q, k, v)
+        core.SdpaAttention(CONFIG, softcap=1.0)(q, k, v)
     assert max(kept) <= q.numel()
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        attention.SdpaAttention(SimpleNamespace(context_parallel_size=2), window=4)
+    q, k, v, _ = inputs()
+    with pytest.raises(NotImplementedError, match="takes no mask"):
+        core.SdpaAttention(CONFIG)(q, k, v, torch.ones(1))

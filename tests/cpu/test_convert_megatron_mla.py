@@ -93,7 +93,7 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int], 
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from mswift.parallel.attention import SdpaAttention
+    from mswift.parallel.attention.core import SdpaAttention
     from mswift.parallel.megatron import world
 
     world.enter(dims, 1)

@@ -145,7 +145,7 @@ def without_yarn_in_the_softmax() -> Iterator[None]:
     from mswift.parallel.megatron import mla
 
     make = mla.SdpaAttention
-    with patch.object(mla, "SdpaAttention", lambda config, softmax_scale: make(config)):
+    with patch.object(mla, "SdpaAttention", lambda config, softmax_scale, **groups: make(config, **groups)):
         yield
 
 

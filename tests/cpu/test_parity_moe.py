@@ -162,7 +162,7 @@ def no_clamp() -> Any:
 
 def no_sinks() -> Any:
     """A softmax over the keys alone."""
-    from mswift.parallel.attention import SdpaAttention
+    from mswift.parallel.attention.core import SdpaAttention
     from mswift.parallel.megatron.self_attention import SinkAttention
 
     return patched(SinkAttention, "forward", SdpaAttention.forward)

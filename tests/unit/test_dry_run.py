@@ -85,6 +85,28 @@ def test_memory_parts() -> None:
     assert trained_parameters(SftConfig(model="m", tuner_type="lora", lora_rank=4), table) == lora.trained
 
 
+def test_ranks_that_share_sequences_share_activations_and_the_optimizer() -> None:
+    table, config = _table(), PtConfig(model="m", max_length=128, global_batch_size=8)
+    one, four = (stage_memory(config, table, ParallelDims(n, cp=n), 4, 0) for n in (1, 4))
+    assert (four.weights_bytes, four.gradients_bytes) == (one.weights_bytes, one.gradients_bytes)
+    assert (4 * four.optimizer_bytes, 4 * four.activations_bytes) == (one.optimizer_bytes, one.activations_bytes)
+
+
+def test_context_parallelism_is_told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--context_parallel_size", "4", "--cp_comm_type", "a2a+p2p"]
+    sizes = ["--hierarchical_context_parallel_sizes", "2", "2"]
+    assert main([*argv, *layout, *sizes, "--world_size", "8"]) == 0
+    output = capsys.readouterr().out
+    for words in (
+        "8 ranks = TP 1 x CP 4 x PP 1 x DP 2",
+        "[0 1 2 3] [4 5 6 7] share each sequence (a2a+p2p)",
+        "DP x CP",
+    ):
+        assert words in output
+    assert main([*argv, *layout, "--world_size", "8"]) == 2
+    assert "use --cp_comm_type a2a+p2p --hierarchical_context_parallel_sizes 2 2" in capsys.readouterr().out
+
+
 @pytest.fixture
 def argv(tmp_path: Path) -> list[str]:
     (tmp_path / "model").mkdir()

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mswift.config.train import SftConfig
-from mswift.converters.spec import ModelSpec, RopeSpec
+from mswift.converters.spec import DeltaSpec, LayerSpec, ModelSpec, RopeSpec
 from mswift.errors import ConfigError, LayoutError
 from mswift.refusals import check_schedule, check_train, train_dtype, train_refusals
 
@@ -81,6 +81,13 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     (dict(lora_rank=16), 1, "tuner_type", ["--lora_rank 16", "full"]),
     (dict(modules_to_save=("lm_head",)), 1, "tuner_type", ["--modules_to_save lm_head"]),
     (dict(lr_wsd_decay_iters=3), 1, "lr_decay_style", ["3", "cosine"]),
+    (dict(context_parallel_size=2, cp_comm_type="a2a+p2p"), 2, "cp_comm_type", ["without", "a2a+p2p"]),
+    (
+        dict(context_parallel_size=4, cp_comm_type="a2a", tensor_model_parallel_size=2),
+        8,
+        "cp_comm_type",
+        ["a2a exchanges heads between 4 ranks", "4 key/value heads", "--tensor_model_parallel_size 2 leaves 2"],
+    ),
     (dict(sequence_parallel=True), 2, "sequence_parallel", ["--tensor_model_parallel_size is 1"]),
 ]
 _KINDS: dict[str, Any] = {"false": False}
@@ -117,6 +124,29 @@ def test_contradictions(change: dict[str, Any], mended: dict[str, Any], message:
     config = dataclasses.replace(FINE, **change)
     assert message in _refused(config)
     check_train(dataclasses.replace(config, **mended), SPEC, 1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (8, 1)])
+def test_groups_inside_groups_make_up_the_group(sizes: tuple[int, int]) -> None:
+    config = dataclasses.replace(
+        FINE, context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=sizes
+    )
+    message = _refused(config, 4)
+    assert f"--hierarchical_context_parallel_sizes {sizes[0]} {sizes[1]} " in message
+    assert "--context_parallel_size 4" in message
+    for text in _remedies(message, "hierarchical_context_parallel_sizes"):
+        inner, outer = map(int, text.split())
+        check_train(dataclasses.replace(config, hierarchical_context_parallel_sizes=(inner, outer)), SPEC, 4)
+
+
+def test_recurrent_layers_do_not_share_sequences() -> None:
+    delta = DeltaSpec(num_key_heads=4, num_value_heads=4, key_head_dim=8, value_head_dim=8, conv_kernel=4)
+    spec = dataclasses.replace(SPEC, delta=delta, layers=(LayerSpec(mixer="delta"), *[LayerSpec()] * 5))
+    config = dataclasses.replace(FINE, context_parallel_size=2)
+    message = _refused(config, 2, spec)
+    assert "--context_parallel_size 2: model_type 'llama' has delta layers" in message
+    for text in _remedies(message, "context_parallel_size"):
+        check_train(dataclasses.replace(config, context_parallel_size=int(text)), spec, 2)
 
 
 def test_float16_is_not_trained_in() -> None:

@@ -1,0 +1,128 @@
+"""Microbatches, and what one context-parallel rank computes of them: padded, cut, at any layout.
+
+Padding is added here, at run time: which tokens form a step does not depend on the layout. Shapes: b rows, s positions
+of a row as it comes, S positions after padding of what is computed as one row, n context-parallel ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mswift.errors import LayoutError
+from mswift.parallel.attention.share import Share, natural_rows, rows_in_order
+from mswift.topology import ParallelDims
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """`labels` are shifted already: labels[:, t] is the target of position t. Any device.
+
+    tokens, labels: int64 [b, s]; loss_weights: float32 [b, s], 0 where there is nothing to learn. documents: None, a
+    row is one sequence; else the lengths of what is packed in the rows, row by row, padding at a row's end included,
+    b * s in all. A document sees itself alone and its positions count from 0.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    documents: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's part, [b, S / n] (packed: [1, S / n]); documents: their padded lengths, S in all."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    documents: tuple[int, ...] | None
+    seq_length: int
+    """S"""
+
+
+def rank_batches(microbatches: Sequence[Microbatch], dims: ParallelDims, cp_rank: int) -> list[RankBatch]:
+    """Parts of a context-parallel rank, all of one shape. Raises LayoutError for rows of several lengths."""
+    _check_shapes(microbatches)
+    length = max(_padded_length(batch, dims) for batch in microbatches)
+    return [_rank_batch(batch, dims, cp_rank, length) for batch in microbatches]
+
+
+def whole_rows(parts: Sequence[Tensor], num_positions: int) -> Tensor:
+    """[b, S / n, ...] of every context-parallel rank, unpacked -> [b, s, ...]."""
+    size, length = len(parts), sum(part.shape[1] for part in parts)
+    rows = torch.cat(list(parts), dim=1)
+    if size > 1:
+        everyone = Share((length,), tuple(range(size)), size)
+        rows = rows.index_select(1, rows_in_order(everyone, rows.device))
+    return rows[:, :num_positions]
+
+
+def sequence_multiple(dims: ParallelDims) -> int:
+    """What the positions of a row must be a multiple of: 2 chunks a context-parallel rank, and whole parts for
+
+    every tensor-parallel rank under sequence parallelism.
+    """
+    chunks = 2 * dims.cp if dims.cp > 1 else 1
+    return chunks * (dims.tp if dims.sequence_parallel else 1)
+
+
+def _check_shapes(microbatches: Sequence[Microbatch]) -> None:
+    first = microbatches[0]
+    for batch in microbatches:
+        if (batch.documents is None) != (first.documents is None):
+            raise LayoutError("microbatches of one step are packed and not packed")
+        if batch.documents is None and batch.tokens.shape != first.tokens.shape:
+            shapes = f"{tuple(batch.tokens.shape)} and {tuple(first.tokens.shape)}"
+            raise LayoutError(f"microbatches of one step differ in shape: {shapes}")
+        if batch.documents is not None and sum(batch.documents) != batch.tokens.numel():
+            raise LayoutError(
+                f"documents of {sum(batch.documents)} positions in rows of {batch.tokens.numel()}: padding at the end "
+                "of a row is a document of its own"
+            )
+
+
+def _padded_documents(batch: Microbatch, dims: ParallelDims) -> tuple[int, ...]:
+    assert batch.documents is not None
+    unit = 2 * dims.cp if dims.cp > 1 else 1
+    return tuple(-(-length // unit) * unit for length in batch.documents)
+
+
+def _padded_length(batch: Microbatch, dims: ParallelDims) -> int:
+    length = batch.tokens.shape[1] if batch.documents is None else sum(_padded_documents(batch, dims))
+    unit = sequence_multiple(dims)
+    return -(-length // unit) * unit
+
+
+def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int) -> RankBatch:
+    tensors = (batch.tokens, batch.labels, batch.loss_weights)
+    documents = None
+    if batch.documents is None:
+        tensors = tuple(F.pad(x, (0, length - x.shape[1])) for x in tensors)
+    else:
+        documents = _padded_documents(batch, dims)
+        places = _places(batch.documents, documents)
+        tensors = tuple(_spread(x, places, length) for x in tensors)
+        if length > sum(documents):
+            documents += (length - sum(documents),)
+    if dims.cp > 1:
+        share = Share(documents or (length,), (cp_rank,), dims.cp)
+        tensors = tuple(x.index_select(1, natural_rows(share, x.device)) for x in tensors)
+    return RankBatch(*tensors, documents, length)
+
+
+def _places(lengths: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """int64 [b * s]: where every token goes once each document is followed by its padding."""
+    shifts = [start - before for start, before in zip(accumulate(padded), accumulate(lengths), strict=True)]
+    counts = torch.tensor(lengths)
+    return torch.arange(int(counts.sum())) + torch.tensor([0, *shifts[:-1]]).repeat_interleave(counts)
+
+
+def _spread(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """[b, s] -> [1, length], zero where there is padding."""
+    out = x.new_zeros(length)
+    out[places.to(x.device)] = x.flatten()
+    return out.unsqueeze(0)

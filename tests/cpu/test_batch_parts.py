@@ -1,0 +1,64 @@
+"""What each context-parallel rank gets of a microbatch: every token once, padding without loss, at any layout."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mswift.errors import LayoutError
+from mswift.parallel.attention.share import Share, natural_rows
+from mswift.parallel.batch import Microbatch, rank_batches, sequence_multiple, whole_rows
+from mswift.topology import ParallelDims
+
+CPU = torch.device("cpu")
+
+
+def layout(cp: int, tp: int) -> ParallelDims:
+    return ParallelDims(cp * tp, cp=cp, tp=tp, sequence_parallel=tp > 1)
+
+
+def microbatch(rows: int, length: int, documents: tuple[int, ...] | None = None) -> Microbatch:
+    """Tokens 1, 2, 3, ...; every one with loss."""
+    tokens = torch.arange(1, rows * length + 1).view(rows, length)
+    return Microbatch(tokens, tokens + 1, torch.ones(rows, length), documents)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20))
+def test_rows_are_padded_and_put_together_again(cp: int, tp: int, rows: int, length: int) -> None:
+    dims, batch = layout(cp, tp), microbatch(rows, length)
+    parts = [rank_batches([batch], dims, rank)[0] for rank in range(cp)]
+    assert parts[0].seq_length % sequence_multiple(dims) == 0
+    assert parts[0].seq_length - length < sequence_multiple(dims)
+    assert torch.equal(whole_rows([part.tokens for part in parts], length), batch.tokens)
+    assert sum(float(part.loss_weights.sum()) for part in parts) == rows * length
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_documents_keep_their_order_and_get_their_own_padding(cp: int, tp: int, lengths: list[int]) -> None:
+    dims, batch = layout(cp, tp), microbatch(1, sum(lengths), tuple(lengths))
+    longer = microbatch(1, sum(lengths) + 3, (sum(lengths) + 3,))  # microbatches of one step get one length
+    parts = [rank_batches([batch, longer], dims, rank) for rank in range(cp)]
+    assert {part.tokens.shape for rank in parts for part in rank} == {(1, parts[0][0].seq_length // cp)}
+    documents = parts[0][0].documents
+    assert documents is not None
+    assert sum(documents) == parts[0][0].seq_length
+    everyone = Share(documents, tuple(range(cp)), cp)
+    whole, weights = torch.zeros(2, sum(documents))
+    whole[natural_rows(everyone, CPU)] = torch.cat([rank[0].tokens[0] for rank in parts]).float()
+    weights[natural_rows(everyone, CPU)] = torch.cat([rank[0].loss_weights[0] for rank in parts])
+    expected = batch.tokens[0].split(lengths)
+    for found, padded_weights, tokens in zip(whole.split(documents), weights.split(documents), expected, strict=False):
+        assert found[: len(tokens)].tolist() == tokens.tolist()
+        assert not found[len(tokens) :].any()
+        assert float(padded_weights.sum()) == len(tokens)
+    assert float(weights.sum()) == sum(lengths)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    dims = ParallelDims()
+    with pytest.raises(LayoutError, match=r"differ in shape: \(1, 5\) and \(1, 4\)"):
+        rank_batches([microbatch(1, 4), microbatch(1, 5)], dims, 0)
+    with pytest.raises(LayoutError, match="documents of 3 positions in rows of 4"):
+        rank_batches([microbatch(1, 4, (3,))], dims, 0)
+    with pytest.raises(LayoutError, match="packed and not packed"):
+        rank_batches([microbatch(1, 4), microbatch(1, 4, (4,))], dims, 0)

@@ -118,8 +118,8 @@ def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> No
     recurrent = sorted({spec.layer(n).mixer for n in range(spec.num_layers)} & {"mamba", "delta"})
     if recurrent:
         raise LayoutError(
-            f"{FLAGS['cp']} {dims.cp}: model_type {spec.model_type!r} has {' and '.join(recurrent)} layers, whose state "
-            f"passes from each position to the next, so that ranks cannot share a sequence: use {FLAGS['cp']} 1"
+            f"{FLAGS['cp']} {dims.cp}: model_type {spec.model_type!r} has {' and '.join(recurrent)} layers, whose "
+            f"state passes from each position to the next, so that ranks cannot share a sequence: use {FLAGS['cp']} 1"
         )
     if (dims.cp_levels is not None) != (kind == "a2a+p2p"):
         inner = divisors(dims.cp)[1]
@@ -133,8 +133,8 @@ def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> No
     heads = spec.num_kv_heads if spec.mla is None else spec.num_attention_heads
     if heads // dims.tp % sharing:
         raise LayoutError(
-            f"--cp_comm_type {kind} exchanges heads between {sharing} ranks, and of the model's {heads} key/value heads "
-            f"(KV groups) {FLAGS['tp']} {dims.tp} leaves {heads // dims.tp}: use --cp_comm_type p2p or all_gather"
+            f"--cp_comm_type {kind} exchanges heads between {sharing} ranks, and of the model's {heads} key/value "
+            f"heads (KV groups) {FLAGS['tp']} {dims.tp} leaves {heads // dims.tp}: use --cp_comm_type p2p or all_gather"
         )
 
 

@@ -98,20 +98,21 @@ def _padded_length(batch: Microbatch, dims: ParallelDims) -> int:
 
 
 def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int) -> RankBatch:
-    tensors = (batch.tokens, batch.labels, batch.loss_weights)
+    tensors = [batch.tokens, batch.labels, batch.loss_weights]
     documents = None
     if batch.documents is None:
-        tensors = tuple(F.pad(x, (0, length - x.shape[1])) for x in tensors)
+        tensors = [F.pad(x, (0, length - x.shape[1])) for x in tensors]
     else:
         documents = _padded_documents(batch, dims)
         places = _places(batch.documents, documents)
-        tensors = tuple(_spread(x, places, length) for x in tensors)
+        tensors = [_spread(x, places, length) for x in tensors]
         if length > sum(documents):
             documents += (length - sum(documents),)
     if dims.cp > 1:
         share = Share(documents or (length,), (cp_rank,), dims.cp)
-        tensors = tuple(x.index_select(1, natural_rows(share, x.device)) for x in tensors)
-    return RankBatch(*tensors, documents, length)
+        tensors = [x.index_select(1, natural_rows(share, x.device)) for x in tensors]
+    tokens, labels, loss_weights = tensors
+    return RankBatch(tokens, labels, loss_weights, documents, length)
 
 
 def _places(lengths: Sequence[int], padded: Sequence[int]) -> Tensor:

@@ -157,10 +157,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: fl
     s, b = q.shape[:2]
     ends = torch.tensor(lengths * b).cumsum(0)
     bounds = F.pad(ends, (1, 0)).to(q.device, torch.int32)
-    flat = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+    flat_q, flat_k, flat_v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
     size = (-1 if window is None else window - 1, 0)
     out = varlen_attn(
-        *flat, bounds, bounds, max(lengths), max(lengths), scale=scale, window_size=size,
+        flat_q, flat_k, flat_v, bounds, bounds, max(lengths), max(lengths), scale=scale, window_size=size,
         enable_gqa=k.shape[2] != q.shape[2],
     )  # fmt: skip
+    assert isinstance(out, Tensor)
     return out.unflatten(0, (b, s)).transpose(0, 1)

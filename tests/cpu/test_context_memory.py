@@ -8,7 +8,7 @@ from tests.cpu.test_parity_context import DENSE, LATENT, start
 from tests.support.ranks import join, run_ranks
 from tests.support.spaces import MemoryReader
 
-LENGTH = 1024
+LENGTH = 512
 KINDS = ("p2p", "all_gather", "a2a")
 
 

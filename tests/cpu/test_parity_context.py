@@ -7,6 +7,7 @@ fp32; logits, loss, gradient norm, every gradient, and weights after three steps
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.family_configs import family_config
+from tests.support.lora_parity import mswift_run, peft_run
 from tests.support.parity import MODELS, VOCAB, differences, megatron_run, model_of, random_model, random_steps
 from tests.support.spaces import weights_of
 
@@ -118,6 +120,13 @@ def test_packed_documents_equal_those_of_one_rank(name: str, layout: str, kind: 
     found, truth = run(name, layout, kind, packed=True), one_rank(name, packed=True)
     assert too_far(found, truth) == {}
     assert found["evaluated"] == pytest.approx(truth["evaluated"], rel=1e-6)
+
+
+def test_lora_equals_peft(tmp_path: Path) -> None:
+    truth = peft_run(tmp_path, "qwen3", ("all-linear",), ())
+    found = mswift_run(tmp_path, 2, {"cp": 2})
+    assert {n: d for n, d in differences(found, truth, WHAT).items() if not d <= 1e-5} == {}
+    assert found["trainable"] == truth["trainable"]
 
 
 def one_by_one(steps: Any) -> Any:

@@ -1,6 +1,6 @@
 """Bytes that autograd holds after a forward pass when 1, 2 or 4 ranks share a sequence, by kind of context parallelism.
 
-    python benchmarks/context_parallel.py [--length 4096] [--write benchmarks/results/context_parallel.md]
+    python benchmarks/context_parallel.py [--length 2048] [--write benchmarks/results/context_parallel.md]
 
 One microbatch of one sequence through mswift's engine, fp32, on the CPU; every tensor that a saved-tensor hook sees is
 counted once by its storage, parameters left out. The ideal is 1 / CP of what one rank holds for the same sequence.
@@ -82,22 +82,20 @@ def rank_main(rank: int, world_size: int, port: int, model: str, length: int, qu
 
 def measure(model: str, world_size: int, length: int) -> dict[str, int]:
     """Kind -> bytes of the rank that holds most."""
-    import multiprocessing
+    from torch import multiprocessing
 
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=rank_main, args=(r, world_size, port, model, length, queue)) for r in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    answers = [queue.get() for _ in range(world_size * (len(KINDS) if world_size > 1 else 1))]
-    for process in ranks:
-        process.join()
-    return {kind: max(size for name, size in answers if name == kind) for kind, _ in answers}
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(
+        rank_main, (world_size, port, model, length, queue), nprocs=world_size
+    )  # raises what one does
+    found: dict[str, int] = {}
+    while not queue.empty():
+        kind, size = queue.get()
+        found[kind] = max(size, found.get(kind, 0))
+    return found
 
 
 def report(length: int) -> str:
@@ -127,14 +125,15 @@ def report(length: int) -> str:
 def main() -> None:
     """Parse, measure, print, perhaps write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     text = report(args.length)
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text("# Memory under context parallelism\n\n" + text)
+        head = "What autograd holds on each rank is 1 / CP of what one rank holds, whichever way keys and values cross ranks."
+        args.write.write_text(f"# Memory under context parallelism\n\n{head}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main() -> None:
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
-        head = "What autograd holds on each rank is 1 / CP of what one rank holds, whichever way keys and values cross ranks."
+        head = "What autograd holds on each rank is 1 / CP of what one rank holds, however keys and values cross ranks."
         args.write.write_text(f"# Memory under context parallelism\n\n{head}\n\n{text}")
 
 

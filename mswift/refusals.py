@@ -96,7 +96,7 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
         cp=config.context_parallel_size,
-        cp_levels=config.hierarchical_context_parallel_sizes,
+        cp_levels=config.hierarchical_context_parallel_sizes or None,
         ep=config.expert_model_parallel_size,
         etp=config.expert_tensor_parallel_size,
         sequence_parallel=config.sequence_parallel,
@@ -129,7 +129,7 @@ def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> No
             f"ring) and the other kinds do not take: use --cp_comm_type a2a+p2p --hierarchical_context_parallel_sizes "
             f"{inner} {dims.cp // inner}, or --cp_comm_type p2p without them"
         )
-    sharing = {"a2a": dims.cp, "a2a+p2p": (dims.cp_levels or (1, 1))[0]}.get(kind, 1)
+    sharing = {"a2a": dims.cp, "a2a+p2p": (dims.cp_levels or (1,))[0]}.get(kind, 1)
     heads = spec.num_kv_heads if spec.mla is None else spec.num_attention_heads
     if heads // dims.tp % sharing:
         raise LayoutError(

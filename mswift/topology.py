@@ -52,7 +52,7 @@ class ParallelDims:
     etp: int | None = None
     vpp: int | None = None
     sequence_parallel: bool = False
-    cp_levels: tuple[int, int] | None = None
+    cp_levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for axis, flag in FLAGS.items():
@@ -68,10 +68,11 @@ class ParallelDims:
                 f"--sequence_parallel true splits the sequence inside a tensor-parallel group, but {FLAGS['tp']} is 1: "
                 f"use --sequence_parallel false, or {FLAGS['tp']} 2"
             )
-        if self.cp_levels is not None and (min(self.cp_levels) < 1 or math.prod(self.cp_levels) != self.cp):
+        levels = self.cp_levels
+        if levels is not None and (len(levels) != 2 or min(levels) < 1 or math.prod(levels) != self.cp):
             fitting = " or ".join(f"{inner} {self.cp // inner}" for inner in divisors(self.cp))
             raise LayoutError(
-                f"--hierarchical_context_parallel_sizes {' '.join(map(str, self.cp_levels))} are not two numbers whose "
+                f"--hierarchical_context_parallel_sizes {' '.join(map(str, levels))} are not two numbers whose "
                 f"product is {FLAGS['cp']} {self.cp}: use --hierarchical_context_parallel_sizes {fitting}"
             )
         if self.vpp is not None and self.vpp > 1 and self.pp == 1:

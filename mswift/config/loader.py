@@ -112,7 +112,7 @@ def to_arguments(config: Any) -> list[str]:
         if value == field.default:
             continue
         if isinstance(value, tuple):
-            arguments += [f"--{field.name}={value[0]}", *value[1:]] if value else [f"--{field.name}"]
+            arguments += [f"--{field.name}={value[0]}", *map(str, value[1:])] if value else [f"--{field.name}"]
         else:
             arguments.append(f"--{field.name}={'none' if value is None else value}")
     return arguments

@@ -101,7 +101,7 @@ class TrainConfig:
     """Ranks that share each sequence (CP)."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     """How attention crosses CP ranks: keys round a ring, gathered keys, heads for positions, the latter in a ring."""
-    hierarchical_context_parallel_sizes: tuple[int, int] | None = None
+    hierarchical_context_parallel_sizes: tuple[int, ...] = ()
     """a2a+p2p: CP ranks that exchange heads (next to each other), and how many such groups form the ring."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of each layer (EP); divides the number of experts."""

@@ -126,13 +126,13 @@ def test_contradictions(change: dict[str, Any], mended: dict[str, Any], message:
     check_train(dataclasses.replace(config, **mended), SPEC, 1)
 
 
-@pytest.mark.parametrize("sizes", [(2, 3), (8, 1)])
-def test_groups_inside_groups_make_up_the_group(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(2, 3), (8, 1), (4,)])
+def test_groups_inside_groups_make_up_the_group(sizes: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         FINE, context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=sizes
     )
     message = _refused(config, 4)
-    assert f"--hierarchical_context_parallel_sizes {sizes[0]} {sizes[1]} " in message
+    assert f"--hierarchical_context_parallel_sizes {' '.join(map(str, sizes))} " in message
     assert "--context_parallel_size 4" in message
     for text in _remedies(message, "hierarchical_context_parallel_sizes"):
         inner, outer = map(int, text.split())

@@ -26,6 +26,7 @@ BUDGET_SECONDS = {
     "cpu/test_convert": 80,
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 50,
+    "cpu/test_parity_context": 60,
     "cpu/test_parity_ssm": 60,
     "cpu/test_parity_families": 60,
     "cpu/test_parity_mla": 35,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mswift import rundir
-from mswift.converters.adapters import LoraConfig, Table, expand_modules_to_save
+from mswift.converters.adapters import Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.settings import PeftSettings
 
@@ -67,42 +67,58 @@ _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modu
 
 
 def peft_config(
-    config: LoraConfig, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
+    settings: PeftSettings, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
 ) -> dict[str, Any]:
     """The content of adapter_config.json. tied: the base ties its embeddings, and so does the adapter's copy."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    alpha, modules = settings.alpha, settings.target_modules
+    own = {
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "exclude_modules": _as_json(settings.exclude_modules),
+        "init_lora_weights": True if settings.init == "true" else settings.init,
+        "layers_pattern": _as_json(settings.layers_pattern),
+        "layers_to_transform": _as_json(settings.layers_to_transform),
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": settings.dropout,
+        "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
+        "target_modules": modules if isinstance(modules, str) else list(modules),
+        "target_parameters": _as_json(settings.target_parameters),
+        "use_dora": settings.dora,
+        "use_rslora": settings.rslora,
+    }
     return dict(
         sorted(
             {
                 **_OFF,
                 **_PLAIN,
+                **own,
                 "auto_mapping": None,
                 "base_model_name_or_path": base_model,
                 "ensure_weight_tying": tied and bool(modules_to_save),
                 "inference_mode": True,
-                "init_lora_weights": True,
-                "lora_alpha": alpha,
-                "lora_dropout": 0.0,
                 "megatron_core": "megatron.core",
                 "modules_to_save": list(modules_to_save) or None,
                 "peft_type": "LORA",
                 "peft_version": _PEFT_VERSION,
                 "qalora_group_size": 16,
-                "r": config.rank,
                 "revision": None,
-                "target_modules": list(config.target_modules),
                 "task_type": "CAUSAL_LM",
             }.items()
         )
     )
 
 
+def _as_json(names: Sequence[object] | str) -> list[object] | str | None:
+    """A pattern as it is; a list; None for an empty one, as PEFT writes it."""
+    return names if isinstance(names, str) else list(names) or None
+
+
 def adapter_files(
-    table: Table, config: LoraConfig, modules_to_save: Sequence[str], base_model: str | None
+    table: Table, settings: PeftSettings, modules_to_save: Sequence[str], base_model: str | None
 ) -> dict[str, bytes]:
     """adapter_config.json by name, as a training checkpoint carries it in hf/."""
     saved = expand_modules_to_save(table, modules_to_save)
-    content = peft_config(config, saved, base_model=base_model, tied=table.spec.tied_embeddings)
+    content = peft_config(settings, saved, base_model=base_model, tied=table.spec.tied_embeddings)
     return {CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
 
 
@@ -144,16 +160,22 @@ def read_adapter_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_peft_config(adapter: Path) -> PeftSettings:
-    """adapter_config.json of a PEFT directory.
+def read_peft_config(adapter: Path, *, trained_here: bool = False) -> PeftSettings:
+    """adapter_config.json of a PEFT directory; or of a checkpoint of ours, which keeps what PiSSA and OLoRA start from.
 
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
-    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE)
+    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE, trained_here=trained_here)
 
 
-def parse_peft_config(data: Mapping[str, Any], path: Path) -> PeftSettings:
+def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool = False) -> PeftSettings:
     """The content of an adapter_config.json; `path` is its name in errors, which are those of `read_peft_config`."""
+    init = data.get("init_lora_weights", True)
+    if not trained_here and init not in _PLAIN_INITS:
+        raise ConfigError(
+            f"{path}: init_lora_weights={init!r} has changed the base weights as well; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, or mswift export, which turns it into a plain LoRA"
+        )
     _refuse_unsupported(data, path)
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if not _is_rank(rank) or not _is_number(alpha):
@@ -176,6 +198,7 @@ def parse_peft_config(data: Mapping[str, Any], path: Path) -> PeftSettings:
         layers_to_transform=_layers(data, path),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
         target_parameters=tuple(sorted(data.get("target_parameters") or ())),
+        init="true" if init in _PLAIN_INITS else str(init),
     )
 
 
@@ -235,11 +258,6 @@ def _check_pattern(pattern: str, name: str, path: Path) -> None:
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
     if data.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type={data.get('peft_type')!r}; mswift reads LORA")
-    if data.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise ConfigError(
-            f"{path}: init_lora_weights={data['init_lora_weights']!r} has changed the base weights as well; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
-        )
     known = {*_OFF, *_PLAIN, *_IGNORED, *_READ, "ensure_weight_tying"}
     for name, value in data.items():
         if name in _OFF and value and value != _OFF[name]:

@@ -15,9 +15,12 @@ from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
+from mswift.parallel.dropout import BatchPlace
+from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
+from mswift.parallel.megatron.held import Held, held_bytes
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_parameters
@@ -62,19 +65,24 @@ class MegatronEngine:
         self._trained = self._base
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
-            self._trained = [place_adapter(*adapter, tp_rank=self.coordinate.tp) for adapter in adapter_tensors(chunks)]
+            found = adapter_tensors(chunks)
+            self._trained = [place_adapter(*slot, parameter, place) for slot, parameter in found]
 
     # -- weights
 
     @torch.no_grad()
-    def load_weights(self, reader: WeightReader) -> None:
+    def load_weights(self, reader: WeightReader, *, resumed: bool = False) -> None:
         """Fill the base from a checkpoint: this rank's slices and no others; padded vocabulary rows are zero.
 
-        Adapters keep their start. Raises CheckpointError for another model than the engine's.
+        Adapters get their start (not if resumed: `load_state` brings theirs). Raises CheckpointError for another model
+        than the engine's.
         """
         if reader.table.spec != self.table.spec:
             raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self.table.spec}")
         self._read_parameters(self._base, reader.read, lambda placed: SOURCE_DTYPES[reader.dtype_of(placed.key)])
+        if self.config.lora is not None and not resumed:
+            start_from_base(self._chunks, self.config.lora.seed)
+            self._optimizer.reload_parameters()
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
@@ -160,7 +168,8 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
         self._weight_sum.fill_(weights)
-        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False)
+        places = self._places(microbatches)
+        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False, places=places)
         loss_sum = self._sum_over_ranks(losses)
         devices.synchronize(self.device)
         computed = time.perf_counter()
@@ -185,6 +194,15 @@ class MegatronEngine:
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype, on every rank."""
         return schedule.logits(self._chunks, tokens, self.table.spec.vocab_size, self.device)
+
+    def _places(self, microbatches: Sequence[Microbatch]) -> list[BatchPlace] | None:
+        """Which rows of the global batch these are, for adapters with dropout; None: nothing is dropped."""
+        if self.config.lora is None or not self.config.lora.settings.dropout:
+            return None
+        size = len(microbatches[0].tokens)
+        first = [(m * self.dims.dp + self.coordinate.dp) * size for m in range(len(microbatches))]
+        step = self.optimizer_step
+        return [BatchPlace(self.config.seed, step, torch.arange(row, row + size)) for row in first]
 
     @property
     def _reports(self) -> bool:
@@ -217,6 +235,10 @@ class MegatronEngine:
         total = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return int(total[0]) // self.dims.dp + int(total[1]) // self.dims.edp
+
+    def held_bytes(self) -> tuple[Held, Held]:
+        """What this rank holds for its (frozen, trained) parameters."""
+        return held_bytes(self._base, self._trained, self._optimizer)
 
     def close(self) -> None:
         """Give megatron-core's groups back; the engine is of no use afterwards.

@@ -7,7 +7,7 @@ Shapes: s sequence of this rank, b batch, i features of this rank.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ _place: ContextVar[BatchPlace | None] = ContextVar("place", default=None)
 
 @contextmanager
 def at(place: BatchPlace | None) -> Iterator[None]:
-    """Within: forward passes of this microbatch drop; None (or outside): nothing is dropped."""
+    """Within: forward passes of this microbatch drop."""
     token = _place.set(place)
     try:
         yield
@@ -44,8 +44,28 @@ def at(place: BatchPlace | None) -> Iterator[None]:
         _place.reset(token)
 
 
+@contextmanager
+def counted(chunks: Sequence[nn.Module], places: Sequence[BatchPlace]) -> Iterator[None]:
+    """Within: the n-th forward pass of each model chunk is that of places[n]; no places: nothing is dropped."""
+    hooks = []
+    for chunk in chunks if places else ():
+        left = iter(places)
+        hooks.append(chunk.register_forward_pre_hook(lambda *_, left=left: _enter(next(left))))
+        hooks.append(chunk.register_forward_hook(lambda *_: _enter(None)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _place.set(None)
+
+
+def _enter(place: BatchPlace | None) -> None:
+    _place.set(place)
+
+
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function at today's place whenever it is called: a layer that is computed again in the backward pass."""
+    """The function at today's place whenever it is called: for a layer that is computed again in the backward pass."""
     place = _place.get()
 
     @wraps(function)
@@ -56,14 +76,32 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def remember_places(tensor_parallel: Any) -> None:
+    """Have megatron-core's recomputation (megatron.core.tensor_parallel, of which it is a part) use `remembered`."""
+    again, without_output = tensor_parallel.checkpoint, tensor_parallel.random.CheckpointWithoutOutput
+    original = without_output.checkpoint
+
+    def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+        return again(remembered(function), distribute_saved_activations, *args)
+
+    def checkpoint_without_output(self: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+        return original(self, remembered(run_function), *args)
+
+    tensor_parallel.checkpoint = tensor_parallel.random.checkpoint = checkpoint
+    without_output.checkpoint = checkpoint_without_output
+
+
 def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first_feature: int) -> Tensor:
     """x [s, b, i] with its elements zeroed at `probability`, the others divided by 1 - probability, as torch has it.
 
     first_token, first_feature: place of element 0 within the sequence of this context-parallel rank and the features.
+    Without gradients (an evaluation) and outside of `counted` nothing is dropped.
     """
     place = _place.get()
-    if place is None or probability == 0:
+    if probability == 0 or (place is None and not torch.is_grad_enabled()):
         return x
+    if place is None:
+        raise RuntimeError(f"{name}: which microbatch is this? a layer that is computed again needs `remembered`")
     s, _, i = x.shape
     device = x.device
     positions = place.positions

@@ -5,14 +5,14 @@ concerned its initialisation or its bookkeeping is ignored. A field PEFT adds la
 """
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from mswift import rundir
 from mswift.converters.adapters import Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.peft_fields import flag, is_number, is_rank, layers, names, patterns
 from mswift.tuners.settings import PeftSettings
 
 CONFIG_FILE = "adapter_config.json"
@@ -178,81 +178,28 @@ def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool
         )
     _refuse_unsupported(data, path)
     rank, alpha = data.get("r"), data.get("lora_alpha")
-    if not _is_rank(rank) or not _is_number(alpha):
+    if not is_rank(rank) or not is_number(alpha):
         raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a number")
     layers_pattern = data.get("layers_pattern") or ()
     return PeftSettings(
         rank=rank,
         alpha=alpha,
-        target_modules=_names(data, "target_modules", path, required=not data.get("target_parameters")),
+        target_modules=names(data, "target_modules", path, required=not data.get("target_parameters")),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         dropout=float(data.get("lora_dropout") or 0.0),
         ensure_weight_tying=bool(data.get("ensure_weight_tying")),
         path=path,
-        rslora=_flag(data, "use_rslora", path),
-        dora=_flag(data, "use_dora", path),
-        lora_bias=_flag(data, "lora_bias", path),
-        rank_pattern=_patterns(data, "rank_pattern", path, _is_rank),
-        alpha_pattern=_patterns(data, "alpha_pattern", path, _is_number),
-        exclude_modules=_names(data, "exclude_modules", path),
-        layers_to_transform=_layers(data, path),
+        rslora=flag(data, "use_rslora", path),
+        dora=flag(data, "use_dora", path),
+        lora_bias=flag(data, "lora_bias", path),
+        rank_pattern=patterns(data, "rank_pattern", path, is_rank),
+        alpha_pattern=patterns(data, "alpha_pattern", path, is_number),
+        exclude_modules=names(data, "exclude_modules", path),
+        layers_to_transform=layers(data, path),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
         target_parameters=tuple(sorted(data.get("target_parameters") or ())),
         init="true" if init in _PLAIN_INITS else str(init),
     )
-
-
-def _is_rank(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 1
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flag(data: Mapping[str, Any], name: str, path: Path) -> bool:
-    value = data.get(name) or False
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name}={value!r} must be true or false")
-    return value
-
-
-def _layers(data: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    value = data.get("layers_to_transform")
-    layers = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(n) is int for n in layers):
-        raise CheckpointError(f"{path}: layers_to_transform={value!r} must be layer numbers")
-    return tuple(layers)
-
-
-def _names(data: Mapping[str, Any], name: str, path: Path, *, required: bool = False) -> tuple[str, ...] | str:
-    """A list of module names, or a pattern; () for an absent one."""
-    value = data.get(name)
-    if value is None and not required:
-        return ()
-    if isinstance(value, str):
-        _check_pattern(value, name, path)
-        return value
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise CheckpointError(f"{path}: {name}={value!r} must be a list of module names or a pattern")
-    return tuple(value)
-
-
-def _patterns(data: Mapping[str, Any], name: str, path: Path, valid: Callable[[Any], bool]) -> dict[str, Any]:
-    """Pattern of a module's name -> number."""
-    value = data.get(name) or {}
-    if not isinstance(value, dict) or not all(valid(number) for number in value.values()):
-        raise CheckpointError(f"{path}: {name}={value!r} must give module names numbers")
-    for pattern in value:
-        _check_pattern(pattern, name, path)
-    return value
-
-
-def _check_pattern(pattern: str, name: str, path: Path) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"{path}: {name}={pattern!r} is no regular expression ({error})") from None
 
 
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:

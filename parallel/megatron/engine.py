@@ -14,8 +14,8 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
+from mswift.parallel import dropout
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
-from mswift.parallel.dropout import BatchPlace
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
@@ -168,8 +168,8 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in microbatches)
         self._weight_sum.fill_(weights)
-        places = self._places(microbatches)
-        losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False, places=places)
+        with dropout.counted(self._chunks, self._places(microbatches)):
+            losses = schedule.run(self._chunks, microbatches, self.device, forward_only=False)
         loss_sum = self._sum_over_ranks(losses)
         devices.synchronize(self.device)
         computed = time.perf_counter()
@@ -195,14 +195,14 @@ class MegatronEngine:
         """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype, on every rank."""
         return schedule.logits(self._chunks, tokens, self.table.spec.vocab_size, self.device)
 
-    def _places(self, microbatches: Sequence[Microbatch]) -> list[BatchPlace] | None:
-        """Which rows of the global batch these are, for adapters with dropout; None: nothing is dropped."""
+    def _places(self, microbatches: Sequence[Microbatch]) -> list[dropout.BatchPlace]:
+        """Which rows of the global batch these are, for adapters with dropout; [] where there is none."""
         if self.config.lora is None or not self.config.lora.settings.dropout:
-            return None
+            return []
         size = len(microbatches[0].tokens)
         first = [(m * self.dims.dp + self.coordinate.dp) * size for m in range(len(microbatches))]
         step = self.optimizer_step
-        return [BatchPlace(self.config.seed, step, torch.arange(row, row + size)) for row in first]
+        return [dropout.BatchPlace(self.config.seed, step, torch.arange(row, row + size)) for row in first]
 
     @property
     def _reports(self) -> bool:

@@ -5,7 +5,6 @@ Shapes: b microbatch size, s padded sequence length, v vocabulary columns of one
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,11 +14,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from mswift.errors import LayoutError
-from mswift.parallel import dropout
-from mswift.parallel.dropout import BatchPlace
-
-Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, BatchPlace | None]
-"""Tokens, labels, loss weights and, where adapters have dropout, the place of a microbatch."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +42,10 @@ class StepResult:
 
 
 def run(
-    chunks: Sequence[nn.Module],
-    microbatches: Sequence[Microbatch],
-    device: torch.device,
-    *,
-    forward_only: bool,
-    places: Sequence[BatchPlace] | None = None,
+    chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], device: torch.device, *, forward_only: bool
 ) -> float:
-    """Sum of weighted losses of this data-parallel rank; 0.0 on all pipeline stages but the last.
-
-    places: of the microbatches, where adapters have dropout.
-    """
-    data = _inputs(microbatches, device, places or [None] * len(microbatches))
+    """Sum of weighted losses of this data-parallel rank; 0.0 on all pipeline stages but the last."""
+    data = _inputs(microbatches, device)
     collected = _schedule(chunks, _weighted_loss, data, microbatches[0].tokens, len(microbatches), forward_only)
     return sum((float(value) for value in collected), 0.0)
 
@@ -67,7 +53,7 @@ def run(
 def logits(chunks: Sequence[nn.Module], tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
     """[b, s] -> [b, s, V] on every rank of the pipeline and tensor-parallel group."""
     tokens = tokens.to(device)
-    data = iter([(tokens, None, None, None)])
+    data = iter([(tokens, None, None)])
     collected = _schedule(chunks, _keep_output, data, tokens, 1, True, collect_non_loss_data=True)
     tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     width = -(-vocab_size // tp.size())
@@ -88,25 +74,20 @@ def finalize_gradients(model: list[nn.Module], weight_sum: Tensor, **groups: obj
     finalize_model_grads(model, weight_sum, **groups)
 
 
-def _inputs(
-    microbatches: Sequence[Microbatch], device: torch.device, places: Sequence[BatchPlace | None]
-) -> Iterator[Inputs]:
+def _inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     shape = microbatches[0].tokens.shape
     for batch in microbatches:
         if batch.tokens.shape != shape:
             raise LayoutError(
                 f"microbatches of one step differ in shape: {tuple(batch.tokens.shape)} and {tuple(shape)}"
             )
-    return (
-        (b.tokens.to(device), b.labels.to(device), b.loss_weights.to(device), place)
-        for b, place in zip(microbatches, places, strict=True)
-    )
+    return ((b.tokens.to(device), b.labels.to(device), b.loss_weights.to(device)) for b in microbatches)
 
 
 def _schedule(
     chunks: Sequence[nn.Module],
     finish: Callable[[Tensor, Tensor | None], object],
-    data: Iterator[Inputs],
+    data: Iterator[tuple[Tensor, Tensor | None, Tensor | None]],
     tokens: Tensor,
     num_microbatches: int,
     forward_only: bool,
@@ -114,10 +95,11 @@ def _schedule(
 ) -> list[Tensor]:
     """megatron-core's schedule for this layout; what the last stage collected."""
 
-    def forward(inputs: Iterator[Inputs], model: nn.Module) -> tuple[Tensor, object]:
-        tokens, labels, weights, place = next(inputs)
-        with dropout.at(place):
-            return model(tokens, None, None, labels=labels), finish_with(weights)
+    def forward(
+        inputs: Iterator[tuple[Tensor, Tensor | None, Tensor | None]], model: nn.Module
+    ) -> tuple[Tensor, object]:
+        tokens, labels, weights = next(inputs)
+        return model(tokens, None, None, labels=labels), finish_with(weights)
 
     def finish_with(weights: Tensor | None) -> object:
         return lambda output, **_: finish(output, weights)

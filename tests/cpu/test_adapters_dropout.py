@@ -13,10 +13,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mswift.parallel.dropout import BatchPlace, at, dropped, keep, remembered
+from mswift.parallel.dropout import BatchPlace, at, dropped, keep
 from tests.support.adapters import edit_config, load_peft, random_adapter
 from tests.support.lora_parity import mswift_run, peft_steps
 from tests.support.parity import differences, random_model, random_steps
+from tests.support.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -115,12 +116,12 @@ def features_counted_from_this_rank() -> Iterator[None]:
 @contextmanager
 def rows_counted_from_this_rank() -> Iterator[None]:
     """Data-parallel ranks drop alike."""
-    from mswift.parallel.megatron import engine
+    from mswift.parallel import dropout
 
     def place(seed: int, step: int, rows: torch.Tensor) -> BatchPlace:
         return BatchPlace(seed, step, torch.arange(len(rows)))
 
-    with patch.object(engine, "BatchPlace", place):
+    with patch.object(dropout, "BatchPlace", place):
         yield
 
 
@@ -164,21 +165,51 @@ def test_masks_are_pinned() -> None:
     assert mask[0, 0, :16].int().tolist() == PINNED
 
 
-PINNED = [0] * 16
+PINNED = [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1]
+
+
+def compute_twice(_payload: Any) -> dict[str, Any]:
+    """A layer through megatron-core's recomputation, at one microbatch forward and after another one backward."""
+    from tests.support.ranks import join
+
+    join(1)
+    from megatron.core import tensor_parallel
+
+    weight = torch.ones(4, 2, 8, requires_grad=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return dropped(x * weight, "name", 0.5, first_token=0, first_feature=0)
+
+    with at(BatchPlace(1, 0, torch.arange(2))):
+        plain = layer(torch.ones_like(weight)).detach()
+        out = tensor_parallel.checkpoint(layer, False, torch.ones(4, 2, 8, requires_grad=True))
+    with at(BatchPlace(1, 0, torch.arange(2, 4))):
+        other = layer(torch.ones_like(weight)).detach()
+    out.sum().backward()
+    outside = ""
+    try:
+        layer(weight)
+    except RuntimeError as error:
+        outside = str(error)
+    with torch.no_grad():
+        evaluated = layer(torch.ones_like(weight))
+    return {
+        "plain": plain,
+        "out": out.detach(),
+        "grad": weight.grad,
+        "other": other,
+        "evaluated": evaluated,
+        "outside": outside,
+    }
 
 
 def test_a_layer_computed_again_drops_the_same() -> None:
-    x = torch.ones(4, 2, 8)
-
-    def layer() -> torch.Tensor:
-        return dropped(x, "name", 0.5, first_token=0, first_feature=0)
-
-    with at(BatchPlace(1, 0, torch.arange(2))):
-        first, again = layer(), remembered(layer)
-    with at(BatchPlace(1, 0, torch.arange(2, 4))):
-        assert torch.equal(again(), first)
-        assert not torch.equal(layer(), first)
-    assert torch.equal(layer(), x)
+    (found,) = run_ranks(1, compute_twice)
+    assert torch.equal(found["out"], found["plain"])
+    assert torch.equal(found["grad"], found["plain"])
+    assert not torch.equal(found["other"], found["plain"])
+    assert torch.equal(found["evaluated"], torch.ones(4, 2, 8))
+    assert "which microbatch is this" in found["outside"]
 
 
 def test_an_adapter_to_continue_keeps_its_dropout(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mswift.converters.adapters import (
 )
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
-from mswift.converters.rules import LAYERS
+from mswift.converters.rule import LAYERS
 from mswift.parallel.fused_lora import FusedLora
 from mswift.parallel.lora import SLOT, ParameterLora, Slot
 from mswift.parallel.megatron.linears import DuplicatedLinear

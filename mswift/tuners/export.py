@@ -61,10 +61,11 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
     def read(name: str, region: Region, out: memoryview) -> None:
         read_rows(source, name, region, out)
 
+    reader: Read = read
     if settings.init != "true":
         settings, config = as_plain(settings, config)
-        tensors, read = joined(tensors, read)
-    return write_adapter(destination, table, settings, config, tensors, read, where=str(checkpoint))
+        tensors, reader = joined(tensors, read)
+    return write_adapter(destination, table, settings, config, tensors, reader, where=str(checkpoint))
 
 
 def stored_tensors(source: TorchDistSource) -> dict[str, tuple[str, tuple[int, ...]]]:

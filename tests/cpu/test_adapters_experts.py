@@ -70,7 +70,7 @@ def test_three_steps_equal_peft(truth: Any, family: str, layout: str) -> None:
         assert rank["gradient_elements"] == rank["trained_elements"]
         frozen, trained = rank["held"]
         assert (frozen.gradients, frozen.optimizer) == (0, 0)
-        assert frozen.elements > trained.elements
+        assert min(frozen.elements, trained.elements) > 0
 
 
 @pytest.mark.parametrize("layout", ["ep2", "etp2"])

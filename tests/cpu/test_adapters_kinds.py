@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tests.cpu.test_parity_mla  # noqa: F401 - its models
 from mswift.tuners.export import export_adapter
 from mswift.tuners.lora import LoraConfig
+from tests.cpu.test_parity_mla import MODELS as MLA
 from tests.support.adapters import difference, hashes, load_peft, table_of, trained_parameters
 from tests.support.lora_parity import bitwise_equal, mswift_run, peft_run, peft_steps
-from tests.support.parity import differences, random_model, random_steps
+from tests.support.parity import BASE, differences, random_model, random_steps
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"model": "qwen3", "targets": EVERY, "dora": True},
     "dora, biases": {"model": "llama-biases", "targets": ("k_proj", "o_proj", "gate_proj", "down_proj"), "dora": True},
     "dora, fused by HF": {"model": "phi3", "targets": EVERY, "dora": True, "rslora": True},
-    "dora, latent": {"model": "dense", "targets": LATENT, "dora": True},
+    "dora, latent": {"model": BASE | MLA["dense"], "targets": LATENT, "dora": True},
 }
 CASES = [
     ("rslora", "tp2-sp"),

@@ -6,7 +6,7 @@ names: the family's table, never a private list.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,41 +41,6 @@ class Table(Protocol):
     def sizes(self) -> Mapping[str, int]: ...
     @property
     def megatron(self) -> Mapping[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Which linears get an adapter and how it starts; the product B @ A is scaled by alpha / rank."""
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"--lora_rank {self.rank}: a rank is at least 1; 8 is usual")
-        if self.alpha <= 0:
-            raise ConfigError(f"--lora_alpha {self.alpha}: the scale alpha / rank must be positive; 32 is usual")
-
-    @classmethod
-    def for_table(
-        cls, table: "Table", *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
-    ) -> "LoraConfig":
-        """As the flags say it, with target_modules expanded on this model; ConfigError for one that is not trained."""
-        targets, without = expand_targets(table, target_modules), _untrained(table)
-        if refused := [name for name in targets if name in without]:
-            others = " ".join(name for name in targets if name not in without)
-            raise ConfigError(
-                f"--target_modules {' '.join(target_modules)}: training computes no LoRA on experts and their gates "
-                f"yet, and {' '.join(refused)} {'is' if len(refused) == 1 else 'are'} among those: "
-                f"use --target_modules {others}"
-            )
-        return cls(rank, alpha, targets, seed)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -117,13 +82,6 @@ def fused_linears(table: Table) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _untrained(table: Table) -> set[str]:
-    """Leaves that name linears of experts, or one that is a bare parameter in megatron-core, a shared expert's gate."""
-    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule)]
-    without = [rule for rule in rules if rule.experts or rule.megatron.endswith(_GATE)]
-    return {part.hf.split(".")[-2] for rule in without for part in rule.parts}
-
-
 def linears(table: Table) -> tuple[HfLinear, ...]:
     """Every HF linear inside the layers but those of experts, in the order of layers, then of the Megatron model."""
     return tuple(linear for linear in all_linears(table) if linear.expert is None)
@@ -148,56 +106,23 @@ def all_linears(table: Table) -> tuple[HfLinear, ...]:
     return tuple(sorted(found.values(), key=lambda linear: linear.layer))
 
 
-def expand_targets(table: Table, names: Sequence[str]) -> tuple[str, ...]:
-    """--target_modules as leaf names in the order of the model; `all-linear` is every linear but lm_head.
-
-    Raises ConfigError for a name the model does not have, with the nearest one, for a model with recurrent mixers, and
-    for adapters on experts, which training does not have.
-    """
+def refuse_recurrent(table: Table) -> None:
+    """ConfigError for a model with recurrent mixers, on which training has no adapters."""
     if table.spec.mamba is not None or table.spec.delta is not None:
         raise ConfigError(
             f"--tuner_type lora: a model of model_type {table.spec.model_type!r} has mixers that take no adapter yet; "
             "use --tuner_type full"
         )
-    leaves = _trainable_leaves(table)
-    if not names:
-        raise ConfigError(f"--target_modules is empty: give {ALL_LINEAR} or some of {' '.join(leaves)}")
-    for name in names:
-        if name in SAVABLE:
-            raise ConfigError(
-                f"--target_modules {name}: no LoRA on embeddings; train it in full with --modules_to_save {name}"
-            )
-        in_experts = name not in leaves and any(linear.leaf == name for linear in all_linears(table))
-        if table.spec.moe is not None and (name == ALL_LINEAR or in_experts):
-            raise ConfigError(
-                f"--target_modules {name}: that includes experts (as PEFT has it, their router as well), on which "
-                f"training has no adapters: use --target_modules {' '.join(leaves)}"
-            )
-        if name != ALL_LINEAR and name not in leaves:
-            raise ConfigError(_unknown("--target_modules", name, [ALL_LINEAR, *leaves]))
-    return tuple(leaf for leaf in leaves if leaf in names or ALL_LINEAR in names)
-
-
-def _trainable_leaves(table: Table) -> list[str]:
-    """Leaf names of the linears that training adapts: in a mixture of experts those of attention."""
-    modules = fused_linears(table)
-    inside = [m for m in modules if table.spec.moe is None or m.startswith("self_attention.")]
-    return list(dict.fromkeys(leaf for module in inside for leaf in modules[module]))
 
 
 def expand_modules_to_save(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--modules_to_save, checked; in a tied model the two names are one matrix, so either means both."""
     for name in names:
         if name not in SAVABLE:
-            raise ConfigError(_unknown("--modules_to_save", name, list(SAVABLE)))
+            raise ConfigError(unknown_module("--modules_to_save", name, list(SAVABLE)))
     if names and table.spec.tied_embeddings:
         return (EMBED, HEAD)
     return tuple(name for name in SAVABLE if name in names)
-
-
-def lora_shapes(modules: Iterable[HfLinear], rank: int) -> dict[str, tuple[int, ...]]:
-    """Names and global shapes of the A and B of these linears."""
-    return {name: shape for linear in modules for name, shape in linear.lora_shapes(rank).items()}
 
 
 def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -214,12 +139,6 @@ def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tupl
         )
     embedding = table.hf[SAVABLE[EMBED]]
     return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
-
-
-def adapter_shapes(table: Table, config: LoraConfig, modules_to_save: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the PEFT file of this adapter: name -> global shape."""
-    targets = [linear for linear in linears(table) if linear.leaf in config.target_modules]
-    return lora_shapes(targets, config.rank) | saved_shapes(table, modules_to_save)
 
 
 def trained_name(table: Table, name: str) -> str:
@@ -243,13 +162,14 @@ class Block:
         return self.hf.rpartition(".")[2]
 
 
-def fused_blocks(table: Table) -> dict[str, tuple[Block, ...]]:
-    """Megatron module inside a layer -> what it is made of, in its order; experts left out.
+def fused_blocks(table: Table, *, experts: bool = False) -> dict[str, tuple[Block, ...]]:
+    """Megatron module inside a layer -> what it is made of, in its order; experts left out, or those alone.
 
-    HF fuses linears as well (qkv_proj, gate_up_proj), in another order: such a one has several blocks.
+    HF fuses linears as well (qkv_proj, gate_up_proj), in another order: such a one has several blocks. Of experts:
+    the names have `{e}` where HF has one linear each; where HF stacks them, they are names of parameters.
     """
     found = {}
-    for path, rule in _fusing_rules(table).items():
+    for path, rule in _fusing_rules(table, experts=experts).items():
         units = size_of(rule.units, table.sizes)
         found[path] = tuple(
             Block(
@@ -262,12 +182,12 @@ def fused_blocks(table: Table) -> dict[str, tuple[Block, ...]]:
     return found
 
 
-def check_blocks(linear: HfLinear, blocks: Sequence[Block]) -> None:
-    """ConfigError unless these blocks, all of one fused weight, are the whole linear."""
-    if sum(block.rows for block in blocks) != linear.out_features:
+def check_blocks(name: str, out_features: int, blocks: Sequence[Block]) -> None:
+    """ConfigError unless these blocks, all of one fused weight, are the whole of a linear or parameter."""
+    if sum(block.rows for block in blocks) != out_features:
         raise ConfigError(
-            f"--target_modules {linear.leaf}: the rows of {linear.name} lie in several Megatron tensors, and LoRA on "
-            "such a linear is not computed yet; leave it out"
+            f"--target_modules {name.rpartition('.')[2]}: the rows of {name} lie in several Megatron tensors or in "
+            "turns, and LoRA on such a one is not computed yet; leave it out"
         )
 
 
@@ -276,15 +196,21 @@ def kv_groups(table: Table, path: str) -> int:
     return size_of(_fusing_rules(table)[path].units, table.sizes)
 
 
-def _fusing_rules(table: Table) -> dict[str, Rule]:
-    rules = [tensor.rule for tensor in table.megatron.values() if is_linear(tensor.rule) and not tensor.rule.experts]
-    return {_module(rule): rule for rule in rules}
+def _fusing_rules(table: Table, *, experts: bool = False) -> dict[str, Rule]:
+    rules = (tensor.rule for tensor in table.megatron.values())
+    return {_module(rule): rule for rule in rules if bool(rule.experts) == experts and _is_matrix(rule)}
+
+
+def _is_matrix(rule: Rule) -> bool:
+    stacked = rule.experts == "stacked" and rule.in_layer and len(rule.width) == 1
+    return is_linear(rule) or (stacked and rule.megatron.endswith(".weight"))
 
 
 def _module(rule: Rule) -> str:
     return rule.megatron.removeprefix(LAYERS).removesuffix(".weight")
 
 
-def _unknown(flag: str, name: str, known: Sequence[str]) -> str:
+def unknown_module(flag: str, name: str, known: Sequence[str]) -> str:
+    """The message for a name that the model does not have, with the nearest one."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"{flag} {name}: the model has no such module; nearest: {near} (known: {' '.join(known)})"

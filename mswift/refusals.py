@@ -5,6 +5,7 @@ works. What only the data or the names of the model's modules can tell is refuse
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,14 +14,29 @@ from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_stages, check_tensor_parallel, divisors
 
-_LORA_FLAGS = ("lora_rank", "lora_alpha", "target_modules", "modules_to_save", "adapters")
+_LORA_FLAGS = (
+    *(
+        "lora_rank",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "init_weights",
+        "lorap_lr_ratio",
+        "target_modules",
+        "target_parameters",
+    ),
+    *("modules_to_save", "adapters"),
+)
 _LARGEST_SEED = 2**32 - 1
 _AT_LEAST_ONE = (
     *("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
     *("save_steps", "save_total_limit", "eval_steps", "logging_steps", "nproc_per_node", "world_size", "lora_rank"),
 )
 _NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum", "lora_dropout")
+_USUAL = {"lora_dropout": 0.05}
+_INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?")
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0,),
@@ -230,11 +246,11 @@ def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     for name in _BELOW_ONE:
         value = getattr(config, name)
         if not 0 <= value < 1:
-            yield ConfigError(f"--{name} {value} must lie from 0 to below 1: use --{name} 0.9")
-    for name in ("adam_eps", "lora_alpha"):
+            yield ConfigError(f"--{name} {value} must lie from 0 to below 1: use --{name} {_USUAL.get(name, 0.9)}")
+    for name in ("adam_eps", "lora_alpha", "lorap_lr_ratio"):
         value = getattr(config, name)
-        if not 0 < value < math.inf:
-            default = type(config).__dataclass_fields__[name].default
+        if value is not None and not 0 < value < math.inf:
+            default = type(config).__dataclass_fields__[name].default or 16
             yield ConfigError(f"--{name} {value} must be above 0: use --{name} {default}")
 
 
@@ -258,6 +274,15 @@ def _length_refusals(config: TrainConfig) -> Iterator[ConfigError]:
 
 def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.tuner_type == "lora":
+        if not _INIT.fullmatch(config.init_weights):
+            yield ConfigError(
+                f"--init_weights {config.init_weights}: known: true pissa pissa_niter_N (as pissa_niter_16) olora"
+            )
+        if config.adapters and config.init_weights != "true":
+            yield ConfigError(
+                f"--init_weights {config.init_weights} with --adapters {config.adapters[0]}, which has its values: "
+                "leave one of them out"
+            )
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
         return

@@ -33,8 +33,21 @@ class TrainConfig:
     """Rank r of each adapter."""
     lora_alpha: float = 32
     """Adapters are scaled by lora_alpha / lora_rank."""
+    use_rslora: bool = False
+    """Adapters are scaled by lora_alpha / sqrt(lora_rank)."""
+    use_dora: bool = False
+    """DoRA: the length of every row of the adapted weight is trained as well."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of adapters that are zeroed in training."""
+    init_weights: str = "true"
+    """Start of adapters: true (A random, B zero), pissa, pissa_niter_N (N iterations), olora."""
+    lorap_lr_ratio: float | None = None
+    """LoRA+: B learns this many times faster than A; 16 is usual."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """HF module names that get an adapter (q_proj, down_proj, ...); all-linear is every linear but lm_head."""
+    """HF module names that get an adapter (q_proj, down_proj, ...); all-linear: every linear but lm_head, and experts
+    with their router."""
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that get one: stacked experts (experts.gate_up_proj, experts.down_proj) and routers (gate.weight)."""
     modules_to_save: tuple[str, ...] = ()
     """HF modules trained in full beside the adapters: embed_tokens, lm_head."""
     adapters: tuple[str, ...] = ()

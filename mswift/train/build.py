@@ -1,14 +1,14 @@
 """From the flat configuration to the parts of a run; each part gets its own small configuration."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from mswift.config.train import SftConfig, TrainConfig
-from mswift.converters.adapters import LoraConfig, expand_modules_to_save
+from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
@@ -21,9 +21,11 @@ from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import ended_by, patient_barrier
+from mswift.train.memory import lora_config
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.lora import LoraConfig
 
 
 def build_data(
@@ -94,11 +96,12 @@ def built_engine(
         seed=config.seed,
         lora=lora,
         trainable_modules=trainable_modules,
+        lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,
     )
     engine = MegatronEngine(reader.table, dims, engine_config, device)
     with ended_by(engine.close, dims):
         if not resumed or lora is not None:
-            engine.load_weights(reader)
+            engine.load_weights(reader, resumed=resumed)
         if start is not None and not resumed:
             engine.load_adapter(start)
         yield engine
@@ -112,14 +115,7 @@ def _lora(
         return None, ()
     if start is not None:
         return start.lora_config(reader.table, config.seed)
-    lora = LoraConfig.for_table(
-        reader.table,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        target_modules=config.target_modules,
-        seed=config.seed,
-    )
-    return lora, expand_modules_to_save(reader.table, config.modules_to_save)
+    return lora_config(config, reader.table), expand_modules_to_save(reader.table, config.modules_to_save)
 
 
 def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer, vocab_size: int) -> BatchPlan:
@@ -164,17 +160,19 @@ def print_banner(
     device: torch.device,
     dtype: str,
     parameters: tuple[int, int],
+    held: Sequence[str],
     data: TokenDataset,
     val_data: TokenDataset | None,
     last_step: int,
 ) -> None:
-    """Say what will happen before it does. `parameters`: (of the model, trained)."""
+    """Say what will happen before it does. `parameters`: (of the model, trained); `held`: bytes of either kind."""
     config, dims = start.config, start.dims
     per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
     microbatches = f"{per_rank} microbatches x {config.micro_batch_size} x DP {dims.dp}"
     lines = {
         "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
         "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
+        "parameters": "; ".join(held),
         "layout": dims.describe(),
         "batch": f"{config.global_batch_size} samples = {microbatches}",
         "data": data.summary,

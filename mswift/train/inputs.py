@@ -11,6 +11,7 @@ from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
 from mswift.train.resume import start_of
+from mswift.tuners.lora import LoraConfig
 from mswift.tuners.peft_config import read_peft_config
 from mswift.tuners.shapes import promised_shapes
 
@@ -37,12 +38,19 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
 def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """An adapter to continue keeps its own rank and scale: ConfigError where the flags ask for others."""
     settings = read_peft_config(path)
-    settings.require_plain("training")
+    LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
-    for name, own in (("lora_rank", settings.rank), ("lora_alpha", settings.alpha)):
+    own = {
+        "lora_rank": settings.rank,
+        "lora_alpha": f"{settings.alpha:g}",
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+    }
+    for name, there in own.items():
         value = getattr(config, name)
-        if value not in (own, type(config).__dataclass_fields__[name].default):
+        given = f"{value:g}" if isinstance(value, float) else value
+        if str(given) != str(there) and value != type(config).__dataclass_fields__[name].default:
             raise ConfigError(
-                f"--{name} {value:g}: the adapter of --adapters {path} has {own:g}, and training continues it as it "
-                f"is: use --{name} {own:g}, or leave it out"
+                f"--{name} {given}: the adapter of --adapters {path} has {there}, and training continues it as it "
+                f"is: use --{name} {there}, or leave it out"
             )

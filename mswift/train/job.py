@@ -78,12 +78,13 @@ def _run(start: Start, device: torch.device) -> None:
                   Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None
         parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
+        held = [f"{name} {part}" for name, part in zip(("frozen", "trained"), engine.held_bytes(), strict=True)]
         with agreed(f"opening {config.output_dir}"):
             if info.rank == 0:
                 run.base = dict(state.base) if state else base_fingerprint(reader)
                 _open_run_directory(run, state)
                 warn_of_untrained_tokens(config, reader, tokenizer)
-                print_banner(start, device, engine.config.dtype, parameters, data, val_data, run.last_step)
+                print_banner(start, device, engine.config.dtype, parameters, held, data, val_data, run.last_step)
         _train(run, state)
 
 

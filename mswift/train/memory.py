@@ -1,15 +1,17 @@
 """Parameters and memory of one rank, from the table of the model and the layout alone. No torch, no model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mswift.config.train import TrainConfig
-from mswift.converters.adapters import LoraConfig, adapter_shapes, expand_modules_to_save
+from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
+from mswift.tuners.lora import LoraConfig
+from mswift.tuners.shapes import promised_shapes
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
@@ -43,11 +45,25 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
     if config.tuner_type == "full":
         return sum(math.prod(tensor.shape) for tensor in table.megatron.values())
-    lora = LoraConfig.for_table(
-        table, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=config.target_modules, seed=config.seed
+    lora = lora_config(config, table)
+    settings = replace(lora.settings, modules_to_save=expand_modules_to_save(table, config.modules_to_save))
+    return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
+
+
+def lora_config(config: TrainConfig, table: ModelTable) -> LoraConfig:
+    """The adapter that the flags mean; ConfigError for a module name that the model does not have."""
+    return LoraConfig.for_table(
+        table,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        target_parameters=config.target_parameters,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        dropout=config.lora_dropout,
+        init=config.init_weights,
+        seed=config.seed,
     )
-    shapes = adapter_shapes(table, lora, expand_modules_to_save(table, config.modules_to_save))
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def idle_parameters(table: ModelTable) -> int:

@@ -17,7 +17,7 @@ def side_files(reader: WeightReader, config: EngineConfig, base_model: str) -> d
     """
     files = reader.side_files()
     if config.lora is not None:
-        return files | adapter_files(reader.table, config.lora, config.trainable_modules, base_model)
+        return files | adapter_files(reader.table, config.lora.settings, config.trainable_modules, base_model)
     files.pop(CONFIG_FILE, None)  # of an adapter that lies beside the model: it would make this an adapter's checkpoint
     content: dict[str, Any] = json.loads(files["config.json"])
     wanted = _DTYPE_NAMES[config.dtype]

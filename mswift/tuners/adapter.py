@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mswift.converters.adapters import LoraConfig, Table, linears
 from mswift.converters.layout import Region
+from mswift.converters.plan import ModelTable
 from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.lora import LoraConfig
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
     PREFIX,
@@ -18,6 +19,7 @@ from mswift.tuners.peft_config import (
     read_peft_config,
 )
 from mswift.tuners.settings import PeftSettings
+from mswift.tuners.shapes import STACKED, adapter_table, in_spelling
 
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -66,26 +68,16 @@ class PeftAdapter:
                 f"({len(extra)} such tensors)"
             )
 
-    def lora_config(self, table: Table, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
+    def lora_config(self, table: ModelTable, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
         """(LoraConfig, modules_to_save) to train this adapter on; ConfigError for what training cannot continue."""
-        settings, all_linears = self.settings, linears(table)
-        settings.require_plain("training")
-        if settings.dropout:
-            raise ConfigError(
-                f"{settings.path}: lora_dropout={settings.dropout}: training has no adapter dropout; "
-                "set it to 0.0 in that file to continue without"
-            )
-        chosen = {linear.leaf for linear in all_linears if settings.selects(linear.name)}
-        for linear in all_linears:
-            if linear.leaf in chosen and not settings.selects(linear.name):
-                raise ConfigError(
-                    f"{settings.path}: target_modules leave out {linear.name}; training adapts a module in every "
-                    "layer or in none"
-                )
-        targets = tuple(dict.fromkeys(linear.leaf for linear in all_linears if linear.leaf in chosen))
+        settings = self.settings
         if table.spec.tied_embeddings and settings.modules_to_save:
             self._require_tied()
-        return LoraConfig(settings.rank, settings.alpha, targets, seed), settings.modules_to_save
+        own = adapter_table(table, self.shapes)
+        per_expert = own.spelling != in_spelling(own, STACKED).spelling
+        lora = LoraConfig(settings, seed, per_expert)
+        lora.check(f"{settings.path}: ")
+        return lora, settings.modules_to_save
 
     def _require_tied(self) -> None:
         embedding, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mswift.converters.adapters import LoraConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
@@ -83,7 +82,9 @@ def _foreign_config(
             raise CheckpointError(f"{path}: {slot.key_a} has rank {rank}, the run configuration says dim {run.rank}")
     members = [name for slot in present for name in slot.fusion.members(slot.tensor.layer or 0)]
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in members))
-    content = peft_config(LoraConfig(run.rank, run.alpha, targets), (), base_model=base_model, tied=False)
+    content = peft_config(
+        PeftSettings(rank=run.rank, alpha=run.alpha, target_modules=targets), (), base_model=base_model, tied=False
+    )
     content |= {"lora_dropout": run.dropout, "use_dora": run.dora}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 

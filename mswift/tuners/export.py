@@ -1,6 +1,6 @@
 """A PEFT directory from the adapters of a training checkpoint, or from any named arrays. Bytes move; no torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,8 +19,9 @@ from mswift.tuners.peft_config import (
     WEIGHTS_FILE,
     read_peft_config,
 )
+from mswift.tuners.plain import as_plain, joined
 from mswift.tuners.settings import PeftSettings
-from mswift.tuners.shapes import promised_shapes
+from mswift.tuners.shapes import adapter_table, promised_shapes
 
 STORED = "adapter."
 """Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""
@@ -51,17 +52,40 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
 
     Raises CheckpointError unless the checkpoint holds exactly the tensors its adapter_config.json promises.
     """
-    settings = read_peft_config(checkpoint / "hf")
-    table = table_for(read_config(checkpoint / "hf"))
+    settings = read_peft_config(checkpoint / "hf", trained_here=True)
     source = TorchDistSource(checkpoint)
-    stored = {name.removeprefix(STORED): t for name, t in source.tensors.items() if name.startswith(STORED)}
-    tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
+    tensors = stored_tensors(source)
+    table = adapter_table(table_for(read_config(checkpoint / "hf")), tensors)
     config = (checkpoint / "hf" / CONFIG_FILE).read_bytes()
 
     def read(name: str, region: Region, out: memoryview) -> None:
-        source.read(STORED + name, region, out)
+        read_rows(source, name, region, out)
 
-    return write_adapter(destination, table, settings, config, tensors, read, where=str(checkpoint))
+    reader: Read = read
+    if settings.init != "true":
+        settings, config = as_plain(settings, config)
+        tensors, reader = joined(tensors, read)
+    return write_adapter(destination, table, settings, config, tensors, reader, where=str(checkpoint))
+
+
+def stored_tensors(source: TorchDistSource) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """PEFT name -> (dtype, PEFT's shape) of the adapter in a training checkpoint.
+
+    B of stacked experts is [out, rank, expert] there, so that the part of one expert is a box; PEFT has no third axis.
+    """
+    stored = {name.removeprefix(STORED): info for name, info in source.tensors.items() if name.startswith(STORED)}
+    return {name: (info.dtype, (*info.shape[:1], *_joined(info.shape[1:]))) for name, info in stored.items()}
+
+
+def _joined(width: Sequence[int]) -> tuple[int, ...]:
+    return (prod(width),) if width else ()
+
+
+def read_rows(source: TorchDistSource, name: str, region: Region, out: memoryview) -> None:
+    """Whole rows of a tensor of `stored_tensors`."""
+    shape = source.tensors[STORED + name].shape
+    assert region.sizes[1:] == _joined(shape[1:]), region
+    source.read(STORED + name, Region((region.offsets[0], *(0 for _ in shape[1:])), (region.sizes[0], *shape[1:])), out)
 
 
 def write_adapter(

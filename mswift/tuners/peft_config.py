@@ -5,14 +5,14 @@ concerned its initialisation or its bookkeeping is ignored. A field PEFT adds la
 """
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from mswift import rundir
-from mswift.converters.adapters import LoraConfig, Table, expand_modules_to_save
+from mswift.converters.adapters import Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.peft_fields import flag, is_number, is_rank, layers, names, patterns
 from mswift.tuners.settings import PeftSettings
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,42 +67,58 @@ _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modu
 
 
 def peft_config(
-    config: LoraConfig, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
+    settings: PeftSettings, modules_to_save: Sequence[str], *, base_model: str | None, tied: bool
 ) -> dict[str, Any]:
     """The content of adapter_config.json. tied: the base ties its embeddings, and so does the adapter's copy."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    alpha, modules = settings.alpha, settings.target_modules
+    own = {
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "exclude_modules": _as_json(settings.exclude_modules),
+        "init_lora_weights": True if settings.init == "true" else settings.init,
+        "layers_pattern": _as_json(settings.layers_pattern),
+        "layers_to_transform": _as_json(settings.layers_to_transform),
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": settings.dropout,
+        "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
+        "target_modules": modules if isinstance(modules, str) else list(modules),
+        "target_parameters": _as_json(settings.target_parameters),
+        "use_dora": settings.dora,
+        "use_rslora": settings.rslora,
+    }
     return dict(
         sorted(
             {
                 **_OFF,
                 **_PLAIN,
+                **own,
                 "auto_mapping": None,
                 "base_model_name_or_path": base_model,
                 "ensure_weight_tying": tied and bool(modules_to_save),
                 "inference_mode": True,
-                "init_lora_weights": True,
-                "lora_alpha": alpha,
-                "lora_dropout": 0.0,
                 "megatron_core": "megatron.core",
                 "modules_to_save": list(modules_to_save) or None,
                 "peft_type": "LORA",
                 "peft_version": _PEFT_VERSION,
                 "qalora_group_size": 16,
-                "r": config.rank,
                 "revision": None,
-                "target_modules": list(config.target_modules),
                 "task_type": "CAUSAL_LM",
             }.items()
         )
     )
 
 
+def _as_json(names: Sequence[object] | str) -> list[object] | str | None:
+    """A pattern as it is; a list; None for an empty one, as PEFT writes it."""
+    return names if isinstance(names, str) else list(names) or None
+
+
 def adapter_files(
-    table: Table, config: LoraConfig, modules_to_save: Sequence[str], base_model: str | None
+    table: Table, settings: PeftSettings, modules_to_save: Sequence[str], base_model: str | None
 ) -> dict[str, bytes]:
     """adapter_config.json by name, as a training checkpoint carries it in hf/."""
     saved = expand_modules_to_save(table, modules_to_save)
-    content = peft_config(config, saved, base_model=base_model, tied=table.spec.tied_embeddings)
+    content = peft_config(settings, saved, base_model=base_model, tied=table.spec.tied_embeddings)
     return {CONFIG_FILE: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
 
 
@@ -144,102 +160,51 @@ def read_adapter_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_peft_config(adapter: Path) -> PeftSettings:
-    """adapter_config.json of a PEFT directory.
+def read_peft_config(adapter: Path, *, trained_here: bool = False) -> PeftSettings:
+    """adapter_config.json of a PEFT directory; or of a checkpoint of ours, which keeps what PiSSA and OLoRA start from.
 
     Raises ConfigError for what mswift cannot honour, CheckpointError for a file that is no LoRA configuration.
     """
-    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE)
+    return parse_peft_config(read_adapter_json(adapter), adapter / CONFIG_FILE, trained_here=trained_here)
 
 
-def parse_peft_config(data: Mapping[str, Any], path: Path) -> PeftSettings:
+def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool = False) -> PeftSettings:
     """The content of an adapter_config.json; `path` is its name in errors, which are those of `read_peft_config`."""
+    init = data.get("init_lora_weights", True)
+    if not trained_here and init not in _PLAIN_INITS:
+        raise ConfigError(
+            f"{path}: init_lora_weights={init!r} has changed the base weights as well; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, or mswift export, which turns it into a plain LoRA"
+        )
     _refuse_unsupported(data, path)
     rank, alpha = data.get("r"), data.get("lora_alpha")
-    if not _is_rank(rank) or not _is_number(alpha):
+    if not is_rank(rank) or not is_number(alpha):
         raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a number")
     layers_pattern = data.get("layers_pattern") or ()
     return PeftSettings(
         rank=rank,
         alpha=alpha,
-        target_modules=_names(data, "target_modules", path, required=not data.get("target_parameters")),
+        target_modules=names(data, "target_modules", path, required=not data.get("target_parameters")),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         dropout=float(data.get("lora_dropout") or 0.0),
         ensure_weight_tying=bool(data.get("ensure_weight_tying")),
         path=path,
-        rslora=_flag(data, "use_rslora", path),
-        dora=_flag(data, "use_dora", path),
-        lora_bias=_flag(data, "lora_bias", path),
-        rank_pattern=_patterns(data, "rank_pattern", path, _is_rank),
-        alpha_pattern=_patterns(data, "alpha_pattern", path, _is_number),
-        exclude_modules=_names(data, "exclude_modules", path),
-        layers_to_transform=_layers(data, path),
+        rslora=flag(data, "use_rslora", path),
+        dora=flag(data, "use_dora", path),
+        lora_bias=flag(data, "lora_bias", path),
+        rank_pattern=patterns(data, "rank_pattern", path, is_rank),
+        alpha_pattern=patterns(data, "alpha_pattern", path, is_number),
+        exclude_modules=names(data, "exclude_modules", path),
+        layers_to_transform=layers(data, path),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
         target_parameters=tuple(sorted(data.get("target_parameters") or ())),
+        init="true" if init in _PLAIN_INITS else str(init),
     )
-
-
-def _is_rank(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 1
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flag(data: Mapping[str, Any], name: str, path: Path) -> bool:
-    value = data.get(name) or False
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name}={value!r} must be true or false")
-    return value
-
-
-def _layers(data: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    value = data.get("layers_to_transform")
-    layers = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(n) is int for n in layers):
-        raise CheckpointError(f"{path}: layers_to_transform={value!r} must be layer numbers")
-    return tuple(layers)
-
-
-def _names(data: Mapping[str, Any], name: str, path: Path, *, required: bool = False) -> tuple[str, ...] | str:
-    """A list of module names, or a pattern; () for an absent one."""
-    value = data.get(name)
-    if value is None and not required:
-        return ()
-    if isinstance(value, str):
-        _check_pattern(value, name, path)
-        return value
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise CheckpointError(f"{path}: {name}={value!r} must be a list of module names or a pattern")
-    return tuple(value)
-
-
-def _patterns(data: Mapping[str, Any], name: str, path: Path, valid: Callable[[Any], bool]) -> dict[str, Any]:
-    """Pattern of a module's name -> number."""
-    value = data.get(name) or {}
-    if not isinstance(value, dict) or not all(valid(number) for number in value.values()):
-        raise CheckpointError(f"{path}: {name}={value!r} must give module names numbers")
-    for pattern in value:
-        _check_pattern(pattern, name, path)
-    return value
-
-
-def _check_pattern(pattern: str, name: str, path: Path) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"{path}: {name}={pattern!r} is no regular expression ({error})") from None
 
 
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
     if data.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type={data.get('peft_type')!r}; mswift reads LORA")
-    if data.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise ConfigError(
-            f"{path}: init_lora_weights={data['init_lora_weights']!r} has changed the base weights as well; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
-        )
     known = {*_OFF, *_PLAIN, *_IGNORED, *_READ, "ensure_weight_tying"}
     for name, value in data.items():
         if name in _OFF and value and value != _OFF[name]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mswift.converters.adapters import ALL_LINEAR
-from mswift.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -17,16 +16,17 @@ class PeftSettings:
     rslora: the scale is alpha / sqrt(rank); dora: every module has a magnitude vector as well; lora_bias: B has a
     bias. rank_pattern, alpha_pattern: regular expression of a module's name -> its own rank or alpha.
     layers_pattern: names of the module list that `layers_to_transform` counts in ((): any). target_parameters: names
-    of parameters (the experts of transformers 5) that have an adapter of their own.
+    of parameters (the experts of transformers 5) that have an adapter of their own. init: pissa, pissa_niter_N and
+    olora start A and B as a part of the weight, which is not to be added twice.
     """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...] | str
-    modules_to_save: tuple[str, ...]
-    dropout: float
-    ensure_weight_tying: bool
-    path: Path
+    modules_to_save: tuple[str, ...] = ()
+    dropout: float = 0.0
+    ensure_weight_tying: bool = False
+    path: Path = Path("adapter_config.json")
     rslora: bool = False
     dora: bool = False
     lora_bias: bool = False
@@ -36,6 +36,7 @@ class PeftSettings:
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    init: str = "true"
 
     def rank_of(self, name: str) -> int:
         """Rank of one module or parameter."""
@@ -72,23 +73,6 @@ class PeftSettings:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
         return found is not None and int(found[1]) in self.layers_to_transform
-
-    def require_plain(self, who: str) -> None:
-        """ConfigError naming the first field that gives modules different ranks or scales, or more than A and B."""
-        fields = {
-            "use_rslora": self.rslora,
-            "use_dora": self.dora,
-            "lora_bias": self.lora_bias,
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-            "target_parameters": self.target_parameters,
-        }
-        for name, value in fields.items():
-            if value:
-                raise ConfigError(
-                    f"{self.path}: {name}={value!r} is not supported by {who}; mswift merge folds the adapter into a "
-                    "copy of its base, which is"
-                )
 
 
 def _ends_with(name: str, endings: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from mswift.converters.rule import size_of
 from mswift.errors import ConfigError
 from mswift.tuners.settings import PeftSettings
 
-_STACKED = "experts_stacked"
+STACKED = "experts_stacked"
 _ROUTER = "mlp.router.weight"
 
 
@@ -38,11 +38,15 @@ class HfParameter:
 
 def parameters(table: ModelTable) -> Iterator[HfParameter]:
     """The stacked experts and routers of a mixture of experts as transformers 5 has them, layer after layer."""
-    if table.spec.moe is None:
-        return
-    if _STACKED in table.family.spellings and table.spelling != _STACKED:
-        table = ModelTable(table.config, table.family, table.spec, _STACKED)
-    yield from _parameters(table)
+    if table.spec.moe is not None:
+        yield from _parameters(in_spelling(table, STACKED))
+
+
+def in_spelling(table: ModelTable, spelling: str) -> ModelTable:
+    """The same model's table in another spelling of its family, where there is such a one."""
+    if spelling not in table.family.spellings or table.spelling == spelling:
+        return table
+    return ModelTable(table.config, table.family, table.spec, spelling)
 
 
 def _parameters(table: ModelTable, *, routers_alone: bool = False) -> Iterator[HfParameter]:
@@ -66,13 +70,13 @@ def _parameters(table: ModelTable, *, routers_alone: bool = False) -> Iterator[H
 
 def adapter_table(table: ModelTable, names: Collection[str]) -> ModelTable:
     """The table in the spelling of experts that an adapter's names speak of: one linear each, else stacked."""
-    if table.spec.moe is None or _STACKED not in table.family.spellings:
+    if table.spec.moe is None or STACKED not in table.family.spellings:
         return table
     for spelling in table.family.spellings:
-        own = ModelTable(table.config, table.family, table.spec, spelling)
+        own = in_spelling(table, spelling)
         if any(linear.expert is not None and linear.lora_names()[0] in names for linear in all_linears(own)):
             return own
-    return ModelTable(table.config, table.family, table.spec, _STACKED)
+    return in_spelling(table, STACKED)
 
 
 def adapted_linears(table: ModelTable, settings: PeftSettings) -> list[HfLinear]:

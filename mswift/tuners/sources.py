@@ -18,7 +18,7 @@ from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.arrays import Read
 from mswift.tuners.detect import HF_FOLDER
-from mswift.tuners.export import STORED
+from mswift.tuners.export import read_rows, stored_tensors
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
     PREFIX,
@@ -95,13 +95,13 @@ def open_stored(path: Path, base_model: str | None) -> AdapterFiles:
     source = TorchDistSource(path)
     settings = read_peft_config(folder)
     base = folder if base_model is None and (folder / BASE_CONFIG).is_file() else find_base(path, None, base_model)
-    own = {n.removeprefix(STORED): (t.dtype, t.shape) for n, t in source.tensors.items() if n.startswith(STORED)}
+    own = stored_tensors(source)
     table = adapter_table(table_for(read_config(base)), own)
     aliases = {name: trained_name(table, name) for name in promised_shapes(table, settings) if name not in own}
     found = {name: own[alias] for name, alias in aliases.items() if alias in own}  # a tied head, stored once
 
     def read(name: str, region: Region, out: memoryview) -> None:
-        source.read(STORED + (name if name in own else aliases[name]), region, out)
+        read_rows(source, name if name in own else aliases[name], region, out)
 
     files = AdapterFiles(
         path,

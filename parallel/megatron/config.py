@@ -8,10 +8,10 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mswift.converters.adapters import LoraConfig
 from mswift.converters.spec import ModelSpec
 from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
+from mswift.tuners.lora import LoraConfig
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -22,6 +22,7 @@ class EngineConfig:
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32.
+    `lora_b_lr_ratio`: learning rate of B (and of magnitudes) over that of A.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -38,6 +39,7 @@ class EngineConfig:
     seed: int = 42
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
+    lora_b_lr_ratio: float = 1.0
 
 
 def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig) -> TransformerConfig:

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
-from mswift.errors import CheckpointError
+from mswift.errors import CheckpointError, LayoutError
 from mswift.parallel import device as devices
+from mswift.parallel import dropout
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
+from mswift.parallel.attention.share import Share, natural_rows
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
+from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
+from mswift.parallel.megatron.held import Held, held_bytes
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_parameters
@@ -65,19 +69,24 @@ class MegatronEngine:
         self._trained = self._base
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
-            self._trained = [place_adapter(*adapter, tp_rank=self.coordinate.tp) for adapter in adapter_tensors(chunks)]
+            found = adapter_tensors(chunks)
+            self._trained = [place_adapter(*slot, parameter, place) for slot, parameter in found]
 
     # -- weights
 
     @torch.no_grad()
-    def load_weights(self, reader: WeightReader) -> None:
+    def load_weights(self, reader: WeightReader, *, resumed: bool = False) -> None:
         """Fill the base from a checkpoint: this rank's slices and no others; padded vocabulary rows are zero.
 
-        Adapters keep their start. Raises CheckpointError for another model than the engine's.
+        Adapters get their start (not if resumed: `load_state` brings theirs). Raises CheckpointError for another model
+        than the engine's.
         """
         if reader.table.spec != self.table.spec:
             raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self.table.spec}")
         self._read_parameters(self._base, reader.read, lambda placed: SOURCE_DTYPES[reader.dtype_of(placed.key)])
+        if self.config.lora is not None and not resumed:
+            start_from_base(self._chunks, self.config.lora.seed)
+            self._optimizer.reload_parameters()
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
@@ -163,7 +172,8 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         batches, weights = self._mine(microbatches)
         self._weight_sum.fill_(weights)
-        losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
+        with dropout.counted(self._chunks, self._places(batches)):
+            losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
         loss_sum = self._sum_over_ranks(losses)
         devices.synchronize(self.device)
         computed = time.perf_counter()
@@ -194,6 +204,19 @@ class MegatronEngine:
         """The positions of this context-parallel rank, and the sum of their loss weights."""
         batches = rank_batches(microbatches, self.dims, self.coordinate.cp)
         return batches, sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
+
+    def _places(self, batches: Sequence[RankBatch]) -> list[dropout.BatchPlace]:
+        """Which rows of the global batch these are, for adapters with dropout; [] where there is none."""
+        if self.config.lora is None or not self.config.lora.settings.dropout:
+            return []
+        if any(batch.documents is not None for batch in batches):
+            raise LayoutError("--lora_dropout with packed rows is not supported: leave out one of them")
+        size, cp = len(batches[0].tokens), self.dims.cp
+        share = Share((batches[0].seq_length,), (self.coordinate.cp,), cp)
+        positions = natural_rows(share, torch.device("cpu")) if cp > 1 else None
+        first = [(m * self.dims.dp + self.coordinate.dp) * size for m in range(len(batches))]
+        step = self.optimizer_step
+        return [dropout.BatchPlace(self.config.seed, step, torch.arange(row, row + size), positions) for row in first]
 
     @property
     def _reports(self) -> bool:
@@ -226,6 +249,10 @@ class MegatronEngine:
         total = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return int(total[0]) // (self.dims.dp * self.dims.cp) + int(total[1]) // self.dims.edp
+
+    def held_bytes(self) -> tuple[Held, Held]:
+        """What this rank holds for its (frozen, trained) parameters."""
+        return held_bytes(self._base, self._trained, self._optimizer)
 
     def close(self) -> None:
         """Give megatron-core's groups back; the engine is of no use afterwards.

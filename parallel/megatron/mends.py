@@ -12,6 +12,7 @@ from importlib import metadata
 from packaging.version import InvalidVersion, Version
 
 from mswift.errors import ConfigError
+from mswift.parallel import dropout
 from mswift.parallel.megatron import cpu_linear, no_gpu, no_te
 
 TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
@@ -59,6 +60,7 @@ def apply(*, on_gpu: bool) -> None:
         import megatron.core.tensor_parallel.random
         import megatron.core.transformer.moe.token_dispatcher
     no_te.name_missing_kernels(megatron.core.transformer.moe.moe_utils)
+    dropout.remember_places(megatron.core.tensor_parallel)
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
         no_gpu.replace_uneven_collectives(megatron.core.tensor_parallel.mappings)

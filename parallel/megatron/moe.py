@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
@@ -47,10 +47,12 @@ class ExpertRouter(Router):
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         correction = torch.zeros(moe.num_experts, device=device) if moe.correction_bias else None
         self.register_buffer("expert_bias", correction)
+        self.lora: nn.Module | None = None  # of the weight
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[s, b, hidden] -> (weights [n, e], zero where not chosen; chosen [n, e] bool)."""
-        logits = router_gating_linear(input, self.weight, self.bias, torch.float32).flatten(0, -2)
+        weight = self.weight if self.lora is None else self.lora(self.weight)
+        logits = router_gating_linear(input, weight, self.bias, torch.float32).flatten(0, -2)
         weights, chosen = route(logits, self.expert_bias, self._moe)
         spread = torch.zeros_like(logits).scatter(1, chosen, weights)
         return spread, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
@@ -72,6 +74,22 @@ class BiasedExpertOut(BiasedRowParallelLinear):
         self.explicit_expert_comm = True
 
 
+class SharedExpert(SharedExpertMLP):
+    """The expert of every token, whose gate may have an adapter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora: nn.Module | None = None  # of the gate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, hidden] -> the same."""
+        output, _ = MLP.forward(self, hidden_states)
+        if self.gate_weight is not None:
+            weight = self.gate_weight if self.lora is None else self.lora(self.gate_weight)
+            output = output * nn.functional.sigmoid(nn.functional.linear(hidden_states, weight))
+        return output  # type: ignore[no-any-return]
+
+
 def moe_mlp_spec(spec: ModelSpec) -> ModuleSpec:
     """The experts of a layer, with the expert of every token beside them where the model has one."""
     assert spec.moe is not None
@@ -83,7 +101,7 @@ def moe_mlp_spec(spec: ModelSpec) -> ModuleSpec:
         module=MoELayer,
         submodules=MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(column, activation, row)),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
+            shared_experts=ModuleSpec(module=SharedExpert, submodules=shared),
             router=partial(ExpertRouter, moe=spec.moe),
         ),
     )

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from mswift.parallel.lora import IS_LORA_B
 from mswift.parallel.megatron.config import EngineConfig, optimizer_config
 
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -25,7 +26,13 @@ class ShardedOptimizer:
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
         self._config = config
-        self._chained = get_megatron_optimizer(optimizer_config(config), list(chunks), use_gloo_process_groups=False)
+        core_config = optimizer_config(config)
+        groups = get_standard_config_overrides(core_config)
+        if config.lora_b_lr_ratio != 1:
+            groups[ParamKey(attr=IS_LORA_B)] = {"lr_mult": config.lora_b_lr_ratio}  # type: ignore[typeddict-unknown-key]
+        self._chained = get_megatron_optimizer(
+            core_config, list(chunks), config_overrides=groups, use_gloo_process_groups=False
+        )
         self._inners: list[DistributedOptimizer] = list(self._chained.chained_optimizers)
         for inner in self._inners:
             if not inner.is_stub_optimizer:
@@ -37,10 +44,15 @@ class ShardedOptimizer:
         """One update from the gradients in the buffers; returns their global L2 norm before clipping."""
         for inner in self._inners:
             for group in inner.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_mult"]
         _, grad_norm, _ = self._chained.step()
         self._chained.zero_grad()
         return float(grad_norm)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes of state for each element that is updated: fp32 states, and an fp32 master of a bf16 weight."""
+        return 4 * (len(STATES[self._config.optimizer]) + (self._config.dtype != "F32"))
 
     def reload_parameters(self) -> None:
         """Take master weights from the model; after weights were loaded from outside."""
@@ -98,7 +110,12 @@ def _update_rule(groups: list[dict[str, Any]], config: EngineConfig) -> torch.op
         rule = torch.optim.AdamW(some, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     defaults = {name: value for name, value in rule.param_groups[0].items() if name != "params"}
     rule.param_groups = [
-        {**defaults, "params": group["params"], "weight_decay": config.weight_decay * group["wd_mult"]}
+        {
+            **defaults,
+            "params": group["params"],
+            "weight_decay": config.weight_decay * group["wd_mult"],
+            "lr_mult": group["lr_mult"],
+        }
         for group in groups
     ]
     return rule

@@ -132,16 +132,18 @@ def _stored_keys(table: ModelTable, name: str, layer: int | None) -> tuple[str, 
 
 
 def place_adapter(
-    name: str, shape: Sequence[int], regions: Sequence[Region], parameter: nn.Parameter, tp_rank: int
+    name: str, shape: Sequence[int], regions: Sequence[Region], is_expert: bool, parameter: Tensor, place: RankPlace
 ) -> Placed:
-    """One trained parameter of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
+    """One tensor of an adapter run (`mswift.parallel.adapters.adapter_tensors`)."""
     is_cut = getattr(parameter, "tensor_model_parallel", False)
     is_copy = getattr(parameter, "shared", False)
     key, parts, row = f"adapter.{name}", [], 0
     for region in regions:
         parts.append(Part(row, region, key, tuple(shape)))
         row += region.sizes[0]
-    return Placed(key, parameter, tuple(parts), not is_copy and (is_cut or tp_rank == 0))
+    is_buffer = not isinstance(parameter, nn.Parameter)
+    is_primary = not is_copy and (is_cut or place.tp[0] == 0) and (place.is_first_replica or not is_buffer)
+    return Placed(key, parameter, tuple(parts), is_primary, is_buffer, is_expert)
 
 
 def _parts(regions: Sequence[tuple[str, Region]], local: tuple[int, ...], table: ModelTable) -> tuple[Part, ...]:

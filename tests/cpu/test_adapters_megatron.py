@@ -136,6 +136,9 @@ def test_bfloat16_trains_bfloat16_adapters_with_fp32_masters(truth: Any) -> None
     found = mswift_run(expected["home"], *LAYOUTS["tp2-sp"], dtype="BF16")
     assert found["dtypes"] == {"torch.bfloat16"}
     assert found["ranks"][0]["master_dtypes"] == {"torch.float32"}
+    frozen, trained = map(str, found["ranks"][0]["held"])
+    assert frozen == "2 bytes each (2 weights, 0 gradients, 0 optimizer)"
+    assert trained == "14 bytes each (2 weights, 4 gradients, 8 optimizer)"  # SGD: a master and a momentum
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
     apart = differences(found, expected, ("weights",))
     assert max(apart.values()) < 0.02

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-import tests.cpu.test_parity_mla  # noqa: F401 - its models
+from tests.cpu.test_parity_mla import MODELS
 from tests.support.lora_parity import mswift_run, peft_run
-from tests.support.parity import differences
+from tests.support.parity import BASE, differences
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -27,7 +27,8 @@ ATTENTION = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 def test_three_steps_equal_peft(model: str, layouts: tuple[str, ...], tmp_path: Path) -> None:
     """Attention alone: of a model that may have experts PEFT takes gate_proj, up_proj and down_proj to be theirs."""
     direct = model == "v2-lite"
-    expected = peft_run(tmp_path, model, ("q_proj", *ATTENTION) if direct else ("q_a_proj", "q_b_proj", *ATTENTION), ())
+    targets = ("q_proj", *ATTENTION) if direct else ("q_a_proj", "q_b_proj", *ATTENTION)
+    expected = peft_run(tmp_path, BASE | MODELS[model], targets)
     for layout in layouts:
         found = mswift_run(tmp_path, *LAYOUTS[layout])
         assert {n: d for n, d in differences(found, expected, ALL).items() if not d <= TOLERANCE} == {}, layout

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mswift.converters.adapters import expand_targets
+from mswift.converters.adapters import refuse_recurrent
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from tests.support.parity import BASE, differences, megatron_run, model_of, random_steps, reference
@@ -172,4 +172,4 @@ def test_bf16_learns_at_tp2(name: str) -> None:
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
 def test_adapters_of_recurrent_mixers_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="mixers that take no adapter yet; use --tuner_type full"):
-        expand_targets(table_for(expected(name)[0]), ["all-linear"])
+        refuse_recurrent(table_for(expected(name)[0]))

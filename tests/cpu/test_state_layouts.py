@@ -32,9 +32,9 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     reader = MemoryReader(payload["config"], payload["weights"])
     settings = dict(payload["settings"])
     if "lora" in payload:
-        from mswift.converters.adapters import LoraConfig
+        from mswift.tuners.lora import LoraConfig
 
-        settings["lora"] = LoraConfig(**payload["lora"])
+        settings["lora"] = LoraConfig.plain(**payload["lora"])
     engine = MegatronEngine(reader.table, dims, EngineConfig(**settings), device)
     if payload["state"] is None or "lora" in payload:
         engine.load_weights(reader)  # type: ignore[arg-type]

@@ -11,21 +11,36 @@ import numpy as np
 import torch
 
 from tests.support.adapters import load_peft, random_adapter, short_name, trained_parameters
-from tests.support.parity import random_model, random_steps, reference
-from tests.support.ranks import join, run_ranks
+from tests.support.parity import model_of, random_model, random_steps, reference
+from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import assemble, gather
 
 SETTINGS = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "clip_grad": 1.0}
 
 
-def peft_run(home: Path, model: str, targets: Sequence[str], saved: Sequence[str]) -> dict[str, Any]:
-    """Write model and random adapter under `home`; three steps of PEFT: logits, loss, norms, gradients, weights."""
-    base = random_model(model)
+def peft_run(
+    home: Path,
+    model: str | Mapping[str, Any],
+    targets: Sequence[str],
+    saved: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Write model and random adapter under `home`; three steps of PEFT: logits, loss, norms, gradients, weights.
+
+    model: a name of `parity.MODELS` or a config.json; settings: of the optimizer, beside SETTINGS; flags: of
+    `LoraConfig.for_table`.
+    """
+    base = random_model(model) if isinstance(model, str) else model_of(model)
     base.save_pretrained(home / "model")  # type: ignore[operator]
-    adapter = random_adapter(home / "adapter", home / "model", targets, saved)
-    peft = load_peft(home / "model", adapter, trainable=True)
+    adapter = random_adapter(home / "adapter", home / "model", targets, saved, **flags)
+    return peft_steps(home, load_peft(home / "model", adapter, trainable=True), settings)
+
+
+def peft_steps(home: Path, peft: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Three steps of a PeftModel."""
     names = {name for name, _ in trained_parameters(peft)}
-    result = reference(peft, random_steps(), SETTINGS)
+    result = reference(peft, random_steps(), SETTINGS | dict(settings or {}))
     for part in ("gradients", "weights", "momentum_buffer"):
         result[part] = {short_name(n): v for n, v in result[part].items() if short_name(n) in names}
         assert result[part].keys() == names
@@ -35,7 +50,8 @@ def peft_run(home: Path, model: str, targets: Sequence[str], saved: Sequence[str
 def mswift_run(home: Path, world_size: int, layout: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """The same job on `world_size` ranks.
 
-    Options: broken (a rule left out), dtype, fresh (neither load nor train), run (save there, five times).
+    Options: broken (a rule left out, or "file:function"), dtype, fresh (neither load nor train), run (save there, five
+    times), resume (a checkpoint to load in place of training), lora (a LoraConfig to train from its start), settings.
     """
     payload = {"home": home, "world_size": world_size, "layout": dict(layout), "options": options}
     ranks = run_ranks(world_size, "tests/support/lora_parity.py:on_rank", payload)
@@ -44,10 +60,15 @@ def mswift_run(home: Path, world_size: int, layout: Mapping[str, Any], **options
     }
     for part, prefix in (("gradients", "gradient."), ("weights", ""), ("optimizer", "")):
         arrays = assemble([rank[part] for rank in ranks])
-        result[part] = {name.removeprefix(prefix).removeprefix("adapter."): a for name, a in arrays.items()}
+        result[part] = {name.removeprefix(prefix).removeprefix("adapter."): _flat(a) for name, a in arrays.items()}
     prefix = "optimizer.momentum_buffer.adapter."
-    momentum = {n.removeprefix(prefix): a for n, a in result.pop("optimizer").items() if n.startswith(prefix)}
+    momentum = {n.removeprefix(prefix): a for n, a in result["optimizer"].items() if n.startswith(prefix)}
     return result | {"momentum_buffer": momentum, "ranks": ranks}
+
+
+def _flat(array: Any) -> Any:
+    """PEFT has no third axis for experts."""
+    return array.reshape(len(array), -1) if array.ndim == 3 else array
 
 
 def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,15 +79,25 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     from mswift.tuners.adapter import PeftAdapter
 
     home, options = payload["home"], payload["options"]
-    reader, adapter = WeightReader(home / "model"), PeftAdapter(home / "adapter")
-    lora, saved = adapter.lora_config(reader.table, seed=7)
-    settings = EngineConfig(lora=lora, trainable_modules=saved, dtype=options.get("dtype", "F32"), **SETTINGS)
+    reader = WeightReader(home / "model")
+    adapter = None if "lora" in options else PeftAdapter(home / "adapter")
+    lora, saved = (options["lora"], ()) if adapter is None else adapter.lora_config(reader.table, seed=7)
+    numbers = SETTINGS | dict(options.get("settings", {}))
+    settings = EngineConfig(lora=lora, trainable_modules=saved, dtype=options.get("dtype", "F32"), **numbers)
     result: dict[str, Any] = {"gradients": {}, "optimizer": {}}
     with broken_rule(options.get("broken")):
         engine = MegatronEngine(reader.table, dims, settings, device)
-        engine.load_weights(reader)
-        if not options.get("fresh"):
-            engine.load_adapter(adapter)
+        engine.load_weights(reader, resumed="resume" in options)
+        if "resume" in options:
+            from torch.distributed import get_rank
+
+            from mswift.train import checkpoint
+
+            checkpoint.load(engine, options["resume"], get_rank(), dims.world_size)
+            result["optimizer"] = gather(engine.optimizer_shards())
+        elif not options.get("fresh"):
+            if adapter is not None:
+                engine.load_adapter(adapter)
             _break_model(engine, options.get("broken"))
             before = _frozen_hashes(engine)
             steps = [[Microbatch(*batch) for batch in step] for step in random_steps()]
@@ -120,7 +151,7 @@ def _replicated_gradients(engine: Any) -> dict[str, Any]:
     return {
         placed.key: placed.parameter.main_grad.clone().numpy()
         for placed in engine._trained
-        if not getattr(placed.parameter, "tensor_model_parallel", False)
+        if not placed.is_buffer and not getattr(placed.parameter, "tensor_model_parallel", False)
     }
 
 
@@ -135,9 +166,10 @@ def _held(engine: Any) -> dict[str, Any]:
         "master_dtypes": {str(p.dtype) for group in groups for p in group["params"]},
         "buffered_frozen": sum(hasattr(p, "main_grad") or p.requires_grad for p in frozen),
         "num_frozen": len(frozen),
-        "trained_elements": sum(p.parameter.numel() for p in engine._trained),
+        "trained_elements": sum(p.parameter.numel() for p in engine._trained if not p.is_buffer),
         "master_elements": sum(p.numel() for group in groups for p in group["params"]),
-        "gradient_elements": sum(p.parameter.main_grad.numel() for p in engine._trained),
+        "gradient_elements": sum(p.parameter.main_grad.numel() for p in engine._trained if not p.is_buffer),
+        "held": engine.held_bytes(),
     }
 
 
@@ -148,17 +180,21 @@ def _pass(x: torch.Tensor, **_: Any) -> torch.Tensor:
 @contextmanager
 def broken_rule(name: str | None) -> Iterator[None]:
     """Leave out one collective or rule of mswift.parallel.adapters on this rank."""
-    from mswift.parallel import adapters
+    from mswift.parallel import adapters, fused_lora
 
-    places: dict[str, tuple[str, Callable[..., Any]]] = {
-        "copy to ranks": ("copy_to_tensor_model_parallel_region", _pass),
-        "sum over ranks": ("reduce_from_tensor_model_parallel_region", _pass),
-        "kv groups": ("kv_groups", lambda *_: 1),
+    places: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "copy to ranks": (fused_lora, "copy_to_tensor_model_parallel_region", _pass),
+        "sum over ranks": (fused_lora, "reduce_from_tensor_model_parallel_region", _pass),
+        "kv groups": (adapters, "kv_groups", lambda *_: 1),
     }
+    if name is not None and ":" in name:
+        with load(name)():
+            yield
+        return
     if name not in places:
         yield
         return
-    with patch.object(adapters, *places[name]):
+    with patch.object(*places[name]):
         yield
 
 

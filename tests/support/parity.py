@@ -244,11 +244,12 @@ def _break_model(engine: Any, name: str | None) -> None:
 
 
 def _optimizer(model: torch.nn.Module, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
-    matrices = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith("bias")}
-    groups = [
-        {"params": list(matrices.values()), "weight_decay": settings.get("weight_decay", 0.1)},
-        {"params": [p for n, p in model.named_parameters() if n not in matrices], "weight_decay": 0.0},
-    ]
+    decay, ratio = settings.get("weight_decay", 0.1), settings.get("lora_b_lr_ratio", 1.0)
+    groups = []
+    for name, parameter in model.named_parameters():
+        is_matrix, is_b = parameter.dim() > 1 and not name.endswith("bias"), "lora_B" in name or "magnitude" in name
+        lr = settings["lr"] * (ratio if is_b else 1)
+        groups.append({"params": [parameter], "weight_decay": decay if is_matrix else 0.0, "lr": lr})
     if settings.get("optimizer") == "sgd":
         return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings.get("sgd_momentum", 0.9))
     return torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95), eps=settings.get("adam_eps", 1e-8))

@@ -79,5 +79,5 @@ def test_what_cannot_be_laid_out_is_refused_with_the_remedy(home: Path) -> None:
     assert "add --sequence_parallel true" in output
     output = run([*base, "--nproc_per_node", "3", "--expert_model_parallel_size", "3"], status=2)
     assert "--expert_model_parallel_size 3 does not divide the model's 8 experts: it can be 1, 2, 4, 8" in output
-    output = run([*base, "--tuner_type", "lora"], status=2)
-    assert "use --target_modules q_proj k_proj v_proj o_proj" in output
+    output = run([*base, "--tuner_type", "lora", "--use_dora"], status=2)
+    assert "--use_dora with --target_parameters down_proj gate.weight gate_up_proj: PEFT has no such" in output

@@ -12,11 +12,8 @@ import pytest
 from mswift.converters.adapters import (
     Block,
     HfLinear,
-    LoraConfig,
-    adapter_shapes,
     check_blocks,
     expand_modules_to_save,
-    expand_targets,
     fused_blocks,
     fused_linears,
     trained_name,
@@ -24,8 +21,11 @@ from mswift.converters.adapters import (
 from mswift.converters.plan import ModelTable, table_for
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.init import kaiming_uniform
+from mswift.tuners.lora import LoraConfig
 from mswift.tuners.peft_config import adapter_files, read_peft_config
+from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import promised_shapes
+from mswift.tuners.targets import chosen
 from tests.support.family_configs import family_config
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,8 +53,8 @@ def test_every_linear_belongs_to_one_megatron_linear() -> None:
 
 
 def test_names_and_shapes() -> None:
-    config = LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "down_proj"))
-    shapes = adapter_shapes(table(tied=True), config, ("embed_tokens", "lm_head"))
+    settings = PeftSettings(4, 8, ("q_proj", "down_proj"), modules_to_save=("embed_tokens", "lm_head"))
+    shapes = promised_shapes(table(tied=True), settings)
     assert shapes["model.layers.1.self_attn.q_proj.lora_A.weight"] == (4, 32)
     assert shapes["model.layers.1.self_attn.q_proj.lora_B.weight"] == (64, 4)
     assert shapes["model.layers.0.mlp.down_proj.lora_A.weight"] == (4, 48)
@@ -64,9 +64,13 @@ def test_names_and_shapes() -> None:
     assert trained_name(table(), "lm_head.weight") == "lm_head.weight"
 
 
+def targets(*names: str) -> tuple[str, ...] | str:
+    return chosen(table(), rank=4, alpha=8, modules=names).target_modules
+
+
 def test_targets_expand_in_the_order_of_the_model() -> None:
-    assert expand_targets(table(), ["all-linear"]) == ALL
-    assert expand_targets(table(), ["down_proj", "q_proj"]) == ("q_proj", "down_proj")
+    assert targets("all-linear") == ALL
+    assert targets("down_proj", "q_proj") == ("q_proj", "down_proj")
     assert expand_modules_to_save(table(), ["lm_head"]) == ("lm_head",)
     assert expand_modules_to_save(table(tied=True), ["lm_head"]) == ("embed_tokens", "lm_head")
 
@@ -76,25 +80,25 @@ def test_targets_expand_in_the_order_of_the_model() -> None:
 )
 def test_unknown_target_names_the_nearest(wrong: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"--target_modules {wrong}: .*nearest: {nearest} "):
-        expand_targets(table(), [wrong])
-    assert expand_targets(table(), [nearest])
+        targets(wrong)
+    assert targets(nearest)
 
 
 def test_embeddings_are_no_targets() -> None:
     with pytest.raises(ConfigError, match="--modules_to_save lm_head"):
-        expand_targets(table(), ["lm_head"])
+        targets("lm_head")
     assert expand_modules_to_save(table(), ["lm_head"]) == ("lm_head",)
 
 
 @pytest.mark.parametrize(("rank", "alpha", "flag"), [(0, 8, "--lora_rank 0"), (8, 0, "--lora_alpha 0")])
 def test_senseless_sizes(rank: int, alpha: float, flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
-        LoraConfig(rank, alpha, ALL)
+        LoraConfig.for_table(table(), rank=rank, alpha=alpha, target_modules=ALL)
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     """An adapter_config.json as mswift writes it, with changes."""
-    (content,) = adapter_files(table(), LoraConfig(4, 8, ALL), (), "base").values()
+    (content,) = adapter_files(table(), PeftSettings(4, 8, ALL), (), "base").values()
     (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(content) | changes))
     return tmp_path
 
@@ -102,7 +106,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     settings = read_peft_config(written(tmp_path))
     assert (settings.rank, settings.scale_of("x"), settings.target_modules) == (4, 2.0, ALL)
-    assert promised_shapes(table(), settings) == adapter_shapes(table(), LoraConfig(4, 8, ALL))
+    assert promised_shapes(table(), settings) == promised_shapes(table(), PeftSettings(4, 8, ALL))
 
 
 @pytest.mark.parametrize(
@@ -136,16 +140,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, field: str, 
         read_peft_config(written(tmp_path, **{field: value}))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}),
-        ("lora_bias", True), ("target_parameters", ["mlp.experts.down_proj"]),
-    ],
-)  # fmt: skip
-def test_what_training_lacks_is_read_and_refused_there(tmp_path: Path, field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field}=.*not supported by training"):
-        read_peft_config(written(tmp_path, **{field: value})).require_plain("training")
+def test_what_training_lacks_is_read_and_refused_there(tmp_path: Path) -> None:
+    settings = read_peft_config(written(tmp_path, lora_bias=True))
+    with pytest.raises(ConfigError, match="lora_bias=.*not supported by training"):
+        LoraConfig(settings).check("")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +217,6 @@ def test_two_linears_of_one_leaf_name_are_told_apart() -> None:
 
 def test_part_of_a_linear_is_refused() -> None:
     linear = HfLinear("model.layers.0.x_proj", "x_proj", 0, 8, 24)
-    check_blocks(linear, [Block(linear.name, 0, 16), Block(linear.name, 16, 8)])
+    check_blocks(linear.name, 24, [Block(linear.name, 0, 16), Block(linear.name, 16, 8)])
     with pytest.raises(ConfigError, match="--target_modules x_proj: .* several Megatron tensors"):
-        check_blocks(linear, [Block(linear.name, 0, 16)])
+        check_blocks(linear.name, 24, [Block(linear.name, 0, 16)])

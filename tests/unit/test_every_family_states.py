@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mswift.converters.adapters import LoraConfig, linears
+from mswift.converters.adapters import linears
 from mswift.converters.catalog import family_names
 from mswift.converters.engine import convert
 from mswift.converters.io.dcp_metadata import read_metadata
@@ -18,6 +18,7 @@ from mswift.converters.optimizer_state import convert_with_optimizer
 from mswift.converters.plan import ModelTable, table_for
 from mswift.tuners.convert import convert_adapter, open_adapter
 from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, adapter_files, read_peft_config
+from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import promised_shapes
 from mswift.tuners.verify import verify_adapters
 from tests.support.arrays import Arrays, to_megatron
@@ -83,7 +84,9 @@ def adapter_of(path: Path, base: Path, table: ModelTable, **changes: Any) -> Pat
     elsewhere = (".mixer.", "linear_attn", "shared_expert_gate")
     modules = [linear.name for linear in linears(table) if not any(word in linear.name for word in elsewhere)]
     path.mkdir()
-    (content,) = adapter_files(table, LoraConfig(3, 7.5, tuple(modules)), (), str(base)).values()
+    (content,) = adapter_files(
+        table, PeftSettings(rank=3, alpha=7.5, target_modules=tuple(modules)), (), str(base)
+    ).values()
     (path / CONFIG_FILE).write_bytes(content)
     shapes = promised_shapes(table, read_peft_config(path))
     write_safetensors(path / WEIGHTS_FILE, {PREFIX + n: a for n, a in bits(shapes, 3).items()}, "F32")

@@ -1,0 +1,130 @@
+"""Dropout whose every decision is a function of where an element lies in the job, so that any layout drops the same.
+
+An element is kept or dropped by a hash of (seed, optimizer step, name of the linear, row of the global batch, position
+in the sequence, feature): no generator has a state, and a rank needs its own elements only. The mixing function is
+`lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018), on int32 with wrapping products.
+Shapes: s sequence of this rank, b batch, i features of this rank.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BatchPlace:
+    """Which microbatch a forward pass computes. rows: int64 [b], of the global batch.
+
+    positions: int64 [s], of the tokens of this context-parallel rank in the whole sequence; None: all, in order.
+    """
+
+    seed: int
+    step: int
+    rows: Tensor
+    positions: Tensor | None = None
+
+
+_place: ContextVar[BatchPlace | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def at(place: BatchPlace | None) -> Iterator[None]:
+    """Within: forward passes of this microbatch drop."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+@contextmanager
+def counted(chunks: Sequence[nn.Module], places: Sequence[BatchPlace]) -> Iterator[None]:
+    """Within: the n-th forward pass of each model chunk is that of places[n]; no places: nothing is dropped."""
+    hooks = []
+    for chunk in chunks if places else ():
+        left = iter(places)
+        hooks.append(chunk.register_forward_pre_hook(lambda *_, left=left: _enter(next(left))))
+        hooks.append(chunk.register_forward_hook(lambda *_: _enter(None)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _place.set(None)
+
+
+def _enter(place: BatchPlace | None) -> None:
+    _place.set(place)
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function at today's place whenever it is called: for a layer that is computed again in the backward pass."""
+    place = _place.get()
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with at(place):
+            return function(*args, **kwargs)
+
+    return called
+
+
+def remember_places(tensor_parallel: Any) -> None:
+    """Have megatron-core's recomputation (megatron.core.tensor_parallel, of which it is a part) use `remembered`."""
+    again, without_output = tensor_parallel.checkpoint, tensor_parallel.random.CheckpointWithoutOutput
+    original = without_output.checkpoint
+
+    def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+        return again(remembered(function), distribute_saved_activations, *args)
+
+    def checkpoint_without_output(self: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+        return original(self, remembered(run_function), *args)
+
+    tensor_parallel.checkpoint = tensor_parallel.random.checkpoint = checkpoint
+    without_output.checkpoint = checkpoint_without_output
+
+
+def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first_feature: int) -> Tensor:
+    """x [s, b, i] with its elements zeroed at `probability`, the others divided by 1 - probability, as torch has it.
+
+    first_token, first_feature: place of element 0 within the sequence of this context-parallel rank and the features.
+    Without gradients (an evaluation) and outside of `counted` nothing is dropped.
+    """
+    place = _place.get()
+    if probability == 0 or (place is None and not torch.is_grad_enabled()):
+        return x
+    if place is None:
+        raise RuntimeError(f"{name}: which microbatch is this? a layer that is computed again needs `remembered`")
+    s, _, i = x.shape
+    device = x.device
+    positions = place.positions
+    tokens = torch.arange(first_token, first_token + s) if positions is None else positions[first_token:][:s]
+    features = torch.arange(first_feature, first_feature + i)
+    key = f"{place.seed}:{place.step}:{name}"
+    kept = keep(key, place.rows.to(device), tokens.to(device), features.to(device), probability)
+    return x * kept * (1 / (1 - probability))
+
+
+def keep(key: str, rows: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
+    """bool [tokens, rows, features], true with 1 - probability."""
+    digest = hashlib.sha256(key.encode()).digest()
+    one, two = (int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4))
+    row = _mixed(rows.to(torch.int32) ^ one)
+    token = _mixed(row[None, :] ^ _mixed(tokens.to(torch.int32))[:, None])
+    feature = _mixed(features.to(torch.int32) ^ two)
+    word = _mixed(token[:, :, None] ^ feature)
+    return word >= int(probability * 2**32) - 2**31
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """lowbias32: every bit of the int32 depends on all bits."""
+    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B - 2**32)):
+        x = (x ^ ((x >> shift) & mask)) * factor
+    return x ^ ((x >> 16) & 0xFFFF)

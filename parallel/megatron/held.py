@@ -1,0 +1,47 @@
+"""Bytes that this rank holds for each parameter: frozen ones have their weight and nothing else."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mswift.parallel.megatron.optimizer import ShardedOptimizer
+from mswift.parallel.megatron.placement import Placed
+
+
+class Held(NamedTuple):
+    """Elements of some parameters on this rank, and bytes of their weights, gradients and optimizer state.
+
+    State of the update rule is counted from the start, though the first update makes it.
+    """
+
+    elements: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    def __str__(self) -> str:
+        if not self.elements:
+            return "none"
+        each = [f"{part / self.elements:.3g} {name}" for name, part in zip(self._fields[1:], self[1:], strict=True)]
+        total = sum(self[1:]) / self.elements
+        return f"{total:.3g} bytes each ({', '.join(each)})"
+
+
+def held_bytes(base: Sequence[Placed], trained: Sequence[Placed], optimizer: ShardedOptimizer) -> tuple[Held, Held]:
+    """(of frozen parameters and buffers, of trained ones) of this rank."""
+    learning = [placed for placed in trained if not placed.is_buffer]
+    known = {id(placed.parameter) for placed in learning}
+    frozen = {id(p.parameter): p for p in (*base, *trained) if id(p.parameter) not in known}
+    return _held(list(frozen.values()), optimizer), _held(learning, optimizer)
+
+
+def _held(parameters: Sequence[Placed], optimizer: ShardedOptimizer) -> Held:
+    elements = weights = gradients = state = 0
+    for placed in parameters:
+        parameter = placed.parameter
+        elements += parameter.numel()
+        weights += parameter.numel() * parameter.element_size()
+        gradient = getattr(parameter, "main_grad", None)
+        gradients += 0 if gradient is None else gradient.numel() * gradient.element_size()
+        if not placed.is_buffer and (owned := optimizer.owned_range(parameter)) is not None:
+            state += (owned[1] - owned[0]) * optimizer.bytes_per_element
+    return Held(elements, weights, gradients, state)

@@ -132,7 +132,9 @@ def engine_layout(engine: MegatronEngine) -> dict[str, int]:
     """The degrees that decide which rank holds what."""
     dims = engine.dims
     sizes = {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}
-    return sizes | ({"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {})
+    sizes |= {"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {}
+    sizes |= {"vpp": dims.vpp} if dims.vpp else {}
+    return sizes | {f"chunk {n}": layers for n, layers in enumerate(dims.chunk_layers or ())}
 
 
 def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: Mapping[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """megatron-core's data-parallel wrapper: gradients in one fp32 buffer, weights in another, cut over the ranks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import get_attr_wrapped_model
+from torch import nn
 
 
 class DataParallel(DistributedDataParallel):
@@ -27,3 +30,34 @@ class DataParallel(DistributedDataParallel):
         """Gather updated weights from data-parallel ranks."""
         if self._has_replicas:
             super().start_param_sync(*args, **kwargs)
+
+    def enable_forward_pre_hook(self) -> None:
+        """With overlap_param_gather: a layer waits for all of its weights before it computes.
+
+        megatron-core has each module wait for its own parameters. That misses those that another module reads
+        without calling their owner (the matrices of an adapter, a convolution's weight), which would stay as they
+        were before the update; and an expert that gets no token on some rank would leave that rank out of a gather.
+        """
+        for module in _units(self.module):
+            self.remove_forward_pre_hook_handles[module] = module.register_forward_pre_hook(self._gathering(module))
+
+    def _gathering(self, unit: nn.Module) -> Any:
+        """A hook that finishes the gathers of every parameter in `unit`."""
+        mine = (self.param_to_bucket_group.get(parameter) for parameter in unit.parameters())
+        groups = list(dict.fromkeys(group for group in mine if group is not None))
+
+        def finish(*_: Any) -> None:
+            for group in groups:
+                group.finish_param_sync()
+
+        return finish
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers, and outside of them every module that has parameters of its own."""
+    layers = list(get_attr_wrapped_model(model, "decoder").layers)
+    inside = {part for layer in layers for part in layer.modules()}
+    yield from layers
+    for module in model.modules():
+        if module not in inside and any(True for _ in module.parameters(recurse=False)):
+            yield module

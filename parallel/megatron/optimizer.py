@@ -25,7 +25,8 @@ class ShardedOptimizer:
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
         self._config = config
-        self._chained = get_megatron_optimizer(optimizer_config(config), list(chunks), use_gloo_process_groups=False)
+        settings = optimizer_config(config, overlap_param_gather=chunks[0].ddp_config.overlap_param_gather)
+        self._chained = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False)
         self._inners: list[DistributedOptimizer] = list(self._chained.chained_optimizers)
         for inner in self._inners:
             if not inner.is_stub_optimizer:

@@ -101,6 +101,17 @@ def megatron_name(name: str) -> Name:
     return Name(f"decoder.layers.mlp.experts.experts.{expert[2]}", int(layer[1]), int(expert[1]))
 
 
+def place_chunks(chunks: Sequence[nn.Module], table: ModelTable, dims: ParallelDims, rank: int) -> list[Placed]:
+    """Every parameter and buffer of the chunks of one rank."""
+    spec, stage = table.spec, dims.coordinate(rank).pp
+    place = RankPlace.of(dims, rank, spec.moe.num_experts if spec.moe else 0)
+    return [
+        placed
+        for number, chunk in enumerate(chunks)
+        for placed in place_parameters(chunk, table, place, dims.stage_layers(spec.num_layers, stage, number))
+    ]
+
+
 def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, layers: range) -> Iterator[Placed]:
     """Every parameter and buffer of a chunk that holds the global `layers`. To be called before adapters are added."""
     for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers()):

@@ -31,7 +31,7 @@ BUDGET_SECONDS = {
     "cpu/test_parity_overlap": 35,
     "cpu/test_parity_mcore": 25,
     "cpu/test_recompute": 15,
-    "cpu/test_longer": 45,
+    "cpu/test_longer": 25,
     "cpu/test_parity_families": 60,
     "cpu/test_parity_mla": 35,
     "cpu/test_parity_moe": 45,

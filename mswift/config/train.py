@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 _alias = tyro.conf.arg
+_Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class TrainConfig:
     """Ranks that share each layer (TP); divides the KV heads."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (PP), 1F1B; divides the layers, unless the flags below cut them otherwise."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: _Chunks = None
     """Model chunks of each stage (VPP), interleaved: less idle time, more messages. Default: 1."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """VPP by the layers of a chunk instead of by the number of chunks."""

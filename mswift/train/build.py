@@ -69,8 +69,8 @@ def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Token
     if longest > spec.max_position_embeddings:
         raise ConfigError(
             f"{flag}: a sample has {longest} tokens, the model has {spec.max_position_embeddings} positions "
-            f"(max_position_embeddings); pass --max_length {spec.max_position_embeddings}, or train the model for "
-            f"more with --rope_scaling yarn --max_model_len {longest}"
+            f"(max_position_embeddings; --rope_scaling yarn --max_model_len {longest} trains it for more); pass "
+            f"--max_length {spec.max_position_embeddings}"
         )
 
 

@@ -14,22 +14,8 @@ CASES: list[tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     # model, ranks, layout, settings, mcore
     ("qwen2_moe", 2, {"ep": 2}, {}, {"moe_token_dispatcher_type": "allgather"}),
     ("qwen2_moe", 2, {"ep": 2}, {}, {"moe_shared_expert_overlap": True}),
-    (
-        *("llama-tied", 2, {"pp": 2}, FULL),
-        {
-            "deallocate_pipeline_outputs": True,
-            "batch_p2p_sync": False,
-            "num_microbatches_with_partial_activation_checkpoints": 1,
-        },
-    ),
-    (
-        *("llama-tied", 2, {"pp": 2, "vpp": 2}, {}),
-        {
-            "microbatch_group_size_per_vp_stage": 4,
-            "overlap_p2p_comm_warmup_flush": True,
-            "deallocate_pipeline_outputs": True,
-        },
-    ),
+    ("llama-tied", 2, {"pp": 2}, {}, {"batch_p2p_sync": False}),
+    ("llama-tied", 2, {"pp": 2, "vpp": 2}, {}, {"microbatch_group_size_per_vp_stage": 4}),
     (
         *("llama-tied", 2, {"tp": 2}, FULL),
         {
@@ -83,8 +69,9 @@ def refusals(_payload: None) -> list[str]:
     with pytest.raises(ConfigError) as refusal:
         check_device(EngineConfig(gradient_accumulation_fusion=True), device)
     said.append(str(refusal.value))
+    settings = EngineConfig(mcore={"distribute_saved_activations": True}, **FULL)
     with pytest.raises(ConfigError) as refusal:
-        transformer_config(SPEC, ParallelDims(), EngineConfig(mcore={"overlap_p2p_comm_warmup_flush": True}))
+        transformer_config(SPEC, ParallelDims(2, tp=2, sequence_parallel=True), settings)
     return [*said, str(refusal.value)]
 
 
@@ -93,4 +80,4 @@ def test_what_megatron_core_or_the_device_refuses_is_one_clear_error() -> None:
     assert "--mcore.cuda_graph_impl local needs a GPU" in gpu
     assert "--mcore.moe_token_dispatcher_type flex needs a GPU" in flex
     assert "--gradient_accumulation_fusion on cpu: it needs a GPU" in fusion
-    assert "--mcore.overlap_p2p_comm_warmup_flush True: megatron-core refuses it" in combination
+    assert "--mcore.distribute_saved_activations True: megatron-core refuses it" in combination

@@ -54,7 +54,7 @@ def test_values_are_typed_and_come_back_from_every_form(tmp_path: Path) -> None:
         (["--mcore.bucket_size", "many"], "--mcore.bucket_size many: it takes a whole number or none"),
         (["--mcore.bucket_size", "1.5"], "it takes a whole number or none"),
         (["--mcore.bucket_size", "1", "2"], "unexpected|neither a recipe"),
-        (["--mcore.deallocate_pipeline_outputs", "perhaps"], "it takes true or false"),
+        (["--mcore.deterministic_mode", "perhaps"], "it takes true or false"),
         (["--mcore.moe_token_dispatcher_type", "post"], "allgather or alltoall or flex"),
         (["--mcore.tensor_model_parallel_size", "2"], "--tensor_model_parallel_size says: use that flag"),
         (["--mcore.hidden_size", "2"], "follows from config.json of --model"),
@@ -91,6 +91,7 @@ def refusals(**values: Any) -> str:
     ("values", "words"),
     [
         ({"mcore": {"cuda_graph_impl": "local"}, "device": "cpu"}, "--mcore.cuda_graph_impl local needs a GPU"),
+        ({"mcore": {"deallocate_pipeline_outputs": True}, "device": "cpu"}, "pipeline_outputs True needs a GPU"),
         ({"mcore": {"moe_token_dispatcher_type": "flex"}, "device": "cpu"}, "needs a GPU"),
         ({"gradient_accumulation_fusion": True, "device": "cpu"}, "--gradient_accumulation_fusion is a CUDA kernel"),
         ({"use_distributed_optimizer": False}, "--use_distributed_optimizer false"),

@@ -41,6 +41,9 @@ def longer(config: Mapping[str, Any], rope_scaling: str | None, max_model_len: i
         )
     original = before.original_max_position_embeddings if before.kind in ("yarn", "llama3") else config[_POSITIONS]
     scaling = _scaling(rope_scaling, original, max_model_len)
+    if scaling["rope_type"] == before.kind:  # the same kind goes on: what the flag does not say stays (mscale, ...)
+        stays = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        scaling = {name: value for name, value in stays.items() if name != "type"} | scaling
     reach = int(scaling["factor"] * scaling.get(_ORIGINAL, original))
     length = max_model_len or reach
     if length > reach:

@@ -76,8 +76,7 @@ def _run(start: Start, device: torch.device) -> None:
     with built_engine(config, reader, dims, device, resumed=resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
         files = side_files(reader, engine.config, config.model)
-        if config.new_special_tokens:
-            files |= tokenizer_files(tokenizer)
+        files |= tokenizer_files(tokenizer) if config.new_special_tokens else {}
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
                   Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None

@@ -113,6 +113,14 @@ def test_a_scaling_that_is_wrong_is_refused(scaling: str, length: int | None, wo
         longer(CONFIG, scaling, length)
 
 
+def test_a_scaling_of_the_same_kind_goes_on() -> None:
+    """Its factor is replaced, and the positions are counted from where the model was trained first."""
+    own = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 20.0}
+    changes = longer(CONFIG | {"rope_scaling": own, "rope_theta": 5e5}, YARN, None)
+    assert changes["rope_scaling"] == own | {"factor": 4, "rope_theta": 5e5}
+    assert (changes["max_position_embeddings"], changes["rope_theta"]) == (128, 5e5)
+
+
 def test_several_ropes_and_windows_are_refused() -> None:
     positions = CONFIG | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
     long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

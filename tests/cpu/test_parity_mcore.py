@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from mswift.config import mcore_fields
-from tests.cpu.test_parity_overlap import SGD, TOLERANCE, WHAT, one_rank, steps
+from tests.cpu.test_parity_overlap import OVERLAP, SGD, TOLERANCE, WHAT, one_rank, steps
 from tests.support.parity import differences, megatron_run
 from tests.support.ranks import join, run_ranks
 
+BOTH = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 CASES: list[tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     # model, ranks, layout, settings, mcore
@@ -25,6 +26,7 @@ CASES: list[tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
             "clone_scatter_output_in_embedding": False,
         },
     ),
+    ("llama-tied", 2, {}, BOTH, {"reduce_scatter_with_fp32_accumulation": True, "bucket_size": 20_000}),
     (
         *("llama-tied", 2, {}, {}),
         {
@@ -45,6 +47,14 @@ def test_numbers_stay(case: tuple[str, int, dict[str, Any], dict[str, Any], dict
     config, start, truth = one_rank(name)
     found = megatron_run(config, start, steps(), SGD | settings | {"mcore": mcore}, world_size, layout)
     assert {n: d for n, d in differences(found, truth, WHAT).items() if not d <= TOLERANCE} == {}
+
+
+def test_a_run_does_not_inherit_the_collective_of_the_one_before() -> None:
+    """megatron-core replaces its reduce-scatter for the whole process, and nobody waits for the replacement."""
+    config, start, truth = one_rank("llama-tied")
+    for settings in ({"mcore": {"reduce_scatter_with_fp32_accumulation": True}}, OVERLAP):
+        found = megatron_run(config, start, steps(), SGD | settings, 2, {})
+        assert max(differences(found, truth, WHAT).values()) <= TOLERANCE
 
 
 def test_every_passed_field_is_tried() -> None:

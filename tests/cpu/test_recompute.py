@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cpu import test_parity_mla  # adds its models to MODELS
+from tests.cpu import test_parity_mla
 from tests.support.family_configs import family_config
-from tests.support.parity import VOCAB, difference, model_of, random_model, random_steps
+from tests.support.parity import BASE, VOCAB, difference, model_of, random_model, random_steps
 from tests.support.ranks import join, run_ranks
 from tests.support.spaces import MemoryReader, assemble, gather, weights_of
 
@@ -100,8 +100,9 @@ def run(name: str, recompute: str | None, lora: bool = False, broken: bool = Fal
     match name:
         case "qwen2_moe":
             model = model_of(family_config(name, vocab_size=VOCAB, num_hidden_layers=2))
+        case "dense":
+            model = model_of(BASE | test_parity_mla.MODELS[name])
         case _:
-            assert name in test_parity_mla.MODELS
             model = random_model(name)
     config = {k: v for k, v in model.config.to_dict().items() if v is not None}
     settings = dict(CASES[recompute][1]) if recompute else {}

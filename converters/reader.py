@@ -1,6 +1,7 @@
 """Reads regions of Megatron tensors out of Hugging Face or torch_dist files: exactly the bytes asked for."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import Read, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
-from mswift.converters.sources import HEAD, MegatronSource, Place, open_source
+from mswift.converters.sources import HEAD, MegatronSource, Place, SourceOptions, open_source
 from mswift.errors import CheckpointError
 
 
@@ -17,11 +18,12 @@ class WeightReader:
     """A model directory in Megatron space; one thread.
 
     Strict at construction: every tensor of the table, none extra, right shapes, one dtype; else CheckpointError.
-    A tied model's own lm_head.weight is compared with the embedding.
+    A tied model's own lm_head.weight is compared with the embedding. changes: fields of config.json that are to have
+    other values than there (`mswift.converters.longer`).
     """
 
-    def __init__(self, path: Path) -> None:
-        self._source = open_source(Path(path))
+    def __init__(self, path: Path, changes: Mapping[str, Any] | None = None) -> None:
+        self._source = open_source(Path(path), SourceOptions(changes=changes or {}))
         self._source.check_repeats((HEAD,))
         self.table: ModelTable = self._source.table
         self.config: dict[str, Any] = self._source.config

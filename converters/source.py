@@ -5,7 +5,7 @@ The bytes lie at places in files, or are made by a decoding (dequantised weights
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ class SourceOptions:
 
     model_config: config.json, or its directory, of a checkpoint that has none. ignored: config fields that need not
     be known. dtype: that of all weights but those that may have their own (None: as stored, dequantised: BF16).
-    complete: add the config fields that vLLM needs.
+    complete: add the config fields that vLLM needs. changes: fields of config.json that have other values than there.
     """
 
     model_config: Path | None = None
     ignored: tuple[str, ...] = ()
     dtype: str | None = None
     complete: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Source(ABC):
         for name in options.ignored:
             if name not in read_config(hf_files, (), or_file=self._or_file):
                 raise ConfigError(f"--ignore_config_fields {name}: {config_path(hf_files)} has no such field")
+        self.config |= options.changes
         check_ignorable(read_config(hf_files, (), or_file=self._or_file), options.ignored)
         self.dropped: dict[str, str] = {}
         self.repeats = {}
@@ -149,9 +151,8 @@ class Source(ABC):
     def config_edits(self) -> dict[str, Any]:
         """Fields of config.json that an exported copy has otherwise: name -> value, None for a field left out."""
         wanted = self.dtype if self._decodings else None
-        return config_edits(
-            read_config(self.hf_files, (), or_file=self._or_file), wanted, complete=self.options.complete
-        )
+        stored = read_config(self.hf_files, (), or_file=self._or_file)
+        return {**self.options.changes, **config_edits(stored, wanted, complete=self.options.complete)}
 
     def side_files(self) -> dict[str, Path | bytes]:
         """Name -> the file or its bytes: config.json, tokenizer and the like."""

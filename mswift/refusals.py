@@ -7,12 +7,15 @@ works. What only the data or the names of the model's modules can tell is refuse
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
+from mswift.engine_refusals import check_microbatches, check_recompute, cut_of, engine_flag_refusals
 from mswift.errors import ConfigError, LayoutError
-from mswift.topology import FLAGS, ParallelDims, check_experts, check_stages, check_tensor_parallel, divisors
+from mswift.stages import cut_layers
+from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
 
 _LORA_FLAGS = (
     *(
@@ -31,7 +34,17 @@ _LORA_FLAGS = (
 _LARGEST_SEED = 2**32 - 1
 _AT_LEAST_ONE = (
     *("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
-    *("save_steps", "save_total_limit", "eval_steps", "logging_steps", "nproc_per_node", "world_size", "lora_rank"),
+    *(
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "logging_steps",
+        "nproc_per_node",
+        "world_size",
+        "lora_rank",
+        "recompute_num_layers",
+    ),
+    "max_model_len",
 )
 _NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum", "lora_dropout")
@@ -63,7 +76,7 @@ def check_train(config: TrainConfig, spec: ModelSpec, world_size: int) -> Parall
     """The layout of the run on `world_size` ranks. Raises the first of `train_refusals`."""
     for refusal in train_refusals(config, spec, world_size):
         raise refusal
-    return dims_of(config, world_size)
+    return dims_of(config, world_size, spec.num_layers)
 
 
 def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> list[ConfigError]:
@@ -75,9 +88,10 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
         refusals.append(error)
     try:
         check_model_fits(config, spec)
-        dims = dims_of(config, world_size)
+        dims = dims_of(config, world_size, spec.num_layers)
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, spec)
+        check_recompute(config, spec, dims)
         check_batch(config, dims)
     except LayoutError as error:
         refusals.append(error)
@@ -105,9 +119,9 @@ def check_computed(spec: ModelSpec) -> None:
         )
 
 
-def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
-    """The layout that the flags ask for; LayoutError when the degrees do not fit the ranks."""
-    return ParallelDims(
+def dims_of(config: TrainConfig, world_size: int, num_layers: int) -> ParallelDims:
+    """The layout that the flags ask for; LayoutError when the degrees do not fit the ranks or the layers."""
+    dims = ParallelDims(
         world_size=world_size,
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
@@ -117,6 +131,9 @@ def dims_of(config: TrainConfig, world_size: int) -> ParallelDims:
         etp=config.expert_tensor_parallel_size,
         sequence_parallel=config.sequence_parallel,
     )
+    chunks = cut_layers(num_layers, cut_of(config))
+    vpp = len(chunks) // dims.pp
+    return replace(dims, vpp=vpp if vpp > 1 else None, chunk_layers=chunks if len(set(chunks)) > 1 else None)
 
 
 def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
@@ -124,7 +141,7 @@ def check_model_fits(config: TrainConfig, spec: ModelSpec) -> None:
     if config.tensor_model_parallel_size >= 1:
         check_tensor_parallel(config.tensor_model_parallel_size, spec.tensor_parallel_units)
     if config.pipeline_model_parallel_size >= 1:
-        check_stages(spec.num_layers, config.pipeline_model_parallel_size)
+        cut_layers(spec.num_layers, cut_of(config))
 
 
 def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> None:
@@ -157,13 +174,15 @@ def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> No
 def check_batch(config: TrainConfig, dims: ParallelDims) -> None:
     """LayoutError when the global batch is no whole number of microbatches on every data-parallel rank."""
     size, unit = config.global_batch_size, config.micro_batch_size * dims.dp
-    if unit < 1 or size < 1 or size % unit == 0:
+    if unit < 1 or size < 1:
         return
-    fitting = [multiple for multiple in (size // unit * unit, -(-size // unit) * unit) if multiple]
-    raise LayoutError(
-        f"--global_batch_size {size} is not a multiple of --micro_batch_size {config.micro_batch_size} x "
-        f"data-parallel size {dims.dp} = {unit}: use --global_batch_size {' or '.join(map(str, fitting))}"
-    )
+    if size % unit:
+        fitting = [multiple for multiple in (size // unit * unit, -(-size // unit) * unit) if multiple]
+        raise LayoutError(
+            f"--global_batch_size {size} is not a multiple of --micro_batch_size {config.micro_batch_size} x "
+            f"data-parallel size {dims.dp} = {unit}: use --global_batch_size {' or '.join(map(str, fitting))}"
+        )
+    check_microbatches(config, dims)
 
 
 def train_dtype(config: TrainConfig, stored: str) -> Literal["F32", "BF16"]:
@@ -203,6 +222,7 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from _range_refusals(config)
     yield from _length_refusals(config)
     yield from _tuner_refusals(config)
+    yield from engine_flag_refusals(config)
     if config.min_lr > config.lr:
         yield ConfigError(f"--min_lr {config.min_lr} is above --lr {config.lr}: use --min_lr {config.lr} or less")
     if config.lr_decay_style != "WSD" and config.lr_wsd_decay_iters is not None:

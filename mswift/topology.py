@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from mswift.errors import LayoutError
+from mswift.stages import check_stages
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
@@ -40,7 +41,8 @@ class ParallelDims:
     """Degrees of parallelism of one job; what is left of `world_size` after tp x cp x pp is data parallel.
 
     `etp` is the tensor-parallel size of experts (default: `tp`), `vpp` the model chunks per pipeline stage,
-    `cp_levels` the sizes of context-parallel groups inside groups, the innermost first.
+    `cp_levels` the sizes of context-parallel groups inside groups, the innermost first,
+    `chunk_layers` the layers of each of the pp x vpp chunks in order (default: equal; `mswift.stages.cut_layers`).
     Raises LayoutError when the degrees do not fit each other.
     """
 
@@ -53,6 +55,7 @@ class ParallelDims:
     vpp: int | None = None
     sequence_parallel: bool = False
     cp_levels: tuple[int, ...] | None = None
+    chunk_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for axis, flag in FLAGS.items():
@@ -80,6 +83,7 @@ class ParallelDims:
                 f"{FLAGS['vpp']} {self.vpp} cuts pipeline stages in chunks, but {FLAGS['pp']} is 1: "
                 f"use {FLAGS['vpp']} 1, or {FLAGS['pp']} 2"
             )
+        assert self.chunk_layers is None or len(self.chunk_layers) == self.pp * self.chunks, self.chunk_layers
 
     def _check_divides(self, axes: tuple[str, ...]) -> None:
         sizes = {axis: self.sizes[axis] for axis in axes}
@@ -115,6 +119,7 @@ class ParallelDims:
         """One line: 8 ranks = TP 2 x PP 1 x DP 4, sequence parallel; experts ETP 1 x EP 4 x EDP 2."""
         context = f"CP {self.cp} x " if self.cp > 1 else ""
         text = f"{self.world_size} ranks = TP {self.tp} x {context}PP {self.pp} x DP {self.dp}"
+        text += f" (VPP {self.vpp})" if self.chunks > 1 else ""
         text += ", sequence parallel" if self.sequence_parallel else ""
         if self.has_expert_axes:
             text += f"; experts ETP {self.sizes['etp']} x EP {self.ep} x EDP {self.edp}"
@@ -170,34 +175,33 @@ class ParallelDims:
             rank, digits[axis] = divmod(rank, self.sizes[axis])
         return digits
 
+    @property
+    def chunks(self) -> int:
+        """Model chunks of each pipeline stage."""
+        return self.vpp or 1
+
     def stage_layers(self, num_layers: int, pp_rank: int, vpp_rank: int = 0) -> range:
         """Layers of one pipeline stage (of one model chunk of it with vpp), counted from 0.
 
-        Chunk c of stage p holds a run of num_layers / (pp * vpp) layers; chunk c + 1 of stage 0 follows chunk c
-        of the last stage. LayoutError when the layers do not divide.
+        Chunk c + 1 of stage 0 follows chunk c of the last stage. LayoutError when the layers do not divide.
         """
-        chunks = self.vpp or 1
-        if not (0 <= pp_rank < self.pp and 0 <= vpp_rank < chunks):
-            raise ValueError(f"stage {pp_rank} chunk {vpp_rank} lies outside {self.pp} stages of {chunks} chunks")
-        check_stages(num_layers, self.pp, chunks)
-        depth = num_layers // (self.pp * chunks)
-        start = (vpp_rank * self.pp + pp_rank) * depth
-        return range(start, start + depth)
+        if not (0 <= pp_rank < self.pp and 0 <= vpp_rank < self.chunks):
+            raise ValueError(f"stage {pp_rank} chunk {vpp_rank} lies outside {self.pp} stages of {self.chunks} chunks")
+        cut, number = self.cut(num_layers), vpp_rank * self.pp + pp_rank
+        start = sum(cut[:number])
+        return range(start, start + cut[number])
 
+    def cut(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of every chunk, in the order in which they compute."""
+        if self.chunk_layers is not None:
+            assert sum(self.chunk_layers) == num_layers, (self.chunk_layers, num_layers)
+            return self.chunk_layers
+        check_stages(num_layers, self.pp, self.chunks)
+        return (num_layers // (self.pp * self.chunks),) * (self.pp * self.chunks)
 
-def check_stages(num_layers: int, pp: int, vpp: int = 1) -> None:
-    """LayoutError unless `num_layers` can be cut in `pp` stages of `vpp` equal chunks."""
-    if num_layers % (pp * vpp) == 0:
-        return
-    if vpp > 1 and num_layers % pp == 0:
-        fitting = ", ".join(str(n) for n in divisors(num_layers // pp))
-        raise LayoutError(
-            f"{FLAGS['vpp']} {vpp} does not divide the {num_layers // pp} layers of each of the {pp} stages: "
-            f"{FLAGS['vpp']} can be {fitting}"
-        )
-    why = "has more stages than" if pp > num_layers else "does not divide"
-    fitting = ", ".join(str(n) for n in divisors(num_layers))
-    raise LayoutError(f"{FLAGS['pp']} {pp} {why} the {num_layers} layers of the model: {FLAGS['pp']} can be {fitting}")
+    def held_layers(self, num_layers: int, pp_rank: int) -> tuple[int, ...]:
+        """All layers of a pipeline stage, those of its chunks one after the other."""
+        return tuple(n for chunk in range(self.chunks) for n in self.stage_layers(num_layers, pp_rank, chunk))
 
 
 def check_tensor_parallel(tp: int, units: Mapping[str, int]) -> None:

@@ -8,14 +8,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 import tyro
 
+from mswift.config import mcore
 from mswift.config.loader import read_recipe
-from mswift.config.schema import NONE_SPELLINGS, Option, canonical, find, names, nearest, options_of
+from mswift.config.schema import NONE_SPELLINGS, Option, canonical, field_of, find, names, nearest, options_of
 from mswift.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -32,7 +33,11 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def print_help(config_class: type, command: str, description: str) -> None:
     """Print the options of a command with their docstrings."""
-    positional = any(option.positional for option in options_of(config_class).values())
+    options = options_of(config_class)
+    positional = any(option.positional for option in options.values())
+    for option in options.values():
+        if option.holds_fields:
+            description += f" --{option.name}.FIELD VALUE sets a field of megatron-core's own configurations."
     usage = f"mswift {command}" if positional else f"mswift {command} [RECIPE.yaml]"
     try:
         tyro.cli(
@@ -63,10 +68,23 @@ def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
             raise ConfigError(f"unexpected {surplus[0]!r} beside the recipe {recipe}; values follow a --flag")
         values.update(read_recipe(Path(recipe), config_class))
     values.update(flags)
+    fields_given = {name: values.pop(name) for name in list(values) if field_of(options, name)}
     missing = [option for option in options.values() if option.required and not values.get(option.name)]
     if missing:
         raise ConfigError(f"--{missing[0].name} is required ({missing[0].accepted}); --help says what it is")
-    return _typed(config_class, options, values)
+    config = _typed(config_class, options, values)
+    return _with_fields(config, options, fields_given) if fields_given else config
+
+
+def _with_fields(config: ConfigT, options: Mapping[str, Option], given: Mapping[str, list[str]]) -> ConfigT:
+    """`config` with the fields of its mapping (mcore.FIELD -> texts)."""
+    fields = {}
+    for name, texts in given.items():
+        found = field_of(options, name)
+        assert found is not None
+        option, field = found
+        fields[field] = mcore.parse(field, texts, f"--{option.name}.{field}")
+    return replace(config, **{option.name: fields})  # type: ignore[type-var]
 
 
 def _positional_values(fields: Sequence[Option], given: Sequence[str]) -> dict[str, list[str]]:
@@ -90,9 +108,14 @@ def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str
             positionals.append(argument)
             continue
         spelled, equals, attached = argument.partition("=")
+        if found := field_of(options, spelled[2:]):
+            flags[f"{found[0].name}.{found[1]}"] = _take_field(found[1], [attached] if equals else [], rest)
+            continue
         option = find(options, spelled[2:])
         if option is None or option.positional:
             raise ConfigError(f"unknown flag {spelled}{_flag_hint(options, spelled[2:])}")
+        if option.holds_fields:
+            raise ConfigError(f"{spelled} takes one field a flag: {spelled}.FIELD VALUE")
         if canonical(spellings.setdefault(option.name, spelled)) != canonical(spelled):
             raise ConfigError(f"{spellings[option.name]} and {spelled} are the same option; give one of them")
         if not equals:
@@ -116,6 +139,15 @@ def _take(option: Option, spelled: str, rest: list[str]) -> list[str]:
     if not taken and not option.many:
         raise ConfigError(f"{spelled} needs a value; it takes {option.accepted}")
     return taken
+
+
+def _take_field(field: str, taken: list[str], rest: list[str]) -> list[str]:
+    """The texts of a field of megatron-core, removed from the front of `rest`; a bare flag is true."""
+    known = mcore.fields().get(field)
+    many = known is not None and known.is_list
+    while rest and not _FLAG.match(rest[0]) and (many or not taken) and Path(rest[0]).suffix not in _RECIPE_SUFFIXES:
+        taken.append(rest.pop(0))
+    return taken or ["true"]
 
 
 def _flag_hint(options: Mapping[str, Option], name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from mswift.config import mcore
 from mswift.config.schema import find, names, nearest, options_of
 from mswift.errors import ConfigError
 
@@ -42,8 +43,20 @@ def read_recipe(path: Path, config_class: type) -> dict[str, list[str]]:
             raise ConfigError(f"{where}: unknown key {key.value}{nearest(str(key.value), names(options))}")
         if option.name in values:
             raise ConfigError(f"{where}: {key.value} is given twice; keep one")
-        values[option.name] = _texts(node, f"{where}: {key.value}")
+        if option.holds_fields:
+            values.update(_fields(option.name, node, where))
+        else:
+            values[option.name] = _texts(node, f"{where}: {key.value}")
     return values
+
+
+def _fields(name: str, node: yaml.Node, where: str) -> dict[str, list[str]]:
+    """`mcore: {field: value}` as mcore.field -> texts."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(
+            f"{where}: {name} must be a mapping of field names to values, as in `{name}: {{bucket_size: 1000}}`"
+        )
+    return {f"{name}.{key.value}": _texts(value, f"{where}: {name}.{key.value}") for key, value in node.value}
 
 
 def _texts(node: yaml.Node, where: str) -> list[str]:
@@ -60,7 +73,13 @@ def _texts(node: yaml.Node, where: str) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Every field of a configuration as JSON and YAML hold it: tuples become lists."""
     items = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+    return {name: _plain(value) for name, value in items}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def from_dict(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -89,6 +108,8 @@ def _is(value: Any, kind: Any) -> bool:
         return value in inner
     if origin is tuple:
         return isinstance(value, tuple) and all(_is(item, inner[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -111,7 +132,11 @@ def to_arguments(config: Any) -> list[str]:
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        if isinstance(value, tuple):
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                first, *others = mcore.spelled(item)
+                arguments += [f"--{field.name}.{name}={first}", *others]
+        elif isinstance(value, tuple):
             arguments += [f"--{field.name}={value[0]}", *map(str, value[1:])] if value else [f"--{field.name}"]
         else:
             arguments.append(f"--{field.name}={'none' if value is None else value}")

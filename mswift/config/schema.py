@@ -43,6 +43,11 @@ class Option:
         return any(get_origin(kind) is tuple for kind in self.alternatives)
 
     @property
+    def holds_fields(self) -> bool:
+        """Whether it is a mapping of fields, each a flag of its own: --mcore.FIELD."""
+        return get_origin(self.kind) is Mapping
+
+    @property
     def accepted(self) -> str:
         """What it takes, in words: "full or lora", "a whole number or none"."""
         words = [_WORDS.get(kind) or _choices(kind) for kind in self.alternatives if kind is not type(None)]
@@ -92,6 +97,13 @@ def find(options: Mapping[str, Option], name: str) -> Option | None:
 def names(options: Mapping[str, Option]) -> list[str]:
     """Every name and alias that is not positional."""
     return [name for o in options.values() if not o.positional for name in (o.name, *o.aliases)]
+
+
+def field_of(options: Mapping[str, Option], name: str) -> tuple[Option, str] | None:
+    """The mapping and the field that a flag like mcore.bucket_size means."""
+    owner, dot, field = name.partition(".")
+    option = options.get(canonical(owner)) if dot else None
+    return (option, canonical(field)) if option is not None and option.holds_fields else None
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -4,12 +4,14 @@ A field's docstring is its `--help` text. Names and meanings follow ms-swift whe
 No field has a side effect; relations between fields are checked by `mswift.refusals`.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import tyro
 
 _alias = tyro.conf.arg
+_Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,14 @@ class TrainConfig:
     """Hugging Face directory, or a directory made by `mswift convert`, or a checkpoint-N of a run."""
     torch_dtype: Literal["float32", "bfloat16"] | None = None
     """Parameters and activations; bfloat16 keeps fp32 master weights. Default: what the checkpoint holds."""
+    rope_scaling: str | None = None
+    """Train (and export) at more positions: '{"rope_type": "yarn", "factor": 4}' in place of the model's own scaling,
+    or yarn or linear, whose factor then follows from max_model_len."""
+    max_model_len: int | None = None
+    """Positions of the trained model (max_position_embeddings). Default: its own x the factor of rope_scaling."""
+    new_special_tokens: tuple[str, ...] = ()
+    """Control tokens to add to the tokenizer, or a .txt file with one a line. Their rows start as the mean of the
+    others; LoRA then trains embed_tokens and lm_head in full."""
     backend: Literal["megatron"] = "megatron"
     """Training engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -109,7 +119,18 @@ class TrainConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer (TP); divides the KV heads."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages (PP), 1F1B; divides the layers."""
+    """Pipeline stages (PP), 1F1B; divides the layers, unless the flags below cut them otherwise."""
+    virtual_pipeline_model_parallel_size: _Chunks = None
+    """Model chunks of each stage (VPP), interleaved: less idle time, more messages. Default: 1."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """VPP by the layers of a chunk instead of by the number of chunks."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first stage, which has the embedding too; the other stages share the rest equally."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last stage, which has the logits too."""
+    pipeline_model_parallel_layout: str | None = None
+    """Where every layer lies, in megatron-core's notation: 'Et|(tt|)*2,L' for E embedding, t layer, L loss; chunks in
+    the order in which they compute, chunk c on stage c modulo PP."""
     context_parallel_size: int = 1
     """Ranks that share each sequence (CP)."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
@@ -122,6 +143,24 @@ class TrainConfig:
     """Ranks that share each expert (ETP). Default: tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Norms and residuals are split along the sequence inside a TP group."""
+    use_distributed_optimizer: bool = True
+    """Every data-parallel rank updates its share of the weights; the only way there is."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on; needs overlap_grad_reduce."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the fp32 sum inside the matrix product; needs a GPU and apex's CUDA extension."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full: uniform keeps the input of every recompute_num_layers-th layer, block recomputes that many layers."""
+    recompute_num_layers: int | None = None
+    """full: see recompute_method; counted in each model chunk of a stage."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"], ...] = ()
+    """selective: which modules. Default: core_attn."""
+    mcore: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Fields of megatron-core's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, by name."""
     nproc_per_node: int | None = None
     """Start this many processes here (torchrun). Default: join torchrun or SLURM if started by one, else one."""
 

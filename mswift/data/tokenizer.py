@@ -38,6 +38,8 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], **options: Any) -> Any: ...
     def convert_ids_to_tokens(self, ids: int) -> Any: ...
     def convert_tokens_to_ids(self, tokens: str) -> Any: ...
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int: ...
+    def save_pretrained(self, save_directory: str) -> Any: ...
 
 
 def check_tokenizer_files(directory: Path, flag: str = "--model") -> None:
@@ -66,6 +68,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{', '.join(found) or 'nothing'}; copy tokenizer.json and tokenizer_config.json of the model there"
         ) from error
     return cast(Tokenizer, tokenizer)
+
+
+def add_special_tokens(tokenizer: Tokenizer, names: Sequence[str], first_id: int) -> None:
+    """Give the tokenizer control tokens with the ids from `first_id` on. ConfigError if it gives them others."""
+    tokenizer.add_tokens(list(names), special_tokens=True)
+    found = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    if found != list(range(first_id, first_id + len(names))):
+        raise ConfigError(
+            f"--new_special_tokens {' '.join(names)}: the tokenizer of {tokenizer.name_or_path} gives them the ids "
+            f"{found}, not {first_id} and following: its tokenizer.json has gaps; add them there by hand"
+        )
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -12,16 +12,18 @@ from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
-from mswift.data.tokenizer import Tokenizer, load_tokenizer, pad_token_id
+from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import sequence_multiple
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.refusals import check_schedule, train_dtype
+from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import ended_by, patient_barrier
-from mswift.train.memory import lora_config
+from mswift.train.memory import lora_config, saved_modules
+from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
@@ -33,6 +35,8 @@ def build_data(
 ) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
     """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared."""
     tokenizer = load_tokenizer(reader.hf_files)
+    if isinstance(reader, GrownReader):
+        add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
     options = DataOptions(
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
@@ -67,7 +71,8 @@ def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Token
     if longest > spec.max_position_embeddings:
         raise ConfigError(
             f"{flag}: a sample has {longest} tokens, the model has {spec.max_position_embeddings} positions "
-            f"(max_position_embeddings); pass --max_length {spec.max_position_embeddings}"
+            f"(max_position_embeddings; --rope_scaling yarn --max_model_len {longest} trains it for more); pass "
+            f"--max_length {spec.max_position_embeddings}"
         )
 
 
@@ -97,6 +102,14 @@ def built_engine(
         lora=lora,
         trainable_modules=trainable_modules,
         lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        recompute_granularity=config.recompute_granularity,
+        recompute_method=config.recompute_method,
+        recompute_num_layers=config.recompute_num_layers,
+        recompute_modules=config.recompute_modules,
+        mcore=config.mcore,
     )
     engine = MegatronEngine(reader.table, dims, engine_config, device)
     with ended_by(engine.close, dims):
@@ -115,7 +128,7 @@ def _lora(
         return None, ()
     if start is not None:
         return start.lora_config(reader.table, config.seed)
-    return lora_config(config, reader.table), expand_modules_to_save(reader.table, config.modules_to_save)
+    return lora_config(config, reader.table), expand_modules_to_save(reader.table, saved_modules(config))
 
 
 def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer, vocab_size: int) -> BatchPlan:
@@ -155,6 +168,22 @@ def learning_rate(config: TrainConfig, steps: int) -> LearningRate:
     )
 
 
+def _token_lines(reader: WeightReader) -> dict[str, str]:
+    """Which tokens are new, and the rule by which their rows start."""
+    if not isinstance(reader, GrownReader):
+        return {}
+    tokens = reader.tokens
+    ids = f"ids {tokens.first_id} to {tokens.end - 1} of {reader.table.spec.vocab_size} rows"
+    return {"new tokens": f"{' '.join(tokens.names)} ({ids}); their rows start as {RULE}"}
+
+
+def _stage_lines(dims: ParallelDims, num_layers: int) -> dict[str, str]:
+    """What each stage of an uneven or interleaved pipeline holds."""
+    if dims.chunks == 1 and dims.chunk_layers is None:
+        return {}
+    return {f"  stage {n}": held for n, held in enumerate(describe_cut(dims.cut(num_layers), dims.pp))}
+
+
 def print_banner(
     start: Start,
     device: torch.device,
@@ -173,7 +202,9 @@ def print_banner(
         "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
         "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
         "parameters": "; ".join(held),
+        **_token_lines(start.reader),
         "layout": dims.describe(),
+        **_stage_lines(dims, start.reader.table.spec.num_layers),
         "batch": f"{config.global_batch_size} samples = {microbatches}",
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",

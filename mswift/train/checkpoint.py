@@ -133,7 +133,9 @@ def engine_layout(engine: MegatronEngine) -> dict[str, int]:
     dims = engine.dims
     sizes = {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}
     sizes |= {"cp": dims.cp} if dims.cp > 1 else {}
-    return sizes | ({"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {})
+    sizes |= {"ep": dims.ep, "etp": dims.sizes["etp"]} if dims.has_expert_axes else {}
+    sizes |= {"vpp": dims.vpp} if dims.vpp else {}
+    return sizes | {f"chunk {n}": layers for n, layers in enumerate(dims.chunk_layers or ())}
 
 
 def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: Mapping[str, Any]) -> None:

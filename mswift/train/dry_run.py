@@ -6,18 +6,17 @@ from pathlib import Path
 
 from mswift import rundir
 from mswift.config.train import SftConfig, TrainConfig
-from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.quantization import FIELD
-from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
 from mswift.refusals import dims_of, train_dtype, train_refusals
+from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
-from mswift.train.inputs import input_refusals
+from mswift.train.inputs import input_refusals, model_config, open_model
 from mswift.train.memory import ACTIVATIONS, StageMemory, idle_parameters, stage_memory
 from mswift.train.resume import start_of
 
@@ -32,14 +31,14 @@ def dry_run(config: TrainConfig) -> int:
     info = current()
     world_size = config.world_size or (info.world_size if info else config.nproc_per_node or 1)
     model = _weights_of(config)
-    table, stored = _model(model)
+    table, stored = _model(config, model)
     refusals = _refusals(config, table, stored, world_size)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
     rows = [*_model_rows(config, model, table), *_run_rows(config)]
     if not refusals:
-        dims = dims_of(config, world_size)
+        dims = dims_of(config, world_size, table.spec.num_layers)
         rows += [
-            *_layout_rows(dims, config.cp_comm_type),
+            *_layout_rows(dims, config.cp_comm_type, table.spec.num_layers),
             *_batch_rows(config, dims),
             *_memory_rows(config, table, stored, dims),
         ]
@@ -57,13 +56,13 @@ def _weights_of(config: TrainConfig) -> Path:
         return Path(config.model)
 
 
-def _model(path: Path) -> tuple[ModelTable, str]:
+def _model(config: TrainConfig, path: Path) -> tuple[ModelTable, str]:
     """Table and stored dtype. Weights that are here are checked by their headers, as a launch would; else config.json
     suffices (converted directories and checkpoints keep it with the tokenizer)."""
     if _holds_weights(path):
-        reader = WeightReader(path)
+        reader = open_model(config, path)
         return reader.table, reader.dtype
-    raw = read_config(path / rundir.HF_FILES if (path / rundir.HF_FILES).is_dir() else path)
+    raw = model_config(config, path)
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if raw.get(FIELD):
         stored = "bfloat16"  # what quantised weights become
@@ -126,7 +125,7 @@ def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "output", f"{config.output_dir} ({start}; --resume {config.resume}), saved {every}"
 
 
-def _layout_rows(dims: ParallelDims, kind: str) -> Iterator[tuple[str, str]]:
+def _layout_rows(dims: ParallelDims, kind: str, num_layers: int) -> Iterator[tuple[str, str]]:
     yield "layout", dims.describe()
     experts = {"etp": "share each expert", "ep": "share the experts"} if dims.has_expert_axes else {}
     axes = {
@@ -138,6 +137,9 @@ def _layout_rows(dims: ParallelDims, kind: str) -> Iterator[tuple[str, str]]:
     for axis, what in axes.items():
         if dims.sizes[axis] > 1:
             yield f"  {axis.upper()} groups", f"{_groups(dims, axis)} {what}"
+    if dims.pp > 1:
+        for stage, held in enumerate(describe_cut(dims.cut(num_layers), dims.pp)):
+            yield f"  stage {stage}", held
 
 
 def _groups(dims: ParallelDims, axis: str) -> str:
@@ -163,8 +165,9 @@ def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, 
         f"x DP {dims.dp}; at most {config.global_batch_size * config.max_length:,} tokens a step",
     )
     if dims.pp > 1:
-        idle = (dims.pp - 1) / (num_microbatches + dims.pp - 1)
-        yield "  pipeline", f"1F1B, {idle:.0%} of the time idle with {num_microbatches} microbatches"
+        idle = (dims.pp - 1) / (num_microbatches * dims.chunks + dims.pp - 1)
+        kind = "1F1B" if dims.chunks == 1 else f"interleaved 1F1B of {dims.chunks} chunks a stage"
+        yield "  pipeline", f"{kind}, {idle:.0%} of the time idle with {num_microbatches} microbatches"
 
 
 def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: ParallelDims) -> Iterator[tuple[str, str]]:

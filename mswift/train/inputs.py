@@ -3,13 +3,19 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mswift import rundir
 from mswift.config.train import TrainConfig
+from mswift.converters.catalog import read_config
+from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
+from mswift.converters.reader import WeightReader
 from mswift.data.formats import parse_spec
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
+from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.peft_config import read_peft_config
@@ -33,6 +39,38 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         except MswiftError as error:
             refusals.append(error)
     return refusals
+
+
+def open_model(config: TrainConfig, model: Path) -> WeightReader:
+    """The weights in `model`; those of --model with the positions and the rows that the flags give them.
+
+    A checkpoint of the run itself has them already. Raises ConfigError, CheckpointError.
+    """
+    if model != Path(config.model):
+        return WeightReader(model)
+    changes, tokens = _longer(config, model), new_tokens(_hf_files(model), config.new_special_tokens)
+    return WeightReader(model, changes) if tokens is None else GrownReader(model, changes, tokens)
+
+
+def model_config(config: TrainConfig, model: Path) -> dict[str, Any]:
+    """The config.json of `open_model` where there are no weights."""
+    raw = read_config(_hf_files(model))
+    if model != Path(config.model):
+        return raw
+    raw |= _longer(config, model)
+    tokens = new_tokens(_hf_files(model), config.new_special_tokens)
+    return raw if tokens is None else raw | {"vocab_size": max(raw["vocab_size"], tokens.end)}
+
+
+def _longer(config: TrainConfig, model: Path) -> dict[str, Any]:
+    if config.rope_scaling is None and config.max_model_len is None:
+        return {}
+    return longer(read_config(_hf_files(model)), config.rope_scaling, config.max_model_len)
+
+
+def _hf_files(model: Path) -> Path:
+    """Where config.json and tokenizer lie: converted directories and checkpoints have them in a folder."""
+    return model / rundir.HF_FILES if (model / rundir.HF_FILES).is_dir() else model
 
 
 def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:

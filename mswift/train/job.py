@@ -23,17 +23,19 @@ from mswift.train.build import batch_plan, build_data, built_engine, learning_ra
 from mswift.train.collective import agreed, ended_by, gather_objects
 from mswift.train.flops import step_flops
 from mswift.train.identity import base_fingerprint, check_adapter, check_base
+from mswift.train.inputs import open_model
 from mswift.train.loop import FinishedStep, evaluate, train
 from mswift.train.metrics import MetricsFile, Progress, StepRecord, TensorBoard, Watcher, plot_loss, watching
 from mswift.train.resume import find_resume_point
 from mswift.train.run import Start
-from mswift.train.side_files import side_files
+from mswift.train.side_files import side_files, tokenizer_files
 from mswift.train.untrained import warn_of_untrained_tokens
 from mswift.tuners.peft_config import CONFIG_FILE
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
-          "target_modules", "modules_to_save")  # fmt: skip
+          "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
+          "new_special_tokens")  # fmt: skip
 
 
 @dataclass
@@ -74,6 +76,7 @@ def _run(start: Start, device: torch.device) -> None:
     with built_engine(config, reader, dims, device, resumed=resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
         files = side_files(reader, engine.config, config.model)
+        files |= tokenizer_files(tokenizer) if config.new_special_tokens else {}
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step,
                   Path(config.output_dir), files)  # fmt: skip
         state = _resume(run, resume.checkpoint) if resume else None
@@ -135,7 +138,7 @@ def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
     if run.engine.config.lora is not None:
         check_base(state.base, base_fingerprint(run.reader), model, then)
     elif model != then and Path(model).is_dir():
-        check_base(state.base, base_fingerprint(WeightReader(Path(model))), model, then)
+        check_base(state.base, base_fingerprint(open_model(run.config, Path(model))), model, then)
 
 
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:

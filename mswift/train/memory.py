@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mswift.config.train import TrainConfig
-from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.adapters import EMBED, HEAD, expand_modules_to_save
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
@@ -41,12 +41,17 @@ class StageMemory:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
+def saved_modules(config: TrainConfig) -> tuple[str, ...]:
+    """HF modules that a LoRA run trains in full: those of the flag, and the rows of new tokens with all others."""
+    return config.modules_to_save + ((EMBED, HEAD) if config.new_special_tokens else ())
+
+
 def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
     if config.tuner_type == "full":
         return sum(math.prod(tensor.shape) for tensor in table.megatron.values())
     lora = lora_config(config, table)
-    settings = replace(lora.settings, modules_to_save=expand_modules_to_save(table, config.modules_to_save))
+    settings = replace(lora.settings, modules_to_save=expand_modules_to_save(table, saved_modules(config)))
     return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
 
 
@@ -77,7 +82,7 @@ def idle_parameters(table: ModelTable) -> int:
 
 def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int, *, experts_only: bool = False) -> int:
     """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy."""
-    layers = dims.stage_layers(table.spec.num_layers, pp_rank)
+    layers = dims.held_layers(table.spec.num_layers, pp_rank)
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
     elements = 0
     for key, tensor in table.megatron.items():
@@ -111,7 +116,7 @@ def stage_memory(
 ) -> StageMemory:
     """Estimate for one rank of a stage. LoRA: the adapters of the stage uncut, which is the most they can be."""
     base = stage_parameters(table, dims, pp_rank)
-    layers_share = len(dims.stage_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
+    layers_share = len(dims.held_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
     lora = config.tuner_type == "lora"
     trained = math.ceil(trained_parameters(config, table) * layers_share) if lora else base
     experts = 0 if lora else stage_parameters(table, dims, pp_rank, experts_only=True)
@@ -130,14 +135,21 @@ def stage_memory(
 def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
     spec = table.spec
     tokens = config.micro_batch_size * config.max_length / dims.cp
-    num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
-    in_flight = min(dims.pp - pp_rank, num_microbatches)
+    in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp
-    layers = dims.stage_layers(spec.num_layers, pp_rank)
+    layers = dims.held_layers(spec.num_layers, pp_rank)
     elements = sum(hidden + attention + _mlp_activations(spec, dims, spec.layer(n).mlp) for n in layers)
     logits = 2 * 4 * -(-spec.vocab_size // dims.tp) if pp_rank == dims.pp - 1 else 0  # fp32, and their gradient
     return math.ceil(tokens * (in_flight * elements * dtype_bytes + logits))
+
+
+def _in_flight(dims: ParallelDims, num_microbatches: int, pp_rank: int) -> float:
+    """Microbatches whose activations a whole stage holds at the worst moment; interleaved, a chunk counts its share."""
+    if dims.chunks == 1:
+        return min(dims.pp - pp_rank, num_microbatches)
+    passes = 2 * (dims.pp - pp_rank - 1) + (dims.chunks - 1) * dims.pp + 1  # of one microbatch through one chunk
+    return min(passes / dims.chunks, num_microbatches)
 
 
 def _mlp_activations(spec: ModelSpec, dims: ParallelDims, kind: str) -> float:

@@ -13,7 +13,7 @@ from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
 from mswift.refusals import check_train
 from mswift.topology import ParallelDims
-from mswift.train.inputs import input_refusals
+from mswift.train.inputs import input_refusals, open_model
 from mswift.train.resume import ResumePoint, start_of
 
 Kind = Literal["pt", "sft"]
@@ -62,7 +62,7 @@ def _run(kind: Kind, config: TrainConfig) -> int:
 def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
     model, resume = start_of(config)
-    reader = WeightReader(model)
+    reader = open_model(config, model)
     dims = check_train(config, reader.table.spec, info.world_size)
     for refusal in input_refusals(config, reader.table, reader.dtype):
         raise refusal

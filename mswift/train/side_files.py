@@ -1,9 +1,12 @@
 """The files of a model directory that are not weights, as a checkpoint carries them in hf/."""
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from mswift.converters.reader import WeightReader
+from mswift.data.tokenizer import Tokenizer
 from mswift.parallel.megatron.engine import EngineConfig
 from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
 
@@ -26,3 +29,10 @@ def side_files(reader: WeightReader, config: EngineConfig, base_model: str) -> d
         content |= dict.fromkeys(fields, wanted)
         files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return files
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer as transformers saves it, by file name; for one that has new tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

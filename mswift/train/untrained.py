@@ -1,7 +1,6 @@
 """Before LoRA: does the chat template use tokens whose embedding rows were never trained?"""
 
 import sys
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +9,16 @@ from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.layout import Region
 from mswift.converters.reader import WeightReader
 from mswift.data.tokenizer import Tokenizer, untrained_token_warning
+from mswift.train.memory import saved_modules
+from mswift.tuners.stored import STORED, as_float32
 
 _KEY = "embedding.word_embeddings.weight"
 _BLOCK_ROWS = 4096
-_STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def warn_of_untrained_tokens(config: TrainConfig, reader: WeightReader, tokenizer: Tokenizer) -> None:
     """Print the tokens and the remedy on stderr; nothing where the embedding is trained, or for `pt`."""
-    if config.tuner_type != "lora" or config.modules_to_save or not isinstance(config, SftConfig):
+    if config.tuner_type != "lora" or saved_modules(config) or not isinstance(config, SftConfig):
         return
     warning = untrained_token_warning(embedding_row_norms(reader), tokenizer)
     if warning:
@@ -31,14 +31,7 @@ def embedding_row_norms(reader: WeightReader) -> NDArray[np.float32]:
     norms = np.empty(vocab, dtype=np.float32)
     for start in range(0, vocab, _BLOCK_ROWS):
         rows = min(_BLOCK_ROWS, vocab - start)
-        block = np.empty((rows, hidden), dtype=_STORED[reader.dtype])
+        block = np.empty((rows, hidden), dtype=STORED[reader.dtype])
         reader.read(_KEY, Region((start, 0), (rows, hidden)), memoryview(block.view(np.uint8).reshape(-1)))
-        norms[start : start + rows] = np.linalg.norm(_as_float32(block), axis=1)
+        norms[start : start + rows] = np.linalg.norm(as_float32(block), axis=1)
     return norms
-
-
-def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """bfloat16, held as uint16, is the upper half of a float32."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)

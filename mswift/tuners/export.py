@@ -1,10 +1,12 @@
 """A PEFT directory from the adapters of a training checkpoint, or from any named arrays. Bytes move; no torch."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from mswift import rundir
 from mswift.converters.adapters import trained_name
 from mswift.converters.catalog import read_config
 from mswift.converters.io.files import new_directory, write_file
@@ -65,7 +67,8 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
     if settings.init != "true":
         settings, config = as_plain(settings, config)
         tensors, reader = joined(tensors, read)
-    return write_adapter(destination, table, settings, config, tensors, reader, where=str(checkpoint))
+    beside = _tokenizer_files(checkpoint)
+    return write_adapter(destination, table, settings, config, tensors, reader, where=str(checkpoint), beside=beside)
 
 
 def stored_tensors(source: TorchDistSource) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -88,6 +91,16 @@ def read_rows(source: TorchDistSource, name: str, region: Region, out: memoryvie
     source.read(STORED + name, Region((region.offsets[0], *(0 for _ in shape[1:])), (region.sizes[0], *shape[1:])), out)
 
 
+def _tokenizer_files(checkpoint: Path) -> dict[str, bytes]:
+    """Of a run with new tokens: the adapter means nothing without their ids. {} for others."""
+    run = json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))
+    if not run.get("config", {}).get("new_special_tokens"):
+        return {}
+    files = sorted((checkpoint / rundir.HF_FILES).iterdir())
+    left_out = (CONFIG_FILE, "config.json", "generation_config.json")
+    return {file.name: file.read_bytes() for file in files if file.is_file() and file.name not in left_out}
+
+
 def write_adapter(
     destination: Path,
     table: ModelTable,
@@ -97,8 +110,11 @@ def write_adapter(
     read: Read,
     *,
     where: str,
+    beside: Mapping[str, bytes] | None = None,
 ) -> AdapterReport:
     """adapter_model.safetensors and adapter_config.json (`config`, of which `settings` is the reading), atomically.
+
+    beside: other files that belong there.
 
     tensors: trained name -> (dtype, shape), a tied embedding once; `where` names their origin in errors. A tied
     embedding is written under both of its names.
@@ -117,6 +133,8 @@ def write_adapter(
     with new_directory(destination) as partial:
         write_safetensors(partial / WEIGHTS_FILE, dict(sorted(written.items())), blocks)
         write_file(partial / CONFIG_FILE, config)
+        for name, data in (beside or {}).items():
+            write_file(partial / name, data)
     return AdapterReport(destination, len(written), sum(prod(shape) for shape in shapes.values()))
 
 

@@ -1,5 +1,6 @@
 """Multipliers and caps at both ends of a model: behind the embedding, and on the logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ def scale_ends(model: Any, spec: ModelSpec) -> None:
         _multiply_embeddings(model.embedding, spec)
     if (spec.logit_divisor != 1.0 or spec.logit_softcap is not None) and hasattr(model, "output_layer"):
         _scale_logits(model.output_layer, spec.logit_divisor, spec.logit_softcap)
+
+
+def differentiate_embeddings(chunks: Sequence[Any]) -> None:
+    """Let the output of a frozen embedding require a gradient, which nobody keeps.
+
+    megatron-core's recomputation is torch's reentrant kind: where no input of a layer requires a gradient, its
+    parameters silently get none.
+    """
+    for chunk in chunks:
+        if hasattr(chunk, "embedding"):
+            chunk.embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_(True)
 
 
 def _multiply_embeddings(embedding: nn.Module, spec: ModelSpec) -> None:

@@ -5,6 +5,7 @@ Shapes: b microbatch size, s padded sequence length, V vocabulary (without paddi
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from mswift.parallel.attention.share import Share, natural_rows
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
-from mswift.parallel.megatron.config import DTYPES, EngineConfig, ddp_config, transformer_config
+from mswift.parallel.megatron.config import DTYPES, EngineConfig, check_device, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
+from mswift.parallel.megatron.ends import differentiate_embeddings
 from mswift.parallel.megatron.held import Held, held_bytes
 from mswift.parallel.megatron.model import build_model
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
-from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_parameters
+from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
 from mswift.parallel.megatron.schedule import StepResult
 from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
 from mswift.refusals import check_context_parallel
@@ -48,6 +50,7 @@ class MegatronEngine:
         table.check_tp(dims.tp)
         check_experts(dims, table.spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, table.spec)
+        check_device(config, device)
         world.enter(dims, config.seed)
         self.table, self.dims, self.config, self.device = table, dims, config, device
         self.coordinate = dims.coordinate(dist.get_rank())
@@ -56,19 +59,23 @@ class MegatronEngine:
         chunks = build_model(table.spec, dims, self._core_config, device)
         self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
         self._place(chunks)
-        self._chunks = [DataParallel(self._core_config, ddp_config(), chunk) for chunk in chunks]
+        self._chunks = [
+            DataParallel(self._core_config, ddp_config(config, dims), chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+        schedule.overlap_gradients(self._core_config, self._chunks)
         self._optimizer = ShardedOptimizer(self._chunks, config)
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def _place(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Note what every parameter is of the whole; add adapters in between, since they rename the base."""
-        layers = self.dims.stage_layers(self.table.spec.num_layers, self.coordinate.pp)
-        moe = self.table.spec.moe
-        place = RankPlace.of(self.dims, dist.get_rank(), moe.num_experts if moe else 0)
-        self._base = [p for chunk in chunks for p in place_parameters(chunk, self.table, place, layers)]
+        self._base = place_chunks(chunks, self.table, self.dims, dist.get_rank())
         self._trained = self._base
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
+            if self.config.recompute_granularity is not None:
+                differentiate_embeddings(chunks)
+            place = RankPlace.of(self.dims, dist.get_rank(), self.table.spec)
             found = adapter_tensors(chunks)
             self._trained = [place_adapter(*slot, parameter, place) for slot, parameter in found]
 
@@ -237,7 +244,7 @@ class MegatronEngine:
     @property
     def num_parameters(self) -> int:
         """Elements of the global model, adapters not counted, tied embeddings once."""
-        return sum(_elements(tensor.shape) for tensor in self.table.megatron.values())
+        return sum(prod(tensor.shape) for tensor in self.table.megatron.values())
 
     @property
     def trainable_parameters(self) -> int:
@@ -264,7 +271,7 @@ class MegatronEngine:
             chunk.grad_accs.clear()
             _forget_graphs(chunk)
         self._chunks, self._base, self._trained = [], [], []
-        self._core_config.finalize_model_grads_func = None
+        schedule.forget(self._core_config)
         del self._optimizer
         world.leave()
 
@@ -277,10 +284,3 @@ def _forget_graphs(chunk: torch.nn.Module) -> None:
         for name, value in kept.items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 kept[name] = None
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

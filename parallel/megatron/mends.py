@@ -16,7 +16,8 @@ from mswift.parallel import dropout
 from mswift.parallel.megatron import cpu_linear, no_gpu, no_te
 
 TESTED = ("0.16.1", "0.17")  # from (included) to (excluded)
-HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+HIDDEN_ON_CPU = ("fused_weight_gradient_mlp_cuda",)  # --gradient_accumulation_fusion on a GPU
 
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning),  # megatron-core 0.16 calls the older names
@@ -50,7 +51,7 @@ def apply(*, on_gpu: bool) -> None:
     check_version(installed_version())
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before mswift.parallel.device.prepare()")
-    hide_fused_kernels()
+    hide_fused_kernels(on_gpu=on_gpu)
     if not on_gpu:
         no_gpu.replace_cuda_calls()
     with warnings.catch_warnings():
@@ -61,6 +62,7 @@ def apply(*, on_gpu: bool) -> None:
         import megatron.core.transformer.moe.token_dispatcher
     no_te.name_missing_kernels(megatron.core.transformer.moe.moe_utils)
     dropout.remember_places(megatron.core.tensor_parallel)
+    no_te.recompute_without_fp8(megatron.core.tensor_parallel.random)
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
         no_gpu.replace_uneven_collectives(megatron.core.tensor_parallel.mappings)
@@ -93,7 +95,7 @@ def check_version(version: str) -> None:
         )
 
 
-def hide_fused_kernels() -> None:
+def hide_fused_kernels(*, on_gpu: bool) -> None:
     """Make `import transformer_engine` and `import apex` fail in this process, as if they were not installed."""
-    for name in HIDDEN:
+    for name in (*HIDDEN, *(() if on_gpu else HIDDEN_ON_CPU)):
         sys.modules[name] = None  # type: ignore[assignment]

@@ -8,6 +8,7 @@ Shapes: s sequence (of this rank: s / tp under sequence parallelism), b batch, h
 head dimensions without position, with position and of values, c the width of the latent vector.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -49,6 +51,8 @@ class LatentSelfAttention(MegatronModule):
         self._mla, self._rotary, self._group, self._context = mla, rotary, groups.tp, groups.cp
         heads, hidden, norm = config.num_attention_heads, config.hidden_size, {"config": config, "eps": mla.norm_eps}
         self._heads = heads // groups.tp.size()
+        selective = config.recompute_granularity == "selective"
+        self._recomputes = selective and "core_attn" in (config.recompute_modules or ())
         width = heads * mla.qk_head_dim
         if mla.q_lora_rank is None:
             self.linear_q_proj = _column(hidden, width, config, groups.tp)
@@ -78,8 +82,9 @@ class LatentSelfAttention(MegatronModule):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
         """[s, b, hidden] -> ([s, b, hidden], no bias)."""
         packed = options.get("packed_seq_params")
+        attend = partial(self.core_attention, attention_mask=attention_mask, packed_seq_params=packed)
         query, key, value = self._query_key_value(hidden_states, packed)
-        mixed = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
+        mixed = checkpoint(attend, False, query, key, value) if self._recomputes else attend(query, key, value)
         out, _ = self.linear_proj(mixed)
         return out, None
 

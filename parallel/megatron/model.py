@@ -3,6 +3,8 @@
 Shapes: s sequence, b batch, v vocabulary columns of this rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +22,7 @@ from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
 from mswift.parallel.megatron.moe import mark_experts
 from mswift.parallel.megatron.spec import block_spec, rotary_tables
+from mswift.parallel.rotary import RotaryTable
 from mswift.refusals import check_computed
 from mswift.topology import ParallelDims
 
@@ -52,23 +55,35 @@ def build_model(
 ) -> list[DenseModel]:
     """The chunks of this pipeline stage (one without virtual stages), weights allocated and not yet set."""
     check_computed(spec)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    rotary, stage = rotary_tables(spec, device), parallel_state.get_pipeline_model_parallel_rank()
+    return [_build_chunk(spec, dims, config, rotary, stage, chunk) for chunk in range(dims.chunks)]
+
+
+def _build_chunk(
+    spec: ModelSpec,
+    dims: ParallelDims,
+    config: TransformerConfig,
+    rotary: Sequence[RotaryTable],
+    stage: int,
+    chunk: int,
+) -> DenseModel:
     model = DenseModel(
         config,
-        block_spec(spec, dims.stage_layers(spec.num_layers, stage), rotary_tables(spec, device), config),
+        block_spec(spec, dims.stage_layers(spec.num_layers, stage, chunk), rotary, config),
         vocab_size=padded_vocab_size(spec.vocab_size, dims.tp),
         max_sequence_length=spec.max_position_embeddings,
-        pre_process=stage == 0,
-        post_process=stage == dims.pp - 1,
+        pre_process=(stage, chunk) == (0, 0),
+        post_process=(stage, chunk) == (dims.pp - 1, dims.chunks - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="none",  # the attention layers rotate q and k themselves
+        vp_stage=chunk if dims.chunks > 1 else None,
     )
     model.num_real_rows = spec.vocab_size
     _mark_cut_parameters(model)
     mark_experts(model)
     scale_ends(model, spec)
-    return [model]
+    return model
 
 
 def _mark_cut_parameters(model: torch.nn.Module) -> None:

@@ -26,7 +26,7 @@ class ShardedOptimizer:
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
         self._config = config
-        core_config = optimizer_config(config)
+        core_config = optimizer_config(config, overlap_param_gather=chunks[0].ddp_config.overlap_param_gather)
         groups = get_standard_config_overrides(core_config)
         if config.lora_b_lr_ratio != 1:
             groups[ParamKey(attr=IS_LORA_B)] = {"lr_mult": config.lora_b_lr_ratio}  # type: ignore[typeddict-unknown-key]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -73,8 +74,9 @@ class RankPlace:
     is_first_replica: bool = True
 
     @staticmethod
-    def of(dims: ParallelDims, rank: int, num_experts: int) -> "RankPlace":
+    def of(dims: ParallelDims, rank: int, spec: ModelSpec) -> "RankPlace":
         """Of one rank of a layout."""
+        num_experts = spec.moe.num_experts if spec.moe else 0
         here, sizes = dims.coordinate(rank), dims.sizes
         etp, ep = (dims.members(axis, rank).index(rank) for axis in ("etp", "ep"))
         return RankPlace(
@@ -99,6 +101,17 @@ def megatron_name(name: str) -> Name:
     if expert is None:
         return Name(f"decoder.layers.{layer[2]}", int(layer[1]))
     return Name(f"decoder.layers.mlp.experts.experts.{expert[2]}", int(layer[1]), int(expert[1]))
+
+
+def place_chunks(chunks: Sequence[nn.Module], table: ModelTable, dims: ParallelDims, rank: int) -> list[Placed]:
+    """Every parameter and buffer of the chunks of one rank."""
+    spec, stage = table.spec, dims.coordinate(rank).pp
+    place = RankPlace.of(dims, rank, spec)
+    return [
+        placed
+        for number, chunk in enumerate(chunks)
+        for placed in place_parameters(chunk, table, place, dims.stage_layers(spec.num_layers, stage, number))
+    ]
 
 
 def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, layers: range) -> Iterator[Placed]:

@@ -1,4 +1,4 @@
-"""Forward and backward over the microbatches of a step, through megatron-core's schedules (1F1B over stages).
+"""Forward and backward over the microbatches of a step, through megatron-core's schedules (1F1B, interleaved).
 
 Shapes: b microbatch size, s padded sequence length, n context-parallel ranks, v vocabulary columns of one
 tensor-parallel rank, V all of them.
@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from mswift.parallel.batch import RankBatch, whole_rows
@@ -43,8 +45,12 @@ def logits(
     chunks: Sequence[nn.Module], batch: RankBatch, num_positions: int, vocab_size: int, device: torch.device
 ) -> Tensor:
     """This rank's part of [b, s] -> [b, num_positions, V] on every rank that shares the model."""
-    collected = _schedule(chunks, _keep_output, [batch], device, True, with_loss=False, collect_non_loss_data=True)
     tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    copies = 1  # the interleaved schedule takes microbatches in groups
+    if len(chunks) > 1:
+        copies = get_model_config(chunks[0]).microbatch_group_size_per_vp_stage
+    batches = [batch] * copies
+    collected = _schedule(chunks, _keep_output, batches, device, True, with_loss=False, collect_non_loss_data=True)
     width = -(-vocab_size // tp.size())
     dtype = next(chunks[0].parameters()).dtype
     local = collected[0] if collected else torch.empty((*batch.tokens.shape, width), dtype=dtype, device=device)
@@ -58,6 +64,21 @@ def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return parts
+
+
+def overlap_gradients(config: TransformerConfig, chunks: Sequence[DistributedDataParallel]) -> None:
+    """With overlap_grad_reduce: no sum before the last microbatch of a step, and chunk by chunk (as Megatron-LM's)."""
+    if not chunks[0].ddp_config.overlap_grad_reduce:
+        return
+    pauses = [chunk.no_sync for chunk in chunks]
+    starts = [chunk.start_grad_sync for chunk in chunks]
+    config.no_sync_func = pauses if len(chunks) > 1 else pauses[0]
+    config.grad_sync_func = starts if len(chunks) > 1 else starts[0]
+
+
+def forget(config: TransformerConfig) -> None:
+    """Let go of the functions that hold the model."""
+    config.finalize_model_grads_func = config.no_sync_func = config.grad_sync_func = None
 
 
 def finalize_gradients(model: list[nn.Module], weight_sum: Tensor, **groups: object) -> None:
@@ -78,7 +99,7 @@ def _schedule(
     with_loss: bool = True,
     **options: object,
 ) -> list[Tensor]:
-    """megatron-core's schedule for this layout; what the last stage collected."""
+    """megatron-core's schedule for this layout, each chunk with all microbatches; what the last one collected."""
 
     def forward(inputs: Iterator[RankBatch], model: nn.Module) -> tuple[Tensor, object]:
         batch = next(inputs)
@@ -92,7 +113,7 @@ def _schedule(
 
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward,
-        data_iterator=iter(batches),
+        data_iterator=[iter(batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
         seq_length=batches[0].seq_length,

@@ -21,7 +21,7 @@ def enter(dims: ParallelDims, seed: int, timeout_seconds: float = 1800.0) -> Non
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=dims.tp,
             pipeline_model_parallel_size=dims.pp,
-            virtual_pipeline_model_parallel_size=dims.vpp,
+            virtual_pipeline_model_parallel_size=dims.vpp if dims.chunks > 1 else None,
             context_parallel_size=dims.cp,
             hierarchical_context_parallel_sizes=list(dims.cp_levels) if dims.cp_levels else None,
             expert_model_parallel_size=dims.ep,

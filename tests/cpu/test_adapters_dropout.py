@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-sp": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"cp": 2}),
 }
 ALL = ("logits", "loss", "grad_norm", "gradients", "weights", "momentum_buffer")
 TOLERANCE, OF_LAYOUTS = 1e-5, 5e-6
@@ -118,8 +119,20 @@ def rows_counted_from_this_rank() -> Iterator[None]:
     """Data-parallel ranks drop alike."""
     from mswift.parallel import dropout
 
-    def place(seed: int, step: int, rows: torch.Tensor) -> BatchPlace:
-        return BatchPlace(seed, step, torch.arange(len(rows)))
+    def place(seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor | None) -> BatchPlace:
+        return BatchPlace(seed, step, torch.arange(len(rows)), positions)
+
+    with patch.object(dropout, "BatchPlace", place):
+        yield
+
+
+@contextmanager
+def positions_counted_from_this_rank() -> Iterator[None]:
+    """Context-parallel ranks drop alike."""
+    from mswift.parallel import dropout
+
+    def place(seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor | None) -> BatchPlace:
+        return BatchPlace(seed, step, rows)
 
     with patch.object(dropout, "BatchPlace", place):
         yield
@@ -131,6 +144,7 @@ def rows_counted_from_this_rank() -> Iterator[None]:
         ("tokens_counted_from_this_rank", "tp2-sp"),
         ("features_counted_from_this_rank", "tp2"),
         ("rows_counted_from_this_rank", "dp2"),
+        ("positions_counted_from_this_rank", "cp2"),
     ],
 )
 def test_another_mask_is_seen(truth: dict[str, Any], one: dict[str, Any], broken: str, layout: str) -> None:

@@ -288,7 +288,15 @@ def test_data_that_is_mended_as_the_message_says(home: Path, tmp_path: Path, cap
     path.write_text(long_row)
     error = refused(capsys, 1, run(), "tokens, the model takes 256", "--truncation_strategy right --max_length 256")
     works(run(*error.split("cut them with ")[1].split()))
-    error = refused(capsys, 2, run("--max_length", 1000), "--dataset", "256 positions", "pass --max_length 256")
+    error = refused(
+        capsys,
+        2,
+        run("--max_length", 1000),
+        "--dataset",
+        "256 positions",
+        "pass --max_length 256",
+        "--rope_scaling yarn --max_model_len",
+    )
     works(run(*error.split("pass ")[1].split(), "--truncation_strategy", "right"))
 
 

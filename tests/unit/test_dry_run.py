@@ -130,6 +130,19 @@ def test_a_run_on_256_ranks_is_told_from_config_json_alone(argv: list[str], tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_the_stages_are_printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--world_size", "2", "--pipeline_model_parallel_size", "2"]
+    assert main([*argv, *layout, "--pipeline_model_parallel_layout", "Et|tt|t|L"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "2 ranks = TP 1 x PP 2 x DP 1 (VPP 2)",
+        "stage 0      embedding, layer 0 | layer 3",
+        "stage 1      layers 1-2 | final norm and logits",
+        "interleaved 1F1B of 2 chunks a stage, 3% of the time idle",
+    ):
+        assert words in said
+
+
 def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--tensor_model_parallel_size", "8", "--lora_rank", "3", "--val_dataset", "absent.txt", "--resume", "true"]
     assert main([*argv, *wrong, "--world_size", "8"]) == 2

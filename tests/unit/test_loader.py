@@ -37,7 +37,18 @@ def _union(kind: Any) -> st.SearchStrategy[Any]:
     return st.one_of(nested) if nested else _values(kind)
 
 
-_CONFIGS = st.fixed_dictionaries({name: _union(option.kind) for name, option in options_of(SftConfig).items()})
+_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "bucket_size": st.one_of(st.none(), st.integers()),
+        "check_for_nan_in_grad": st.booleans(),
+        "config_logger_dir": _texts,
+        "cuda_graph_scope": st.lists(st.sampled_from(["attn", "mlp", "moe"]), min_size=2),
+    },
+)
+_CONFIGS = st.fixed_dictionaries(
+    {name: _FIELDS if option.holds_fields else _union(option.kind) for name, option in options_of(SftConfig).items()}
+)
 
 
 @given(_CONFIGS)

@@ -60,6 +60,24 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     (dict(pipeline_model_parallel_size=12), 12, "pipeline_model_parallel_size", ["12", "more stages", "6 layers"]),
     (dict(global_batch_size=10), 4, "global_batch_size", ["10", "data-parallel size 4"]),
     (dict(global_batch_size=3, micro_batch_size=2), 2, "global_batch_size", ["--micro_batch_size 2", "= 4"]),
+    (
+        dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2),
+        2,
+        "num_layers_per_virtual_pipeline_stage",
+        ["3 layers of each of the 2 stages"],
+    ),
+    (
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3, global_batch_size=3),
+        2,
+        "global_batch_size",
+        ["3 microbatches", "2 interleaved stages"],
+    ),
+    (
+        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4),
+        1,
+        "recompute_num_layers",
+        ["chunk of 6 layers"],
+    ),
     (dict(lr_warmup_iters=10), 1, "lr_warmup_iters", ["10 steps of the run"]),
     (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "lr_warmup_iters", ["8", "--lr_decay_iters 5"]),
     (

@@ -1,0 +1,107 @@
+"""What the engine cannot do of recomputation, overlap, fusion and megatron-core's own fields; for `mswift.refusals`."""
+
+from collections.abc import Iterator
+
+from mswift.config.mcore_fields import reason_on_cpu
+from mswift.config.train import TrainConfig
+from mswift.converters.spec import ModelSpec
+from mswift.errors import ConfigError, LayoutError
+from mswift.stages import Cut
+from mswift.topology import ParallelDims
+
+_RECOMPUTE = ("recompute_method", "recompute_num_layers", "recompute_modules")
+
+
+def cut_of(config: TrainConfig) -> Cut:
+    """What the flags say of the pipeline's stages."""
+    return Cut(
+        pp=config.pipeline_model_parallel_size,
+        vpp=config.virtual_pipeline_model_parallel_size,
+        layers_per_chunk=config.num_layers_per_virtual_pipeline_stage,
+        first=config.decoder_first_pipeline_num_layers,
+        last=config.decoder_last_pipeline_num_layers,
+        layout=config.pipeline_model_parallel_layout,
+    )
+
+
+def engine_flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """Those that the flags alone tell."""
+    yield from _recompute_refusals(config)
+    if not config.use_distributed_optimizer:
+        yield ConfigError(
+            "--use_distributed_optimizer false: every data-parallel rank updates its own share of the weights, which "
+            "gives the same numbers with less memory; leave it out"
+        )
+    if config.overlap_param_gather and not config.overlap_grad_reduce:
+        yield ConfigError("--overlap_param_gather needs --overlap_grad_reduce: add --overlap_grad_reduce")
+    if config.device == "cpu":
+        if config.gradient_accumulation_fusion:
+            yield ConfigError(
+                "--gradient_accumulation_fusion is a CUDA kernel of apex, and this run computes on the CPU: "
+                "leave it out"
+            )
+        reason = reason_on_cpu(config.mcore)
+        if reason:
+            yield ConfigError(reason)
+
+
+def _recompute_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    granularity, method, number = config.recompute_granularity, config.recompute_method, config.recompute_num_layers
+    given = [f"--{name}" for name in _RECOMPUTE if getattr(config, name)]
+    if granularity is None and given:
+        kind = "selective" if config.recompute_modules else "full"
+        yield ConfigError(
+            f"{given[0]} has no effect without --recompute_granularity: add --recompute_granularity {kind}"
+        )
+    if granularity == "full":
+        if config.recompute_modules:
+            yield ConfigError(
+                "--recompute_modules belongs to --recompute_granularity selective; full computes whole layers again: "
+                "leave it out"
+            )
+        if method is None or number is None:
+            yield ConfigError(
+                "--recompute_granularity full needs --recompute_method and --recompute_num_layers: use "
+                "--recompute_method uniform --recompute_num_layers 1"
+            )
+    if granularity == "selective" and (method is not None or number is not None):
+        flag = "--recompute_method" if method is not None else "--recompute_num_layers"
+        yield ConfigError(f"{flag} belongs to --recompute_granularity full: leave it out, or use full")
+
+
+def check_recompute(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> None:
+    """LayoutError for layers that recompute_num_layers does not divide, and for modules that the model lacks."""
+    number = config.recompute_num_layers
+    if number is not None and config.recompute_method == "uniform":
+        for depth in dims.cut(spec.num_layers):
+            if depth % number:
+                raise LayoutError(
+                    f"--recompute_num_layers {number} does not divide a model chunk of {depth} layers, as "
+                    "--recompute_method uniform needs: use --recompute_num_layers 1, or --recompute_method block"
+                )
+    layers = [spec.layer(n) for n in range(spec.num_layers)]
+    mixers, mlps = {layer.mixer for layer in layers}, {layer.mlp for layer in layers}
+    shared = spec.moe is not None and spec.moe.shared_ffn_hidden_size > 0
+    has = {"core_attn": "attention" in mixers, "layernorm": spec.pre_norm, "mlp": "dense" in mlps, "moe": "moe" in mlps}
+    for module in config.recompute_modules:
+        if not (has | {"shared_experts": shared})[module]:
+            raise LayoutError(f"--recompute_modules {module}: no layer of the model has one; leave it out")
+
+
+def check_microbatches(config: TrainConfig, dims: ParallelDims) -> None:
+    """LayoutError where megatron-core's interleaved schedule cannot send the microbatches through in groups."""
+    if dims.chunks == 1:
+        return
+    per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
+    group = config.mcore.get("microbatch_group_size_per_vp_stage") or dims.pp
+    rest = per_rank % group
+    if dims.pp <= group <= per_rank and not 0 < rest < dims.pp:
+        return
+    unit = config.micro_batch_size * dims.dp * dims.pp
+    fitting = -(-config.global_batch_size // unit) * unit
+    spelled = f" in groups of --mcore.microbatch_group_size_per_vp_stage {group}" if group != dims.pp else ""
+    raise LayoutError(
+        f"--global_batch_size {config.global_batch_size} gives each rank {per_rank} microbatches, which {dims.pp} "
+        f"interleaved stages{spelled} cannot take: use --global_batch_size {fitting}"
+        + (", and leave that field out" if spelled else "")
+    )

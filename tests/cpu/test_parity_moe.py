@@ -170,10 +170,10 @@ def no_sinks() -> Any:
 
 def no_window() -> Any:
     """Every position sees all before it."""
-    from mswift.parallel import attention
+    from mswift.parallel.attention import functions
 
-    visible = attention.visible
-    return patched(attention, "visible", lambda queries, keys, _window, device: visible(queries, keys, None, device))
+    tiles = functions.tiles
+    return patched(functions, "tiles", lambda queries, keys, _window, block: tiles(queries, keys, None, block))
 
 
 def no_shared_gate() -> Any:

@@ -21,6 +21,7 @@ from mswift.refusals import check_schedule, train_dtype
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import ended_by, patient_barrier
+from mswift.train.hang import collective_timeout
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
@@ -92,6 +93,7 @@ def built_engine(
         sgd_momentum=config.sgd_momentum,
         clip_grad=config.clip_grad,
         seed=config.seed,
+        timeout_seconds=collective_timeout(config.distributed_timeout_minutes),
         lora=lora,
         trainable_modules=trainable_modules,
     )

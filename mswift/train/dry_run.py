@@ -53,7 +53,7 @@ def _weights_of(config: TrainConfig) -> Path:
     """The directory that a launch reads; --model where it would not start, which is among the refusals."""
     try:
         return start_of(config)[0]
-    except ConfigError:
+    except MswiftError:
         return Path(config.model)
 
 

@@ -21,7 +21,8 @@ class EngineConfig:
     """How a MegatronEngine computes and updates; names as in `mswift.config`.
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
-    turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32.
+    turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. Collectives of megatron-core's groups
+    fail after `timeout_seconds`.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -36,6 +37,7 @@ class EngineConfig:
     sgd_momentum: float = 0.9
     clip_grad: float = 1.0
     seed: int = 42
+    timeout_seconds: float = 1800.0
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 
 class DataParallel(DistributedDataParallel):
@@ -27,3 +28,16 @@ class DataParallel(DistributedDataParallel):
         """Gather updated weights from data-parallel ranks."""
         if self._has_replicas:
             super().start_param_sync(*args, **kwargs)
+
+    def let_go(self) -> None:
+        """Drop the hooks on autograd's accumulators and what token dispatchers keep of the last forward.
+
+        They hold the model where Python's collector does not look.
+        """
+        self.grad_accs.clear()
+        for module in self.modules():
+            dispatcher = getattr(module, "token_dispatcher", None)
+            kept = vars(dispatcher) if dispatcher is not None else {}
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    kept[name] = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mswift import rundir
+from mswift import run_lock, rundir
 from mswift.tuners.export import export_adapter
 from tests.support.commands import command, make_home, run
 from tests.support.runs import log, tensors
@@ -87,7 +87,7 @@ def test_refused_starts(home: Path, tmp_path: Path) -> None:
     other = run([*base, "--dataset", str(home / "val.jsonl")], status=2)
     assert "--dataset" in other
     assert "20 samples then, 7 now" in other
-    with rundir.locked(output):
+    with run_lock.locked(output):
         assert "another run is writing there now" in run(base, status=2)
     tiny_model(tmp_path / "other", seed=1)
     tiny_tokenizer(tmp_path / "other")

@@ -147,9 +147,10 @@ def _size(path: Path) -> int:
 
 def times(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Medians of `rounds` saves of each kind, and of a step without any."""
+    trained = Trained(args, folder)  # before the other imports: it prepares megatron-core for the device
     from mswift.train.save import Staging
 
-    trained, staging = Trained(args, folder), Staging()
+    staging = Staging()
     for kind in KINDS:  # the first of each is a warm-up
         WAYS[kind](trained, KINDS.index(kind), staging)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
@@ -166,11 +167,11 @@ def times(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def memory(args: argparse.Namespace, folder: Path, kind: str) -> int:
     """Growth of the high-water mark during one save, or a load ("load": of what lies in the run directory)."""
+    trained = Trained(args, folder)
     from mswift import rundir
     from mswift.train import checkpoint
     from mswift.train.save import Staging
 
-    trained = Trained(args, folder)
     if kind == "load":
         path = rundir.resolve_checkpoint(folder / "run")
         checkpoint.load(trained.engine, path, 0, 1)  # what is allocated once

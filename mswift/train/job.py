@@ -62,7 +62,7 @@ def _run(start: Start, device: torch.device) -> int:
     data, val_data, tokenizer = build_data(start.kind, config, reader, info)
     last_step = num_steps(config, len(data))
     output_dir = Path(config.output_dir)
-    with built_engine(config, reader, dims, device, resumed=point is not None) as engine:
+    with built_engine(config, reader, dims, device, resumed=start.resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
         files = side_files(reader, engine.config, config.model)
         watch = HangWatch(output_dir, info.rank, dims.world_size, config.distributed_timeout_minutes * 60)

@@ -8,6 +8,7 @@ from mswift.train.loop import FinishedStep
 from mswift.train.parts import Run
 from mswift.train.save import BackgroundSave, CheckpointSave, Staging, save_now, state_shards
 from mswift.train.snapshot import Snapshot
+from mswift.tuners.peft_config import CONFIG_FILE
 
 
 class Saver:
@@ -62,7 +63,9 @@ class Saver:
 
     def _snapshot(self, step: int) -> None:
         run = self._run
-        path = Snapshot(run.output_dir, step, run.rank, run.hf_files).write(run.engine)
+        adapter = run.engine.config.lora is not None
+        files = {CONFIG_FILE: run.hf_files[CONFIG_FILE]} if adapter else run.hf_files
+        path = Snapshot(run.output_dir, step, run.rank, files).write(run.engine)
         if run.rank == 0:
             print(f"wrote {path}", flush=True)
 

@@ -36,25 +36,16 @@ def at_step(rank: int, *, of: int, step: int, global_batch_size: int, what: str,
     job.training_batch = training_batch
 
 
-def small_files(rank: int, *, limit: int) -> None:
-    """A full disk: the kernel refuses to let any file of rank 0 grow beyond `limit` bytes."""
+def full_disk(rank: int, *, name: str, limit: int) -> None:
+    """From the first file on whose path holds `name`, the kernel refuses to let files of rank 0 grow beyond `limit`."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and name in str(arguments[0]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
     if rank == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
-def no_disk_at(rank: int, *, step: int, limit: int) -> None:
-    """The same, from the data of a step on."""
-    from mswift.train import job
-
-    read = job.training_batch
-
-    def training_batch(*arguments: Any) -> Any:
-        if arguments[-1] // 8 + 1 == step:
-            small_files(rank, limit=limit)
-        return read(*arguments)
-
-    job.training_batch = training_batch
+        sys.addaudithook(audit)
 
 
 def kill_at(rank: int, *, of: int, operation: int, everybody: bool, record: str | None = None) -> None:

@@ -218,15 +218,16 @@ def test_a_hung_rank_is_named_with_the_stacks(forge: Forge, home: Path, tmp_path
 # -- full disks
 
 
-@pytest.mark.parametrize("flags", [("--async_save",), ("--save_hf_steps", "2")])
+@pytest.mark.parametrize(
+    ("flags", "name"), [((), "checkpoint-2"), (("--async_save",), "checkpoint-2"), (("--save_hf_steps", "2"), "hf-2")]
+)
 def test_a_full_disk_publishes_nothing_and_is_named(
-    forge: Forge, home: Path, whole: Path, tmp_path: Path, flags: tuple[str, ...]
+    forge: Forge, home: Path, whole: Path, tmp_path: Path, flags: tuple[str, ...], name: str
 ) -> None:
     output = tmp_path / "run"
-    fault = ("no_disk_at", {"step": 2, "limit": 100_000})
+    fault = ("full_disk", {"name": f".{name}.partial", "limit": 100_000})
     text = forge.run(argv(home, output, "--save_steps", "1", *flags), 2, status=1, fault=fault)
-    assert "the disk is full" in text
-    assert f"{output / ('hf-2' if 'hf' in flags[0] else 'checkpoint-2')}" in text
+    assert f"{output / name} failed on rank 0: the disk is full" in text
     assert rundir.committed_steps(output) == [1]
     assert sorted(path.name for path in output.glob(".*")) == [rundir.LOCK]
     assert list(output.glob("hf-*")) == []

@@ -154,14 +154,15 @@ def times(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for kind in KINDS:  # the first of each is a warm-up
         WAYS[kind](trained, KINDS.index(kind), staging)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    steps: list[float] = []
     for number in range(args.rounds):
         for shift in range(len(KINDS)):
+            steps.append(trained.step())
             kind = KINDS[(number + shift) % len(KINDS)]
             found[kind].append(WAYS[kind](trained, 10 * (number + 1) + shift, staging))
     medians: dict[str, Any] = {
         kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for kind, rows in found.items()
     }
-    steps = [trained.step() for _ in range(max(args.rounds, 3))]
     return medians | {"step": statistics.median(steps), "state_bytes": trained.state_bytes}
 
 

@@ -216,5 +216,4 @@ def _evaluate_if_due(run: Run, done: FinishedStep) -> float | None:
     every = run.config.eval_steps
     if run.val_data is None or not (done.step == run.last_step or (every and done.step % every == 0)):
         return None
-    run.watch.at(done.step, "evaluating")
-    return evaluate(run.engine, run.val_data, run.plan)
+    return evaluate(run.engine, run.val_data, run.plan, lambda: run.watch.at(done.step, "evaluating"))

@@ -49,10 +49,16 @@ def train(
         yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
 
 
-def evaluate(engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan) -> float:
-    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move."""
+def evaluate(
+    engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move.
+
+    `note` is called before each batch.
+    """
     loss_sum, weight_sum = 0.0, 0.0
     for ids in evaluation_batches(dataset, plan):
+        note()
         loss, weight = engine.evaluate(assemble(dataset, plan, ids).microbatches)
         loss_sum += loss
         weight_sum += weight

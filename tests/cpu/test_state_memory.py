@@ -83,13 +83,13 @@ def in_a_fresh_process(function: Any, payload: dict[str, str]) -> Any:
 
 
 def test_saving_and_loading_need_a_bounded_buffer(tmp_path: Path) -> None:
-    """The largest tensor has 4 MiB; the state has 168 MiB, of which a fresh engine's memory holds nothing yet."""
-    tiny_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, vocab_size=2048)
+    """The largest tensor has 4 MiB; of the state, 100 MiB, a fresh engine's memory holds nothing yet."""
+    tiny_model(tmp_path / "model", hidden_size=512, intermediate_size=1024, vocab_size=2048)
     payload = {"model": str(tmp_path / "model"), "output": str(tmp_path / "run")}
     found = in_a_fresh_process(saves, payload)
     found["load"] = in_a_fresh_process(loads, payload)
     print({name: round(size / MIB, 1) for name, size in found.items()})
-    assert found["state"] > 120 * MIB
+    assert found["state"] > 90 * MIB
     assert found["save"] < SLACK
     assert found["load"] < found["state"] + SLACK
-    assert found["state"] <= found["copy"] < found["state"] + SLACK  # the partner: the meter sees a copy
+    assert found["state"] - SLACK < found["copy"] < found["state"] + SLACK  # the partner: the meter sees a copy

@@ -22,7 +22,7 @@ from tests.support.family_configs import family_config
 from tests.support.forks import Forge
 from tests.support.parity import model_of
 from tests.support.runs import log, tensors
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 STEPS = 6
 SEED = int(os.environ.get("MSWIFT_FAULT_SEED", "1"))
@@ -42,7 +42,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_of(
         family_config("qwen3_moe", vocab_size=300, num_hidden_layers=2, max_position_embeddings=256)
     ).save_pretrained(path / "moe")
-    tiny_tokenizer(path / "moe")
+    tiny_model(path / "tied", tie_word_embeddings=True)
+    for name in ("moe", "tied"):
+        tiny_tokenizer(path / name)
     return path
 
 
@@ -140,13 +142,20 @@ def files_of_shards(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp") if path.name != "__objects.distcp"}
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+SNAPSHOTS = {
+    "full-tp2": ("--tensor_model_parallel_size", "2"),
+    "tied-bf16-pp2": ("--model", "tied", "--pipeline_model_parallel_size", "2", "--torch_dtype", "bfloat16"),
+    "moe-ep2": ("--model", "moe", "--expert_model_parallel_size", "2"),
+    "lora-pp2": ("--model", "tied", "--pipeline_model_parallel_size", "2", "--tuner_type", "lora",
+                 "--modules_to_save", "embed_tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SNAPSHOTS)
 def test_snapshots_are_what_export_makes(forge: Forge, home: Path, tmp_path: Path, case: str) -> None:
-    layout = {"full": ("--tensor_model_parallel_size", "2"), "lora": ("--pipeline_model_parallel_size", "2")}[case]
-    tuner = ("--tuner_type", "lora", "--modules_to_save", "embed_tokens") if case == "lora" else ()
     output = tmp_path / "run"
-    flags = (*layout, *tuner, "--train_iters", "2", "--save_hf_steps", "1")
-    forge.run(argv(home, output, *flags), 2)
+    flags = [str(home / word) if word in ("tied", "moe") else word for word in SNAPSHOTS[case]]
+    forge.run(argv(home, output, *flags, "--train_iters", "2", "--save_hf_steps", "1"), 2)
     assert sorted(path.name for path in output.glob("*hf-*")) == ["hf-1", "hf-2"]
     forge.run(["export", "--model", str(output), "--output_dir", str(tmp_path / "exported")])
     exported = files_of(tmp_path / "exported")

@@ -389,7 +389,7 @@ def test_kill_9_at_random_moments(forge: Forge, home: Path, whole: Path, tmp_pat
             job = forge.start(line, 2)
             time.sleep(moment["place"] * seconds)
             job.kill([0, 1] if everybody else [rank])
-        statuses = job.wait()
+        statuses = job.wait(stragglers=20 if moment["in_save"] else 3)  # some wait for a rank that never came
         print(number, moment, statuses, rundir.committed_steps(output))
         assert -signal.SIGKILL in statuses or not moment["in_save"]
         if moment["in_save"] and not everybody:

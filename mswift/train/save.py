@@ -128,6 +128,18 @@ def save_now(save: CheckpointSave) -> Path:
     return save.destination
 
 
+def save_state(
+    engine: MegatronEngine,
+    output_dir: Path,
+    state: RunState,
+    rank: int,
+    hf_files: Mapping[str, bytes],
+    keep: int | None = None,
+) -> Path:
+    """Save what the engine holds, here and now; arguments as of CheckpointSave."""
+    return save_now(CheckpointSave(output_dir, state, rank, state_shards(engine, rank), hf_files, keep))
+
+
 class BackgroundSave:
     """A save that is under way: its phases run in a thread; between them the ranks' main threads meet in `advance`."""
 

@@ -6,7 +6,7 @@ from mswift.config.loader import to_dict
 from mswift.train.checkpoint import RunState, engine_layout
 from mswift.train.loop import FinishedStep
 from mswift.train.parts import Run
-from mswift.train.save import BackgroundSave, CheckpointSave, Staging, save_now, state_shards
+from mswift.train.save import BackgroundSave, CheckpointSave, Staging, save_state, state_shards
 from mswift.train.snapshot import Snapshot
 from mswift.tuners.peft_config import CONFIG_FILE
 
@@ -43,15 +43,11 @@ class Saver:
         """Save the state as it is now; None while it is still under way (--async_save, unless `wait`)."""
         before = self.finish()
         run, rank = self._run, self._run.rank
-        shards = state_shards(run.engine, rank)
-        background = run.config.async_save and not wait
-        if background:
-            shards = iter(self._staging.copy(shards, run.device))
-        state = self._state(step, consumed_samples)
-        save = CheckpointSave(run.output_dir, state, rank, shards, run.hf_files, run.config.save_total_limit)
-        if not background:
-            return save_now(save)
-        self._under_way = BackgroundSave(save)
+        state, keep = self._state(step, consumed_samples), run.config.save_total_limit
+        if wait or not run.config.async_save:
+            return save_state(run.engine, run.output_dir, state, rank, run.hf_files, keep)
+        copies = self._staging.copy(state_shards(run.engine, rank), run.device)
+        self._under_way = BackgroundSave(CheckpointSave(run.output_dir, state, rank, copies, run.hf_files, keep))
         return before
 
     def finish(self) -> Path | None:

@@ -54,6 +54,7 @@ test-gpu: $(READY)
 	@if ls tests/gpu/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest tests/gpu; \
 	else echo "test-gpu: no GPU tests yet"; fi
 
+test-all: export MSWIFT_ALL_FAULTS := 1
 test-all: test test-system test-gpu
 
 lint: $(READY)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from mswift import rundir
+from mswift import run_lock, rundir
 from mswift.converters.io.dcp_metadata import METADATA, read_metadata
 from mswift.converters.io.files import check_absent, in_words, sync_directory, write_file
 from mswift.converters.io.safetensors import SINGLE, encode_header
@@ -112,7 +112,7 @@ def _building(destination: Path) -> Iterator[Path]:
     """A place beside the destination that nobody else uses and that is gone afterwards."""
     holder = destination.absolute().with_name(f".{destination.name}.with-optimizer")
     with ExitStack() as stack:
-        stack.enter_context(rundir.locked(holder))
+        stack.enter_context(run_lock.locked(holder))
         try:
             shutil.rmtree(holder / "new", ignore_errors=True)  # of a conversion that was killed
             yield holder / "new"

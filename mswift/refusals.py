@@ -36,6 +36,7 @@ _AT_LEAST_ONE = (
     *("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"),
     *(
         "save_steps",
+        "save_hf_steps",
         "save_total_limit",
         "eval_steps",
         "logging_steps",
@@ -236,6 +237,7 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--eval_steps {config.eval_steps} has nothing to evaluate: add --val_dataset FILE, or leave it out"
         )
+    yield from _start_refusals(config)
     if config.world_size is not None and not config.dry_run:
         yield ConfigError(
             f"--world_size {config.world_size} is for --dry_run; a real job takes its size from "
@@ -244,6 +246,16 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     sizes = (config.world_size, config.nproc_per_node)
     if config.dry_run and None not in sizes and sizes[0] != sizes[1]:
         yield ConfigError(f"--world_size {sizes[0]} and --nproc_per_node {sizes[1]} differ: leave one out")
+
+
+def _start_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """What --load_weights_only goes with."""
+    if config.load_weights_only and config.resume_from_checkpoint is None:
+        yield ConfigError("--load_weights_only needs the checkpoint: add --resume_from_checkpoint RUN/checkpoint-N")
+    if config.load_weights_only and config.adapters:
+        yield ConfigError(
+            f"--adapters {config.adapters[0]} and --load_weights_only both bring an adapter: leave one out"
+        )
 
 
 def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
@@ -267,7 +279,7 @@ def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         value = getattr(config, name)
         if not 0 <= value < 1:
             yield ConfigError(f"--{name} {value} must lie from 0 to below 1: use --{name} {_USUAL.get(name, 0.9)}")
-    for name in ("adam_eps", "lora_alpha", "lorap_lr_ratio"):
+    for name in ("adam_eps", "lora_alpha", "lorap_lr_ratio", "distributed_timeout_minutes"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             default = type(config).__dataclass_fields__[name].default or 16

@@ -7,23 +7,23 @@ output_dir/
     runs/                    TensorBoard events
     checkpoint-<step>/       complete, hashed, committed; anything else is not a checkpoint
     .checkpoint-<step>.partial/   a save under way, or the remains of one that was killed, or of one being removed
-    .lock                    held by the run that writes here
+    hf-<step>/               the model of that step as Hugging Face files (--save_hf_steps)
+    not-finite-<step>.jsonl  the batch of a step whose loss or gradient norm was not finite
+    hang-<start>/            stacks of a run that stood still
+    .lock                    held by the run that writes here (mswift.run_lock)
 """
 
-import fcntl
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from mswift.errors import CheckpointError, ConfigError
+from mswift.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
 CONFIG = "run.yaml"
@@ -53,6 +53,16 @@ def checkpoint_dir(output_dir: Path, step: int) -> Path:
 def partial_dir(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` grows until it is renamed."""
     return output_dir / f".checkpoint-{step}.partial"
+
+
+def snapshot_dir(output_dir: Path, step: int) -> Path:
+    """The place of the Hugging Face files of `step`."""
+    return output_dir / f"hf-{step}"
+
+
+def partial_snapshot_dir(output_dir: Path, step: int) -> Path:
+    """Where they grow until they are renamed."""
+    return output_dir / f".hf-{step}.partial"
 
 
 def committed_steps(output_dir: Path) -> list[int]:
@@ -111,29 +121,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-@contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Make the run directory and keep other runs out of it while inside; ConfigError when one is there already.
-
-    The system gives the lock back when the process ends in any way. A file system without locks lets everybody in.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--output_dir {output_dir}: another run is writing there now; wait for its end, or use another "
-                "--output_dir"
-            ) from None
-        except OSError:
-            pass  # no locks on this file system
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) -> None:
     """Publish `directory` as `destination`: write COMMIT last, fsync, rename; the rename is the publication.
 
@@ -179,7 +166,7 @@ def read_commit(checkpoint: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{path} is damaged ({error}); use an older checkpoint of the run") from None
 
 
-def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
+def check_files(checkpoint: Path, names: Iterable[str] | None = None, *, hashes: bool = True) -> None:
     """Compare sizes and hashes with COMMIT (all files, or `names`); the first difference is an error naming it."""
     records = read_commit(checkpoint)
     for name in records if names is None else names:
@@ -190,29 +177,8 @@ def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
         found = path.stat().st_size
         if found != want.size_bytes:
             raise CheckpointError(f"{path} is damaged: {found} bytes, COMMIT says {want.size_bytes}")
-        if (digest := hash_file(path).blake3) != want.blake3:
+        if hashes and (digest := hash_file(path).blake3) != want.blake3:
             raise CheckpointError(f"{path} is damaged: BLAKE3 {digest[:16]}..., COMMIT says {want.blake3[:16]}...")
-
-
-def prune(output_dir: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` (at least 1) committed checkpoints; returns what was deleted.
-
-    Each is renamed first, so that a deletion cut short leaves nothing that looks like a checkpoint or is in its place.
-    """
-    steps = committed_steps(output_dir)[: -max(keep, 1)]
-    for step in steps:
-        remains = partial_dir(output_dir, step)
-        shutil.rmtree(remains, ignore_errors=True)
-        checkpoint_dir(output_dir, step).rename(remains)
-        fsync_path(output_dir)
-        shutil.rmtree(remains)
-    return [checkpoint_dir(output_dir, step) for step in steps]
-
-
-def remove_remains(output_dir: Path) -> None:
-    """Delete what killed saves and removals left behind; for the run that holds the lock."""
-    for path in output_dir.glob(".checkpoint-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

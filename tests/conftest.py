@@ -48,6 +48,7 @@ BUDGET_SECONDS = {
     "cpu/test_infer": 65,
     "cpu/": 60,
     "system/test_train": 320,
+    "system/test_faults": 150,
     "system": 120,
     "gpu": 600,
 }

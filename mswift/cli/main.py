@@ -11,7 +11,10 @@ from mswift import __version__
 from mswift.cli.commands import COMMANDS, Command, load
 from mswift.errors import ConfigError, MswiftError
 
-_EXIT_STATUS = "Exit status: 0 done, 1 the check or the job failed, 2 the command was wrong."
+_EXIT_STATUS = (
+    "Exit status: 0 done, 1 the check or the job failed, 2 the command was wrong,\n"
+    "3 a signal stopped the run after it saved."
+)
 _WIDTH = 76  # of an example line
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 _INTERRUPTED = 130  # 128 + SIGINT

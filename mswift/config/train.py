@@ -168,11 +168,27 @@ class TrainConfig:
     output_dir: str = "output"
     """Run directory: checkpoint-N/, metrics.jsonl, loss.png, run.json."""
     save_steps: int | None = None
-    """Save every N steps; always at the end."""
+    """Save every N steps; always at the end, and when SIGTERM or SIGUSR1 stops the run."""
+    async_save: bool = False
+    """Write checkpoints while training goes on; steps wait only for a copy of the state to host memory."""
     save_total_limit: int | None = None
     """Keep the newest N checkpoints."""
+    save_hf_steps: int | None = None
+    """Write the model (a LoRA run: its adapter) as Hugging Face files to output_dir/hf-N every N steps."""
     resume: Literal["auto", "true", "false"] = "auto"
     """auto: continue the newest checkpoint in output_dir, or start. true: only continue. false: only start."""
+    damaged_checkpoint: Literal["stop", "previous"] = "stop"
+    """Where the newest checkpoint is damaged: stop, or set it aside and continue from the one before."""
+    resume_from_checkpoint: str | None = None
+    """checkpoint-N (or run directory) of another run to go on from while output_dir has no checkpoint of its own."""
+    load_weights_only: bool = False
+    """Of resume_from_checkpoint take the weights (a LoRA run: the adapter) only: step 0, new schedule and data."""
+
+    # -- faults
+    nan_policy: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm of nan or inf: stop, or leave this update out. The batch is kept in output_dir."""
+    distributed_timeout_minutes: float = 30.0
+    """A rank that others wait for longer than this is hung: stacks are written to output_dir, the job ends."""
 
     # -- watching
     eval_steps: int | None = None

@@ -22,6 +22,7 @@ from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import ended_by, patient_barrier
+from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.run import Start
@@ -99,6 +100,7 @@ def built_engine(
         sgd_momentum=config.sgd_momentum,
         clip_grad=config.clip_grad,
         seed=config.seed,
+        timeout_seconds=collective_timeout(config.distributed_timeout_minutes),
         lora=lora,
         trainable_modules=trainable_modules,
         lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,

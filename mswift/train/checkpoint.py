@@ -12,7 +12,6 @@ checkpoint-<step>/
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +20,21 @@ from typing import Any
 import torch
 
 from mswift import rundir
-from mswift.converters.io.torch_dist import ShardWriter, WrittenFile, write_index
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
-from mswift.parallel.megatron.engine import MegatronEngine, StateShard
-from mswift.train.collective import agreed, barrier, gather_objects, gather_on_first
+from mswift.parallel.megatron.engine import SOURCE_DTYPES, MegatronEngine
+from mswift.train.collective import agreed, barrier, gather_objects
 
 _STATE_VERSION = 2
-_COMMIT_SEEN_SECONDS = 120.0  # network file systems cache a listing for up to a minute
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands, beside its tensors.
 
-    dtype: "F32" or "BF16", what it computes in; base: fingerprint of the model it was started from.
+    dtype: "F32" or "BF16", what it computes in; base: fingerprint of the model it was started from;
+    skipped_steps: those without an update (--nan_policy skip).
     """
 
     step: int
@@ -50,6 +47,7 @@ class RunState:
     config: Mapping[str, Any]
     dtype: str = "F32"
     base: Mapping[str, str] = field(default_factory=dict)
+    skipped_steps: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -70,62 +68,63 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{path} cannot be read ({error}); use an older checkpoint of the run") from None
 
 
-def save(engine: MegatronEngine, output_dir: Path, state: RunState, rank: int, hf_files: Mapping[str, bytes]) -> Path:
-    """Write and publish the checkpoint of `state.step`; on any failure nothing is published and all ranks raise.
+def check_share(checkpoint: Path, rank: int, world_size: int) -> None:
+    """Compare this rank's share of the files with COMMIT: its own shard (as long as there are as many), and others."""
+    names = sorted(rundir.read_commit(checkpoint))
+    rundir.check_files(checkpoint, [name for n, name in enumerate(names) if _owner(name, n) % world_size == rank])
 
-    hf_files: what goes to hf/, by name (rank 0's are written). Host memory above the state: one tensor at a time.
-    """
-    destination = rundir.checkpoint_dir(output_dir, state.step)
-    partial = rundir.partial_dir(output_dir, state.step)
-    try:
-        with agreed(f"saving {destination}"):
-            if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with agreed(f"saving {destination}"):
-            written = _write_shards(engine, partial, rank)
-        files = [WrittenFile.from_dict(value) for value in gather_on_first(written.as_dict())]
-        with agreed(f"saving {destination}"):
-            if rank == 0:
-                _finish(partial, destination, files, state, hf_files)
-        with agreed(f"re-reading {destination / rundir.COMMIT}"):
-            rundir.await_commit(destination, _COMMIT_SEEN_SECONDS)
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return destination
+
+def _owner(name: str, number: int) -> int:
+    """The rank that wrote a shard; of other files any."""
+    writer = name.removeprefix("__").partition("_")[0]
+    return int(writer) if writer.isdecimal() else number
 
 
 def load(engine: MegatronEngine, checkpoint: Path, rank: int, world_size: int) -> RunState:
-    """Prove the files against COMMIT (each rank a share of them), then load model, optimizer and generators.
+    """Model, optimizer and generators out of files that `check_share` has proved.
 
     Strict both ways: CheckpointError for a tensor that is missing, and for one that no rank has a place for.
     """
     with agreed(f"loading {checkpoint}"):
-        names = sorted(rundir.read_commit(checkpoint))
-        try:
-            rundir.check_files(checkpoint, names[rank::world_size])
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; remove {checkpoint} to continue from an older one") from None
-    asked: set[str] = set()
-
-    def read(name: str, region: Region, out: memoryview) -> None:
-        asked.add(name)
-        source.read(name, region, out)
-
-    with agreed(f"loading {checkpoint}"):
         state = read_state(checkpoint)
         source = TorchDistSource(checkpoint)
-        engine.load_state(read, state.optimizer_step)
+        reader = _Asked(source)
+        engine.load_state(reader.read, state.optimizer_step)
         if state.world_size == world_size and dict(state.layout) == engine_layout(engine):
             _load_generators(source, rank)
-    known = set[str]().union(*gather_objects(sorted(asked)))
-    extra = [name for name in source.tensors if name not in known and not name.startswith("rng.")]
-    if extra:
-        raise CheckpointError(f"{checkpoint}: {extra[0]} has no place in this run ({len(extra)} such tensors)")
+    reader.check_all(checkpoint, ("rng.",))
     barrier()
     return state
+
+
+def load_weights(engine: MegatronEngine, checkpoint: Path) -> None:
+    """What a run trains (its adapters) out of a checkpoint whose other contents stay there."""
+    with agreed(f"loading {checkpoint}"):
+        source = TorchDistSource(checkpoint)
+        reader = _Asked(source)
+        engine.load_trained(reader.read, lambda key: SOURCE_DTYPES[source.tensors[key].dtype])
+    reader.check_all(checkpoint, ("rng.", "optimizer."))
+    barrier()
+
+
+class _Asked:
+    """Reads regions and notes of which tensors."""
+
+    def __init__(self, source: TorchDistSource) -> None:
+        self._source = source
+        self._names: set[str] = set()
+
+    def read(self, name: str, region: Region, out: memoryview) -> None:
+        """As TorchDistSource.read."""
+        self._names.add(name)
+        self._source.read(name, region, out)
+
+    def check_all(self, checkpoint: Path, but: tuple[str, ...]) -> None:
+        """On all ranks: CheckpointError for a tensor that no rank has asked for; `but`: beginnings of others' names."""
+        known = set[str]().union(*gather_objects(sorted(self._names)))
+        extra = [name for name in self._source.tensors if name not in known and not name.startswith(but)]
+        if extra:
+            raise CheckpointError(f"{checkpoint}: {extra[0]} has no place in this run ({len(extra)} such tensors)")
 
 
 def engine_layout(engine: MegatronEngine) -> dict[str, int]:
@@ -166,55 +165,7 @@ def check_same_dtype(state: RunState, dtype: str) -> None:
         )
 
 
-def _write_shards(engine: MegatronEngine, partial: Path, rank: int) -> WrittenFile:
-    """This rank's file: its model shards, optimizer shards and generator state."""
-    writer = ShardWriter(partial, f"__{rank}_0.distcp")
-    for shard in engine.model_shards():
-        _add(writer, shard)
-    for shard in engine.optimizer_shards():
-        _add(writer, shard)
-    for name, value in _generators().items():
-        region = Region((0,), tuple(value.shape))
-        _add(writer, StateShard(f"rng.{rank}.{name}", tuple(value.shape), region, value))
-    return writer.close()
-
-
-def _add(writer: ShardWriter, shard: StateShard) -> None:
-    """Hand the bytes of a shard to the writer."""
-    tensor = shard.tensor.detach().to("cpu").contiguous()
-    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    writer.add(shard.key, _DTYPES[tensor.dtype], shard.shape, shard.region, data)
-
-
-def _finish(
-    partial: Path, destination: Path, files: list[WrittenFile], state: RunState, hf_files: Mapping[str, bytes]
-) -> None:
-    """Index, side files, COMMIT, rename. Rank 0 only."""
-    write_index(partial, files)
-    (partial / rundir.HF_FILES).mkdir()
-    for name, data in hf_files.items():
-        _write_bytes(partial / rundir.HF_FILES / name, data)
-    _write_bytes(partial / rundir.STATE, json.dumps(state.as_dict(), indent=1).encode())
-    records = {file.name: rundir.FileRecord(file.size, file.blake3) for file in files}
-    for path in sorted(partial.rglob("*")):
-        name = path.relative_to(partial).as_posix()
-        if path.is_file() and name not in records:
-            records[name] = rundir.hash_file(path)
-    rundir.fsync_path(partial / rundir.HF_FILES)
-    rundir.commit(partial, destination, records)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write and fsync a small file."""
-    import os
-
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _generators() -> dict[str, torch.Tensor]:
+def generators() -> dict[str, torch.Tensor]:
     """States of torch's generators on this rank, uint8."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -224,7 +175,7 @@ def _generators() -> dict[str, torch.Tensor]:
 
 def _load_generators(source: TorchDistSource, rank: int) -> None:
     """Put the generator states of this rank back."""
-    for name, current in _generators().items():
+    for name, current in generators().items():
         key = f"rng.{rank}.{name}"
         if key not in source.tensors:
             continue

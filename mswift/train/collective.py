@@ -2,10 +2,11 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mswift.converters.io.files import NO_SPACE
@@ -34,6 +35,29 @@ def gather_on_first(value: Any) -> list[Any]:
 def barrier() -> None:
     """All ranks meet here."""
     gather_objects(None)
+
+
+def largest(values: Sequence[int], device: torch.device) -> list[int]:
+    """The largest value of all ranks at each place, on every rank; one small collective, for every step."""
+    tensor = torch.tensor([int(value) for value in values], dtype=torch.int32, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
+
+
+@contextmanager
+def lost_ranks_in_words() -> Iterator[None]:
+    """A collective that fails because another rank has gone is a MswiftError; that rank's own message is the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in text:
+            raise
+        raise MswiftError(
+            "a collective failed: another rank has ended, or cannot be reached; look for its message, which comes "
+            f"first. The same command continues from the newest checkpoint. ({text.splitlines()[0][:200]})"
+        ) from error
 
 
 _meetings = itertools.count()

@@ -52,7 +52,7 @@ def _weights_of(config: TrainConfig) -> Path:
     """The directory that a launch reads; --model where it would not start, which is among the refusals."""
     try:
         return start_of(config)[0]
-    except ConfigError:
+    except MswiftError:
         return Path(config.model)
 
 
@@ -121,6 +121,9 @@ def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     )
     steps_done = rundir.committed_steps(Path(config.output_dir))
     start = f"continues checkpoint-{steps_done[-1]}" if steps_done else "starts"
+    if config.resume_from_checkpoint and not steps_done:
+        what = "the weights of " if config.load_weights_only else ""
+        start = f"starts from {what}{config.resume_from_checkpoint}"
     every = f"every {config.save_steps} steps and at the end" if config.save_steps else "at the end"
     yield "output", f"{config.output_dir} ({start}; --resume {config.resume}), saved {every}"
 

@@ -1,21 +1,13 @@
 """The training loop as a generator of finished steps; whoever consumes it logs, evaluates, saves and stops."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mswift.data.dataset import TokenDataset
-from mswift.errors import MswiftError
 from mswift.parallel.megatron.engine import MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.schedule import LearningRate
-
-_REMEDY = "Lower --lr, or lengthen --lr_warmup_iters, and start again from the last checkpoint"
-_REMEDY_BEFORE_ANY_UPDATE = (
-    "No update was made before it, so the weights that it started from hold nan or inf, or are too large for this "
-    "dtype: give another --model, or try --torch_dtype float32"
-)
 
 
 @dataclass(frozen=True)
@@ -38,28 +30,35 @@ def train(
     first_step: int,
     last_step: int,
     consumed_samples: int,
+    note: Callable[[int, str], None],
 ) -> Iterator[FinishedStep]:
-    """Run steps first_step+1 .. last_step. `next_batch(consumed_samples)` is this rank's share of the next batch."""
+    """Run steps first_step+1 .. last_step. `next_batch(consumed_samples)` is this rank's share of the next batch.
+
+    `note(step, doing)` hears what comes next. A step whose loss or gradient norm is not finite made no update
+    (`result.updated`); whoever consumes the steps decides about it.
+    """
     for step in range(first_step, last_step):
+        note(step + 1, "reading data")
         started = time.perf_counter()
         batch = next_batch(consumed_samples)
         data_seconds = time.perf_counter() - started
+        note(step + 1, "computing")
         lr = schedule.at(step)
         result = engine.train_step(batch.microbatches, lr)
         consumed_samples += len(batch.sample_ids)
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise MswiftError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm} (samples "
-                f"{consumed_samples - len(batch.sample_ids)} to {consumed_samples - 1}, lr {lr:.3g}); nothing was "
-                f"saved after it. {_REMEDY if step > first_step else _REMEDY_BEFORE_ANY_UPDATE}"
-            )
         yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
 
 
-def evaluate(engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan) -> float:
-    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move."""
+def evaluate(
+    engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move.
+
+    `note` is called before each batch.
+    """
     loss_sum, weight_sum = 0.0, 0.0
     for ids in evaluation_batches(dataset, plan):
+        note()
         loss, weight = engine.evaluate(assemble(dataset, plan, ids).microbatches)
         loss_sum += loss
         weight_sum += weight

@@ -21,12 +21,14 @@ class StepRecord:
 
     `loss` is the mean over trained tokens of the global batch, in nats. Token counts are of this step, all ranks:
     `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
+    `loss` and `grad_norm` are null where they were not finite; `skipped_steps` counts the steps of the run so far that
+    made no update for that (--nan_policy skip).
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     lr: float
     epoch: float
     consumed_samples: int
@@ -40,6 +42,7 @@ class StepRecord:
     model_tflops_per_device: float
     mfu: float | None
     memory_bytes: int
+    skipped_steps: int = 0
     eval_loss: float | None = None
     checkpoint: str | None = None
 
@@ -94,8 +97,8 @@ class Progress:
     def step(self, record: StepRecord) -> None:
         """Show loss, gradient norm, learning rate and speed."""
         parts = {
-            "loss": f"{record.loss:.4f}",
-            "grad_norm": f"{record.grad_norm:.3f}",
+            "loss": "not finite" if record.loss is None else f"{record.loss:.4f}",
+            "grad_norm": "not finite" if record.grad_norm is None else f"{record.grad_norm:.3f}",
             "lr": f"{record.lr:.2e}",
             "tok/s": f"{record.tokens_per_second:,.0f}",
         }
@@ -145,6 +148,11 @@ class TensorBoard:
         self._writer.close()
 
 
+def finite(value: float) -> float | None:
+    """The value, or None for nan and inf, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 @contextlib.contextmanager
 def watching(watchers: list[Watcher]) -> Iterator[list[Watcher]]:
     """Close every watcher at the end, also after an error."""
@@ -156,7 +164,7 @@ def watching(watchers: list[Watcher]) -> Iterator[list[Watcher]]:
 
 def plot_loss(output_dir: Path) -> Path | None:
     """Draw loss.png from metrics.jsonl: every step, a running mean, evaluations. None if there is nothing to draw."""
-    rows = rundir.read_metrics(output_dir)
+    rows = [row for row in rundir.read_metrics(output_dir) if row["loss"] is not None]
     if not rows:
         return None
     from matplotlib.figure import Figure

@@ -1,5 +1,6 @@
-"""Where a run starts from: `--resume auto|true|false` against what lies in --output_dir. No torch."""
+"""Where a run starts from: what lies in --output_dir, or the checkpoint of another run, or --model. No torch."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Literal
 
 from mswift import rundir
 from mswift.config.train import TrainConfig
-from mswift.errors import ConfigError
+from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.export import is_adapter_checkpoint
 
 _OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
@@ -15,14 +16,37 @@ _OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The newest committed checkpoint of a run."""
+    """A committed checkpoint to start from. weights_only: its weights alone; `step` is 0 then."""
 
     checkpoint: Path
     step: int
+    weights_only: bool = False
 
 
-def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]) -> ResumePoint | None:
-    """The newest checkpoint, or None: start from --model. ConfigError for what --resume forbids."""
+def starting_point(config: TrainConfig) -> ResumePoint | None:
+    """The newest checkpoint of --output_dir, else --resume_from_checkpoint, else None: start from --model.
+
+    An --output_dir with checkpoints of its own is continued whatever the other flags say, so that the command which
+    started a run continues it. ConfigError for what --resume forbids.
+    """
+    output_dir, elsewhere = Path(config.output_dir), config.resume_from_checkpoint
+    skip_damaged = config.damaged_checkpoint == "previous"
+    if elsewhere is None:
+        return find_resume_point(output_dir, config.resume, skip_damaged=skip_damaged)
+    other = _other_checkpoint(Path(elsewhere), output_dir)
+    own = find_resume_point(output_dir, "auto" if config.resume == "true" else config.resume, skip_damaged=skip_damaged)
+    if own is not None:
+        return own
+    return ResumePoint(other, 0 if config.load_weights_only else _step_of(other), config.load_weights_only)
+
+
+def find_resume_point(
+    output_dir: Path, resume: Literal["auto", "true", "false"], *, skip_damaged: bool = False
+) -> ResumePoint | None:
+    """The newest checkpoint, or None: start from --model. ConfigError for what --resume forbids.
+
+    skip_damaged: not one whose damage shows without reading its tensors, but the newest before it.
+    """
     _check_output_dir(output_dir)
     steps = rundir.committed_steps(output_dir)
     if steps:
@@ -31,6 +55,13 @@ def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]
                 f"--resume false: {output_dir} holds checkpoint-{steps[-1]}; pass --resume auto to continue it, or "
                 "another --output_dir"
             )
+        if skip_damaged:
+            steps = [step for step in steps if not _is_plainly_damaged(rundir.checkpoint_dir(output_dir, step))]
+            if not steps:
+                raise CheckpointError(
+                    f"--damaged_checkpoint previous: every checkpoint in --output_dir {output_dir} is damaged; move "
+                    "them away to start from --model"
+                )
         return ResumePoint(rundir.checkpoint_dir(output_dir, steps[-1]), steps[-1])
     if resume == "true":
         raise ConfigError(
@@ -40,19 +71,62 @@ def find_resume_point(output_dir: Path, resume: Literal["auto", "true", "false"]
 
 
 def start_of(config: TrainConfig) -> tuple[Path, ResumePoint | None]:
-    """The directory whose weights a launch reads, and what it continues; ConfigError where it would not start.
+    """The directory whose weights a launch reads, and what it starts from; ConfigError where it would not start.
 
-    A run of full weights continues with its own; an adapter's base is always --model.
+    A run of full weights takes them from its checkpoint; an adapter's base is always --model.
     """
-    resume = find_resume_point(Path(config.output_dir), config.resume)
-    if resume is None or config.tuner_type != "full":
-        return Path(config.model), resume
-    if is_adapter_checkpoint(resume.checkpoint):
+    point = starting_point(config)
+    if point is None:
+        return Path(config.model), None
+    adapter = is_adapter_checkpoint(point.checkpoint)
+    if config.tuner_type == "full" and adapter:
         raise ConfigError(
-            f"--tuner_type full: the run of --output_dir {config.output_dir} trains an adapter; pass --tuner_type "
-            "lora, or start a new run with another --output_dir"
+            f"--tuner_type full: the run of {point.checkpoint} trains an adapter; pass --tuner_type lora, or start a "
+            "new run with another --output_dir"
         )
-    return resume.checkpoint, resume
+    if config.tuner_type == "lora" and not adapter:
+        raise ConfigError(
+            f"--tuner_type lora: {point.checkpoint} holds a whole model; pass --tuner_type full, or start a new run "
+            f"with another --output_dir (and --model {point.checkpoint})"
+        )
+    return point.checkpoint if config.tuner_type == "full" else Path(config.model), point
+
+
+def _is_plainly_damaged(checkpoint: Path) -> bool:
+    """Whether a file is missing or has another size, or a small one (not a shard) other bytes than COMMIT says."""
+    try:
+        rundir.check_files(checkpoint, hashes=False)
+        rundir.check_files(checkpoint, [name for name in rundir.read_commit(checkpoint) if not is_shard(name)])
+    except CheckpointError:
+        return True
+    return False
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of a checkpoint holds tensors."""
+    return name.endswith(".distcp")
+
+
+def _other_checkpoint(path: Path, output_dir: Path) -> Path:
+    """The checkpoint that --resume_from_checkpoint means."""
+    flag = f"--resume_from_checkpoint {path}"
+    if path.resolve() == output_dir.resolve() or output_dir.resolve() in path.resolve().parents:
+        raise ConfigError(
+            f"{flag} lies in --output_dir {output_dir}, whose newest checkpoint is continued anyway: leave it out; to "
+            "go on from an older one, move the newer ones away; for a new run give another --output_dir"
+        )
+    try:
+        return rundir.resolve_checkpoint(path)
+    except CheckpointError as error:
+        raise ConfigError(f"--resume_from_checkpoint: {error}") from None
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after, whatever its directory is called."""
+    try:
+        return int(json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / rundir.STATE} cannot be read ({error})") from None
 
 
 def _check_output_dir(output_dir: Path) -> None:

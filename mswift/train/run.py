@@ -28,7 +28,12 @@ class Start:
     info: RankInfo
     dims: ParallelDims
     reader: WeightReader
-    resume: ResumePoint | None
+    point: ResumePoint | None
+
+    @property
+    def resume(self) -> ResumePoint | None:
+        """The checkpoint that is continued: weights, optimizer, position."""
+        return None if self.point is None or self.point.weights_only else self.point
 
 
 def pt(config: PtConfig) -> int:
@@ -61,9 +66,9 @@ def _run(kind: Kind, config: TrainConfig) -> int:
 
 def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     """Find what to continue, open the weights, check the layout; raises ConfigError, LayoutError, CheckpointError."""
-    model, resume = start_of(config)
+    model, point = start_of(config)
     reader = open_model(config, model)
     dims = check_train(config, reader.table.spec, info.world_size)
     for refusal in input_refusals(config, reader.table, reader.dtype):
         raise refusal
-    return Start(kind, config, info, dims, reader, resume)
+    return Start(kind, config, info, dims, reader, point)

@@ -30,6 +30,7 @@ class EngineConfig:
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
     (and of magnitudes) over that of A. mcore: fields of megatron-core's own configurations (`mswift.config.mcore`).
+    Collectives of megatron-core's groups fail after `timeout_seconds`.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -44,6 +45,7 @@ class EngineConfig:
     sgd_momentum: float = 0.9
     clip_grad: float = 1.0
     seed: int = 42
+    timeout_seconds: float = 1800.0
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     lora_b_lr_ratio: float = 1.0

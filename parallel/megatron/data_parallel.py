@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 from megatron.core.utils import get_attr_wrapped_model
-from torch import nn
+from torch import Tensor, nn
 
 _REDUCE_SCATTER = param_and_grad_buffer.dist_reduce_scatter_func
 
@@ -58,6 +58,19 @@ class DataParallel(DistributedDataParallel):
                 group.finish_param_sync()
 
         return finish
+
+    def let_go(self) -> None:
+        """Drop the hooks on autograd's accumulators and what token dispatchers keep of the last forward.
+
+        They hold the model where Python's collector does not look.
+        """
+        self.grad_accs.clear()
+        for module in self.modules():
+            dispatcher = getattr(module, "token_dispatcher", None)
+            kept = vars(dispatcher) if dispatcher is not None else {}
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    kept[name] = None
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:

@@ -51,7 +51,7 @@ class MegatronEngine:
         check_experts(dims, table.spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, table.spec)
         check_device(config, device)
-        world.enter(dims, config.seed)
+        world.enter(dims, config.seed, config.timeout_seconds)
         self.table, self.dims, self.config, self.device = table, dims, config, device
         self.coordinate = dims.coordinate(dist.get_rank())
         self.optimizer_step = 0
@@ -119,6 +119,11 @@ class MegatronEngine:
                 for name, values in self._optimizer.states(placed.parameter):
                     read_range(placed, values, start, stop, read, f"optimizer.{name}.")
 
+    @torch.no_grad()
+    def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
+        """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
+        self._read_parameters(self._trained, read, lambda placed: stored(placed.key))
+
     def _read_parameters(
         self, parameters: Sequence[Placed], read: Read, stored: Callable[[Placed], torch.dtype]
     ) -> None:
@@ -182,14 +187,15 @@ class MegatronEngine:
         with dropout.counted(self._chunks, self._places(batches)):
             losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
         loss_sum = self._sum_over_ranks(losses)
+        num_tokens = float(self._weight_sum)  # summed over ranks by _finalize_gradients
+        loss = loss_sum / num_tokens if num_tokens else float("nan")
         devices.synchronize(self.device)
         computed = time.perf_counter()
-        grad_norm = self._optimizer.step(lr)
+        grad_norm, updated = self._optimizer.step(lr, lambda norm: world.all_finite(self.device, loss, norm))
         devices.synchronize(self.device)
-        self.optimizer_step += 1
-        num_tokens = float(self._weight_sum)  # summed over ranks by _finalize_gradients
+        self.optimizer_step += updated
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
-        return StepResult(loss_sum / num_tokens if num_tokens else float("nan"), num_tokens, grad_norm, seconds)
+        return StepResult(loss, num_tokens, grad_norm, updated, seconds)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
@@ -268,19 +274,8 @@ class MegatronEngine:
         go of them, groups (three threads each on gloo) and weights of every engine of a process would add up.
         """
         for chunk in self._chunks:
-            chunk.grad_accs.clear()
-            _forget_graphs(chunk)
+            chunk.let_go()
         self._chunks, self._base, self._trained = [], [], []
         schedule.forget(self._core_config)
         del self._optimizer
         world.leave()
-
-
-def _forget_graphs(chunk: torch.nn.Module) -> None:
-    """Let go of what token dispatchers keep of the last forward: its graph holds the model, unseen by Python."""
-    for module in chunk.modules():
-        dispatcher = getattr(module, "token_dispatcher", None)
-        kept = vars(dispatcher) if dispatcher is not None else {}
-        for name, value in kept.items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                kept[name] = None

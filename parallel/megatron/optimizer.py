@@ -1,10 +1,11 @@
 """megatron-core's distributed optimizer with the update rule of our choice, and its state by parameter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -40,14 +41,34 @@ class ShardedOptimizer:
             if config.dtype == "F32":  # masters are views of the model's weights: there is nothing to copy back
                 inner._copy_main_params_to_model_params = lambda: None
 
-    def step(self, lr: float) -> float:
-        """One update from the gradients in the buffers; returns their global L2 norm before clipping."""
+    def step(self, lr: float, may_update: Callable[[float], bool]) -> tuple[float, bool]:
+        """One update from the gradients in the buffers, if `may_update` of their global L2 norm before clipping.
+
+        Returns the norm, and whether weights and states were updated; else they are as they were.
+        """
         for inner in self._inners:
             for group in inner.param_groups:
                 group["lr"] = lr * group["lr_mult"]
-        _, grad_norm, _ = self._chained.step()
+        self._chained.prepare_grads()
+        grad_norm = float(self._chained.get_grad_norm())
+        updated = may_update(grad_norm)
+        if updated:
+            self._clip(grad_norm)
+            self._chained.step_with_ready_grads()
         self._chained.zero_grad()
-        return float(grad_norm)
+        return grad_norm, updated
+
+    def _clip(self, grad_norm: float) -> None:
+        """As ChainedOptimizer.step does, which leaves no moment between the norm and the update."""
+        for inner in self._inners:
+            options = inner.config
+            if options.clip_grad > 0 and not inner.is_stub_optimizer and (parameters := inner.get_parameters()):
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=options.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=options.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
 
     @property
     def bytes_per_element(self) -> int:

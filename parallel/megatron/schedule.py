@@ -25,11 +25,13 @@ class StepResult:
     """One finished optimizer step. `seconds`: forward_backward (with gradient reduction) and optimizer.
 
     loss: mean over the global batch, weighted; num_tokens: the sum of weights; grad_norm: global, before clipping.
+    updated: False where loss or grad_norm are not finite on some rank; weights and optimizer are then as before.
     """
 
     loss: float
     num_tokens: float
     grad_norm: float
+    updated: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

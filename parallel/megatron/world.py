@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -45,6 +46,13 @@ def leave() -> None:
         for group in made:
             dist.destroy_process_group(group)
     _entered.clear()
+
+
+def all_finite(device: torch.device, *values: float) -> bool:
+    """Whether these values of all ranks are finite; every rank hears the same."""
+    finite = torch.tensor(all(map(math.isfinite, values)), dtype=torch.int32, device=device)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def _is_mine(group: object) -> bool:

@@ -39,6 +39,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     from mswift.converters.reader import WeightReader
     from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
     from mswift.train import checkpoint
+    from mswift.train.save import save_state
 
     reader = WeightReader(payload["model"])
     engine = MegatronEngine(reader.table, dims, EngineConfig(**payload["settings"]), device)
@@ -53,7 +54,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         {}, dtype=engine.config.dtype,
     )  # fmt: skip
     files = {path.name: path.read_bytes() for path in payload["model"].glob("*.json")}
-    saved = checkpoint.save(engine, payload["output"], state, get_rank(), files)
+    saved = save_state(engine, payload["output"], state, get_rank(), files)
     engine.close()
     return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results], "saved": saved}
 

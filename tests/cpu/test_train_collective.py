@@ -4,11 +4,12 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mswift import rundir
+from mswift import run_lock, rundir
 from tests.support.ranks import RankError, RankPool
 
 HERE = "tests/cpu/test_train_collective.py:"
@@ -80,7 +81,7 @@ def enter(payload: tuple[str, bool]) -> str:
     from mswift.errors import MswiftError
     from mswift.launchers.environment import current
     from mswift.topology import ParallelDims
-    from mswift.train.job import _enter_run_directory
+    from mswift.train.entry import enter_run_directory
     from mswift.train.resume import find_resume_point
     from mswift.train.run import Start
 
@@ -88,13 +89,29 @@ def enter(payload: tuple[str, bool]) -> str:
     info: Any = current()
     resume = None if blind and info.rank == 1 else find_resume_point(Path(output_dir), "auto")
     config = SftConfig(model="unused", output_dir=output_dir)
-    reader: Any = None
+    reader: Any = SimpleNamespace(hf_files=Path("unused"))
     try:
         with ExitStack() as stack:
-            _enter_run_directory(Start("sft", config, info, ParallelDims(world_size=2), reader, resume), stack)
+            enter_run_directory(Start("sft", config, info, ParallelDims(world_size=2), reader, resume), stack)
     except MswiftError as error:
         return str(error)
     return "entered"
+
+
+def test_who_keeps_the_others_waiting() -> None:
+    """The silent first, then those behind, then those that are in no wait; else nobody is named."""
+    from mswift.train.hang import Position, blame
+
+    def at(rank: int, moves: int, waits: bool) -> Position:
+        return Position(rank, "node", 100 + rank, 5, "computing", moves, waits)
+
+    assert "ranks 1, 3 do not answer" in blame([at(0, 9, True), at(2, 9, True)], 4)
+    assert blame([at(0, 9, True), at(1, 8, True)], 2) == (
+        "the others wait for rank 1 (pid 101 on node; step 5, computing)"
+    )
+    assert "wait for rank 0 (pid 100" in blame([at(0, 9, False), at(1, 9, True)], 2)
+    assert "all ranks wait for each other" in blame([at(0, 9, True), at(1, 9, True)], 2)
+    assert "and 1 more" in blame([*(at(rank, 1, True) for rank in range(9)), at(9, 2, True)], 10)
 
 
 def test_any_failure_of_one_rank_is_a_failure_of_all(pool: RankPool) -> None:
@@ -112,7 +129,7 @@ def test_ranks_must_see_the_same_checkpoints(pool: RankPool, tmp_path: Path) -> 
     assert pool.run(HERE + "enter", (str(tmp_path), False), 60) == ["entered", "entered"]
     for text in pool.run(HERE + "enter", (str(tmp_path), True), 60):
         assert "rank 1 sees no checkpoint there, rank 0 checkpoint-5" in text
-    with rundir.locked(tmp_path):
+    with run_lock.locked(tmp_path):
         rank0, _ = pool.run(HERE + "enter", (str(tmp_path), False), 60)
     assert "another run is writing there now" in rank0
 

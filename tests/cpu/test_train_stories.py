@@ -31,6 +31,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, float]:
         from mswift.converters.reader import WeightReader
         from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
         from mswift.train import checkpoint
+        from mswift.train.save import save_state
         from mswift.train.side_files import side_files
 
         reader = WeightReader(Path(model))
@@ -40,7 +41,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, float]:
         rank = dims.rank(engine.coordinate)
         layout = checkpoint.engine_layout(engine)
         state = checkpoint.RunState(0, 0, 0, dims.world_size, layout, "none", 1, {})
-        checkpoint.save(engine, Path(output), state, rank, side_files(reader, engine.config, model))
+        save_state(engine, Path(output), state, rank, side_files(reader, engine.config, model))
         engine.close()
     return losses
 

@@ -130,6 +130,7 @@ def _save(engine: Any, reader: Any, run: Path | None) -> dict[str, Any]:
     from torch.distributed import get_rank
 
     from mswift.train import checkpoint
+    from mswift.train.save import save_state
     from mswift.train.side_files import side_files
 
     files = side_files(reader, engine.config, "base")
@@ -137,7 +138,7 @@ def _save(engine: Any, reader: Any, run: Path | None) -> dict[str, Any]:
         state = checkpoint.RunState(
             step, 0, engine.optimizer_step, engine.dims.world_size, checkpoint.engine_layout(engine), "none", 0, {}
         )
-        checkpoint.save(engine, run, state, get_rank(), files)
+        save_state(engine, run, state, get_rank(), files)
     return {"trained_logits": engine.logits(random_steps()[0][0][0]).float().numpy()}
 
 

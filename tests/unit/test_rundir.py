@@ -1,24 +1,34 @@
 """Promise 4: a checkpoint exists only once it is complete and committed; a damaged file is named."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mswift import rundir
+from mswift import run_lock, rundir
+from mswift.config.train import SftConfig
 from mswift.errors import CheckpointError, ConfigError
-from mswift.train.resume import find_resume_point
+from mswift.train import retention
+from mswift.train.resume import ResumePoint, find_resume_point, starting_point
+
+ROOT = Path(__file__).parents[2]
 
 
-def _publish(output_dir: Path, step: int) -> Path:
-    partial = rundir.partial_dir(output_dir, step)
+def _publish(output_dir: Path, number: int, step: int | None = None) -> Path:
+    partial = rundir.partial_dir(output_dir, number)
     partial.mkdir(parents=True)
-    (partial / "weights").write_bytes(bytes(range(256)) * step)
-    destination = rundir.checkpoint_dir(output_dir, step)
-    rundir.commit(partial, destination, {"weights": rundir.hash_file(partial / "weights")})
+    (partial / "weights").write_bytes(bytes(range(256)) * number)
+    (partial / rundir.STATE).write_text(json.dumps({"step": step or number}))
+    destination = rundir.checkpoint_dir(output_dir, number)
+    rundir.commit(partial, destination, {n: rundir.hash_file(partial / n) for n in ("weights", rundir.STATE)})
     return destination
 
 
@@ -49,10 +59,21 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
 def test_prune_keeps_the_newest_and_never_the_last_one(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         _publish(tmp_path, step)
-    rundir.prune(tmp_path, 2)
+    retention.prune(tmp_path, 2)
     assert rundir.committed_steps(tmp_path) == [2, 10]
-    rundir.prune(tmp_path, 0)
+    retention.prune(tmp_path, 0)
     assert rundir.committed_steps(tmp_path) == [10]
+
+
+def test_prune_does_not_count_what_is_not_whole(tmp_path: Path) -> None:
+    """The newest one truncated on the disk: the only good one stays, whatever the limit."""
+    for step in (1, 2, 3):
+        _publish(tmp_path, step)
+    (tmp_path / "checkpoint-3" / "weights").write_bytes(b"short")
+    assert retention.prune(tmp_path, 1) == [tmp_path / "checkpoint-1"]
+    assert rundir.committed_steps(tmp_path) == [2, 3]
+    (tmp_path / "checkpoint-2" / "weights").unlink()
+    assert retention.prune(tmp_path, 1) == []
 
 
 def test_damaged_commit_is_an_error_in_words(tmp_path: Path) -> None:
@@ -95,10 +116,73 @@ def test_metrics_that_hold_something_else_are_named_by_line(tmp_path: Path, line
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
-    with rundir.locked(output_dir), pytest.raises(ConfigError, match="another run is writing there"):
-        rundir.locked(output_dir).__enter__()
-    with rundir.locked(output_dir):
+    with run_lock.locked(output_dir), pytest.raises(ConfigError, match="another run is writing there"):
+        run_lock.locked(output_dir).__enter__()
+    with run_lock.locked(output_dir):
         assert rundir.committed_steps(output_dir) == []
+
+
+def test_the_refusal_says_who_holds_the_lock(tmp_path: Path) -> None:
+    with run_lock.locked(tmp_path):
+        with pytest.raises(ConfigError, match=rf"\(pid {os.getpid()} on {platform.node()}, since 20.*\)"):
+            run_lock.locked(tmp_path).__enter__()
+        lock = tmp_path / rundir.LOCK
+        lock.write_text(json.dumps({"host": "node7", "pid": 3, "since": "noon", "slurm_job": "99"}))
+        with pytest.raises(ConfigError, match=r"pid 3 on node7, SLURM job 99.*lease ends, about 90 s"):
+            run_lock.locked(tmp_path).__enter__()
+        lock.write_text("{")
+        with pytest.raises(ConfigError, match="writing there now; wait for its end"):
+            run_lock.locked(tmp_path).__enter__()
+
+
+def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
+    """The partner of the lock: kill -9 of its holder gives it back at once."""
+    program = (
+        "import sys, time; from pathlib import Path; from mswift.run_lock import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"pid {process.pid}"):
+            run_lock.locked(tmp_path).__enter__()
+        process.kill()
+        process.wait()
+        with run_lock.locked(tmp_path):
+            pass
+
+
+def _config(output_dir: Path, **fields: Any) -> SftConfig:
+    return SftConfig(model="unused", output_dir=str(output_dir), **fields)
+
+
+def test_a_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
+    other, own = tmp_path / "other", tmp_path / "own"
+    _publish(other, 7, step=9)
+    found = starting_point(_config(own, resume_from_checkpoint=str(other)))
+    assert found == ResumePoint(other / "checkpoint-7", 9)
+    found = starting_point(_config(own, resume_from_checkpoint=str(other / "checkpoint-7"), load_weights_only=True))
+    assert found == ResumePoint(other / "checkpoint-7", 0, weights_only=True)
+    _publish(own, 2)
+    assert starting_point(_config(own, resume_from_checkpoint=str(other))) == ResumePoint(own / "checkpoint-2", 2)
+    for inside in (own, own / "checkpoint-2"):
+        with pytest.raises(ConfigError, match="lies in --output_dir"):
+            starting_point(_config(own, resume_from_checkpoint=str(inside)))
+    with pytest.raises(ConfigError, match="--resume_from_checkpoint: .*neither a committed checkpoint"):
+        starting_point(_config(own, resume_from_checkpoint=str(tmp_path / "absent")))
+
+
+def test_a_checkpoint_that_is_plainly_damaged_is_passed_over_only_when_asked(tmp_path: Path) -> None:
+    for step in (3, 4):
+        _publish(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "weights").write_bytes(b"short")
+    assert starting_point(_config(tmp_path)) == ResumePoint(tmp_path / "checkpoint-4", 4)
+    before = ResumePoint(tmp_path / "checkpoint-3", 3)
+    assert starting_point(_config(tmp_path, damaged_checkpoint="previous")) == before
+    (tmp_path / "checkpoint-3" / rundir.COMMIT).write_text("{")
+    with pytest.raises(CheckpointError, match="every checkpoint in --output_dir .* is damaged"):
+        starting_point(_config(tmp_path, damaged_checkpoint="previous"))
 
 
 def test_what_is_no_checkpoint_is_moved_out_of_its_place_and_kept(tmp_path: Path) -> None:
@@ -124,7 +208,7 @@ def test_a_removal_cut_short_leaves_nothing_in_the_place_of_a_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", cut_short)
         with pytest.raises(KeyboardInterrupt):
-            rundir.prune(tmp_path, 1)
+            retention.prune(tmp_path, 1)
     assert rundir.committed_steps(tmp_path) == [2]
     assert not rundir.checkpoint_dir(tmp_path, 1).exists()
 

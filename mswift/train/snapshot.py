@@ -1,0 +1,179 @@
+"""Hugging Face files out of a model in training: every rank writes its own bytes into them, nothing is gathered.
+
+output_dir/hf-<step>/ of a full run is a model directory, as `mswift export` of that step's checkpoint makes it; of a
+LoRA run a PEFT adapter. It appears by rename, whole. Memory above the model: one tensor's share of a rank, one tile.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mswift import rundir
+from mswift.converters.adapters import trained_name
+from mswift.converters.destinations import HfDestination
+from mswift.converters.engine import MAX_SHARD_BYTES
+from mswift.converters.io.files import PIECE_BYTES, write_file
+from mswift.converters.io.safetensors import encode_header
+from mswift.converters.io.strided import scatter
+from mswift.converters.layout import Piece, flatten, identity, restrict
+from mswift.converters.plan import DTYPE_BYTES, ModelTable
+from mswift.errors import CheckpointError
+from mswift.parallel.megatron.engine import MegatronEngine, StateShard
+from mswift.train.collective import agreed, gather_objects
+from mswift.train.save import dtype_name, shard_bytes
+from mswift.tuners.export import STORED
+from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, parse_peft_config
+from mswift.tuners.shapes import promised_shapes
+
+Moves = Iterator[tuple[Path, Piece]]
+"""(file, flat byte map: side 0 the memory of a shard, side 1 the file)."""
+
+
+class ModelFiles:
+    """The safetensors files of a whole model. dtypes: Megatron key -> dtype."""
+
+    def __init__(self, directory: Path, table: ModelTable, dtypes: Mapping[str, str]) -> None:
+        self._table = table
+        of_hf = {name: dtypes[table.hf_pieces[name][0].names[1]] for name in table.hf_order}
+        self._destination = HfDestination(directory, table, of_hf, {}, MAX_SHARD_BYTES)
+        self.sizes = self._destination.sizes
+
+    def headers(self) -> Iterator[tuple[str, bytes]]:
+        """What stands before the tensors, file by file."""
+        for file in self.sizes:
+            for _, header in self._destination.frame(file):
+                yield file, header
+
+    def moves(self, shard: StateShard, item_bytes: int) -> Moves:
+        """Where the bytes of a box of a Megatron tensor go."""
+        region = shard.region
+        for whole in self._table.pieces_in(shard.key, region):
+            for piece in restrict(whole, region, 1):
+                name = piece.names[0]
+                local = tuple(s - o for s, o in zip(piece.starts[1], region.offsets, strict=True))
+                moved = Piece(piece.names, (piece.starts[0], local), piece.dims).inverse()
+                (place,) = self._destination.places(name)
+                copy = flatten(moved, (region.sizes, self._table.hf[name]), item_bytes)
+                yield place.path, copy.moved(1, place.copy.starts[1][0])
+
+    def finish(self) -> None:
+        """The index of several files."""
+        self._destination.finish()
+
+
+class AdapterFile:
+    """The safetensors file of a PEFT adapter; a tied embedding stands there under both of its names."""
+
+    def __init__(self, directory: Path, table: ModelTable, config: bytes, dtypes: Mapping[str, str]) -> None:
+        self._path = directory / WEIGHTS_FILE
+        shapes = promised_shapes(table, parse_peft_config(json.loads(config), directory / CONFIG_FILE))
+        self._names: dict[str, list[str]] = {}
+        for name in sorted(shapes):
+            self._names.setdefault(STORED + trained_name(table, name), []).append(name)
+        of = {name: key for key, names in self._names.items() for name in names}
+        tensors = {PREFIX + name: (dtypes[of[name]], shapes[name]) for name in sorted(shapes)}
+        self._header, self._offsets = encode_header(tensors)
+        size = sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in tensors.values())
+        self.sizes = {WEIGHTS_FILE: len(self._header) + size}
+
+    def headers(self) -> Iterator[tuple[str, bytes]]:
+        """What stands before the tensors."""
+        yield WEIGHTS_FILE, self._header
+
+    def moves(self, shard: StateShard, item_bytes: int) -> Moves:
+        """Where the bytes of a box of an adapter tensor go."""
+        starts = (tuple(0 for _ in shard.shape), shard.region.offsets)
+        copy = flatten(identity(("", ""), shard.region, starts), (shard.region.sizes, shard.shape), item_bytes)
+        for name in self._names[shard.key]:
+            yield self._path, copy.moved(1, self._offsets[PREFIX + name])
+
+    def finish(self) -> None:
+        """One file needs no index."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The snapshot of one step, on one rank. hf_files: the files beside the weights; rank 0 writes them."""
+
+    output_dir: Path
+    step: int
+    rank: int
+    hf_files: Mapping[str, bytes]
+
+    def write(self, engine: MegatronEngine) -> Path:
+        """Write and publish it; on a failure nothing is published and all ranks raise CheckpointError."""
+        destination, partial = (
+            f(self.output_dir, self.step) for f in (rundir.snapshot_dir, rundir.partial_snapshot_dir)
+        )
+        dtypes = {shard.key: dtype_name(shard.tensor) for shard in engine.model_shards()}
+        known = {key: dtype for some in gather_objects(dtypes) for key, dtype in some.items()}
+        try:
+            with agreed(f"writing {destination}"):
+                files = self._files(engine, partial, known)
+                if self.rank == 0:
+                    _make(partial, files)
+            with agreed(f"writing {destination}"):
+                written = _write_shards(engine.model_shards(), files)
+            expected = sum(files.sizes.values()) - sum(len(header) for _, header in files.headers())
+            if (total := sum(gather_objects(written))) != expected:
+                raise CheckpointError(f"writing {destination}: {total} bytes written, {expected} expected")
+            with agreed(f"writing {destination}"):
+                if self.rank == 0:
+                    self._publish(files, partial, destination)
+        except CheckpointError:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return destination
+
+    def _files(self, engine: MegatronEngine, partial: Path, dtypes: Mapping[str, str]) -> ModelFiles | AdapterFile:
+        if engine.config.lora is None:
+            return ModelFiles(partial, engine.table, dtypes)
+        return AdapterFile(partial, engine.table, self.hf_files[CONFIG_FILE], dtypes)
+
+    def _publish(self, files: ModelFiles | AdapterFile, partial: Path, destination: Path) -> None:
+        """Side files, then the rename. A run that was set back to before this step replaces the earlier snapshot."""
+        files.finish()
+        for name, data in self.hf_files.items():
+            write_file(partial / name, data)
+        rundir.fsync_path(partial)
+        before = destination.with_name(f"{destination.name}.replaced-{time.time_ns()}")
+        if destination.exists():
+            destination.rename(before)
+        partial.rename(destination)
+        rundir.fsync_path(destination.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _make(partial: Path, files: ModelFiles | AdapterFile) -> None:
+    """The files at their full size, with their headers."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, header in files.headers():
+        with (partial / file).open("xb") as out:
+            out.write(header)
+            out.truncate(files.sizes[file])
+
+
+def _write_shards(shards: Iterable[StateShard], files: ModelFiles | AdapterFile) -> int:
+    """This rank's boxes, each in its place; returns bytes, which are on the disk then."""
+    tile, count = memoryview(bytearray(PIECE_BYTES)), 0
+    opened: dict[Path, int] = {}
+    try:
+        for shard in shards:
+            data = shard_bytes(shard)
+            for path, copy in files.moves(shard, DTYPE_BYTES[dtype_name(shard.tensor)]):
+                if path not in opened:
+                    opened[path] = os.open(path, os.O_WRONLY)
+                count += scatter(opened[path], copy, data, 0, tile)
+        for descriptor in opened.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+    return count

@@ -92,6 +92,7 @@ def built_engine(
         sgd_momentum=config.sgd_momentum,
         clip_grad=config.clip_grad,
         seed=config.seed,
+        loss_fusion=config.cross_entropy_loss_fusion,
         lora=lora,
         trainable_modules=trainable_modules,
     )

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mswift.config.loss import LossFusion
 from mswift.converters.adapters import LoraConfig
 from mswift.converters.spec import ModelSpec
 from mswift.parallel.megatron.moe import moe_options
@@ -18,7 +19,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a MegatronEngine computes and updates; names as in `mswift.config`.
+    """How a MegatronEngine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32.
@@ -36,6 +37,7 @@ class EngineConfig:
     sgd_momentum: float = 0.9
     clip_grad: float = 1.0
     seed: int = 42
+    loss_fusion: LossFusion = "auto"
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
 

@@ -1,0 +1,32 @@
+"""One rank of a job of `mswift doctor layout`: reads the job, computes, and on rank 0 writes what was computed."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mswift.launchers.environment import RankInfo, current
+from mswift.parallel import device, groups
+from mswift.topology import ParallelDims
+from mswift.train.collective import ended_by
+from mswift.train.doctor import JOB, RESULT
+from mswift.train.proof import ProofJob
+
+
+def main(home: Path) -> None:
+    """Run the job that is described in `home`."""
+    payload = json.loads((home / JOB).read_text())
+    dims, info = ParallelDims(**payload["dims"]), current() or RankInfo.single()
+    chosen = device.prepare(payload["device"])  # before the first import of megatron.core
+    from mswift.train.prove import run
+
+    groups.init(dims, chosen, info)
+    with ended_by(groups.destroy, dims):
+        result = run(ProofJob(**payload["job"]), dims, chosen)
+        if info.rank == 0:
+            np.savez(home / RESULT, **result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -30,7 +30,7 @@ class ProofJob:
     scaled_for: Mapping[str, Any] | None = None
     target_modules: tuple[str, ...] = ()
     num_microbatches: int = 4
-    batch: int = 1
+    batch: int = 2
     length: int = 24
     seed: int = 0
     loss_fusion: LossFusion = "auto"

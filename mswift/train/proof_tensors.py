@@ -57,12 +57,12 @@ class RandomAdapter:
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
-    """Matrices keep the size of what they multiply; vectors are small, norms around 1."""
+    """Norms lie around 1, all else is small: the larger the weights, the higher the noise floor of the gradients."""
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
     if name.endswith("norm.weight") or "layer_norm_weight" in name:
         return 1 + np.float32(0.2) * values
     is_matrix = len(shape) > 1 and not name.endswith(("bias", "norm_weight"))
-    return values * np.float32(shape[-1] ** -0.5 if is_matrix else 0.2)
+    return values * np.float32(0.5 * shape[-1] ** -0.5 if is_matrix else 0.2)
 
 
 def gather(shards: Iterable[StateShard]) -> Gathered:

@@ -67,7 +67,8 @@ def _moe(moe: MoeSpec, dims: ParallelDims) -> MoeSpec:
     top_k = min(moe.top_k, _MOST_CHOSEN)
     unit = math.lcm(dims.ep, moe.num_groups)
     least = max(2 * top_k, 2 * moe.num_groups, 2 * dims.ep)
-    num_experts = min(moe.num_experts, -(-least // unit) * unit)
+    fewer = -(-least // unit) * unit
+    num_experts = moe.num_experts if moe.num_experts % unit else min(moe.num_experts, fewer)
     return replace(
         moe,
         num_experts=num_experts,

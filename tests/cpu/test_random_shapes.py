@@ -39,7 +39,7 @@ def models(draw: st.DrawFn, unit: int) -> dict[str, Any]:
         "moe_intermediate_size": unit * draw(st.integers(3, 12)),
         "shared_expert_intermediate_size": unit * draw(st.integers(3, 12)),
         "num_experts": draw(st.sampled_from((4, 6, 8, 12))),
-        "num_experts_per_tok": draw(st.integers(1, 4)),
+        "num_experts_per_tok": draw(st.integers(2, 4)),  # of one, normalised, the router's gradient is zero
         "hidden_size": 8 * draw(st.integers(2, 8)),
         "head_dim": draw(EVEN),
         "kv_lora_rank": draw(EVEN),
@@ -103,14 +103,14 @@ def check(case: tuple[dict[str, Any], int, dict[str, Any]]) -> None:
     assert [d for d in found if not d.proved] == []
 
 
-@settings(RUN, max_examples=10)
+@settings(RUN, max_examples=6)
 @given(cases().filter(lambda case: computable(*case)))
 def test_a_few_random_models_equal_one_rank(case: Any) -> None:
     check(case)
 
 
 @pytest.mark.whole
-@settings(RUN, max_examples=200, derandomize=False)
+@settings(RUN, max_examples=100, derandomize=False)
 @given(cases().filter(lambda case: computable(*case)))
 def test_many_random_models_equal_one_rank(case: Any) -> None:
     check(case)

@@ -15,18 +15,20 @@ import numpy as np
 
 from mswift import rundir
 from mswift.config.doctor import DoctorConfig
+from mswift.converters.adapters import LoraConfig
 from mswift.converters.arrays import Arrays
 from mswift.converters.catalog import read_config
 from mswift.converters.plan import table_for
-from mswift.errors import ConfigError
+from mswift.errors import ConfigError, LayoutError
 from mswift.launchers import local
 from mswift.refusals import dims_of, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.proof import TOLERANCE, Difference, ProofJob, compare
 from mswift.train.scaled_model import scaled_table
 
-JOB, RESULT = "job.json", "result.npz"
+JOBS, RESULT = "jobs.json", "result-{}.npz"
 _SHOWN = 12
+_MOST_RANKS = 1024
 
 
 def main(config: DoctorConfig) -> int:
@@ -41,19 +43,9 @@ def main(config: DoctorConfig) -> int:
     job = _job(config, raw, dims)
     _print_plan(config, dims, job)
     with tempfile.TemporaryDirectory(prefix="mswift-doctor-") as home:
-        runs = {
-            "one rank": (1, job),
-            "one rank, sums in another order": (1, replace(job, other_order=True)),
-            f"{world_size} ranks": (world_size, job),
-        }
-        results = [
-            _run(Path(home) / str(number), name, ranks, job, config, dims if ranks > 1 else ParallelDims())
-            for number, (name, (ranks, job)) in enumerate(runs.items())
-        ]
-    if any(result is None for result in results):
-        return 1
-    one, noisy, found = (result or {} for result in results)
-    return _report(compare(found, one, noisy), dims)
+        one = _run(Path(home) / "one", [job, replace(job, other_order=True)], config.device, ParallelDims())
+        found = _run(Path(home) / "layout", [job], config.device, dims) if one else []
+    return _report(compare(found[0], *one), dims) if found else 1
 
 
 def _model_config(path: Path) -> dict[str, object]:
@@ -61,18 +53,29 @@ def _model_config(path: Path) -> dict[str, object]:
 
 
 def _least_ranks(config: DoctorConfig) -> int:
-    """Ranks that the degrees of the layout need, without replicas."""
-    dense = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    etp = config.expert_tensor_parallel_size
-    experts = config.expert_model_parallel_size * (config.tensor_model_parallel_size if etp is None else etp)
-    return math.lcm(max(dense, 1), max(experts * config.pipeline_model_parallel_size, 1))
+    """The fewest ranks that have this layout; 1 where none has, which is refused then."""
+    for world_size in range(1, _MOST_RANKS + 1):
+        try:
+            dims_of(config, world_size)
+        except LayoutError:
+            continue
+        return world_size
+    return 1
 
 
 def _refusals(config: DoctorConfig, raw: dict[str, object], world_size: int) -> list[ConfigError]:
     """What a launch would refuse, data and length of the run apart; the batch is the proof's own."""
     config = replace(config, dataset=("none",), train_iters=1, num_train_epochs=None, world_size=None, eval_steps=None)
     config = replace(config, micro_batch_size=1, global_batch_size=world_size, lr_decay_style="constant")
-    return train_refusals(config, table_for(raw).spec, world_size)
+    table = table_for(raw)
+    refusals = train_refusals(config, table.spec, world_size)
+    if config.tuner_type == "lora":
+        try:
+            LoraConfig.for_table(table, rank=config.lora_rank, alpha=config.lora_alpha,
+                                 target_modules=config.target_modules, seed=config.seed)  # fmt: skip
+        except ConfigError as error:
+            refusals.append(error)
+    return refusals
 
 
 def _job(config: DoctorConfig, raw: dict[str, object], dims: ParallelDims) -> ProofJob:
@@ -88,17 +91,21 @@ def _job(config: DoctorConfig, raw: dict[str, object], dims: ParallelDims) -> Pr
     )
 
 
-def _run(home: Path, name: str, ranks: int, job: ProofJob, config: DoctorConfig, dims: ParallelDims) -> Arrays | None:
-    """What a job computed, or None where it failed; its ranks have said why."""
+def _run(home: Path, jobs: Sequence[ProofJob], device: str, dims: ParallelDims) -> list[Arrays]:
+    """What the jobs computed on the ranks of `dims`, one after the other; [] where they failed, after saying why."""
     home.mkdir()
-    (home / JOB).write_text(json.dumps({"job": asdict(job), "dims": asdict(dims), "device": config.device}))
-    print(f"running    {name}", flush=True)
-    status = local.run(local.Job(ranks, "mswift.train.doctor_rank", (str(home),)))
-    if status:
-        print(f"\nnot proved: the job of {name} ended with status {status}")
-        return None
-    with np.load(home / RESULT) as result:
-        return dict(result)
+    payload = {"jobs": [asdict(job) for job in jobs], "dims": asdict(dims), "device": device}
+    (home / JOBS).write_text(json.dumps(payload))
+    ranks = f"{dims.world_size} rank{'s' * (dims.world_size > 1)}"
+    print(f"running    on {ranks}", flush=True)
+    if status := local.run(local.Job(dims.world_size, "mswift.train.doctor_rank", (str(home),))):
+        print(f"\nnot proved: the job on {ranks} ended with status {status}")
+        return []
+    results = []
+    for number in range(len(jobs)):
+        with np.load(home / RESULT.format(number)) as result:
+            results.append(dict(result))
+    return results
 
 
 def _print_plan(config: DoctorConfig, dims: ParallelDims, job: ProofJob) -> None:

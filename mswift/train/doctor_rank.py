@@ -1,4 +1,4 @@
-"""One rank of a job of `mswift doctor layout`: reads the job, computes, and on rank 0 writes what was computed."""
+"""One rank of `mswift doctor layout`: reads the jobs, computes, and on rank 0 writes what was computed."""
 
 import json
 import sys
@@ -10,22 +10,23 @@ from mswift.launchers.environment import RankInfo, current
 from mswift.parallel import device, groups
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
-from mswift.train.doctor import JOB, RESULT
+from mswift.train.doctor import JOBS, RESULT
 from mswift.train.proof import ProofJob
 
 
 def main(home: Path) -> None:
-    """Run the job that is described in `home`."""
-    payload = json.loads((home / JOB).read_text())
+    """Run the jobs that are described in `home`."""
+    payload = json.loads((home / JOBS).read_text())
     dims, info = ParallelDims(**payload["dims"]), current() or RankInfo.single()
     chosen = device.prepare(payload["device"])  # before the first import of megatron.core
     from mswift.train.prove import run
 
     groups.init(dims, chosen, info)
     with ended_by(groups.destroy, dims):
-        result = run(ProofJob(**payload["job"]), dims, chosen)
-        if info.rank == 0:
-            np.savez(home / RESULT, **result)
+        for number, job in enumerate(payload["jobs"]):
+            result = run(ProofJob(**job), dims, chosen)
+            if info.rank == 0:
+                np.savez(home / RESULT.format(number), allow_pickle=False, **result)
 
 
 if __name__ == "__main__":

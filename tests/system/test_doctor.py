@@ -12,9 +12,7 @@ from tests.support.family_configs import family_config
 from tests.support.ranks import ROOT
 
 BROKEN = """
-import sys
 from importlib import import_module
-from mswift.train import doctor_rank
 from mswift.parallel import device
 prepare = device.prepare
 def without_sum(*args):
@@ -47,6 +45,8 @@ def test_what_a_launch_refuses_is_refused(tmp_path: Path) -> None:
     assert status == 2
     assert "refused: --tensor_model_parallel_size 3 does not divide the model's 4 key/value heads" in out
     assert "running" not in out
+    status, out, _ = doctor(tmp_path, "llama", "--tuner_type", "lora", "--target_modules", "w_proj")
+    assert (status, "refused: --target_modules" in out) == (2, True), out
 
 
 def test_a_missing_sum_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

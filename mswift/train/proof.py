@@ -50,6 +50,15 @@ class Difference:
         """Whether it is small enough; nan is not."""
         return self.difference <= TOLERANCE
 
+    @property
+    def explained(self) -> bool:
+        """Whether it is proved, or rounding: no more than ten times a noise floor that is itself above TOLERANCE.
+
+        Such a floor is that of a gradient which cancels (that of a router which chooses one expert and normalises its
+        weight is zero but for rounding), or of a model whose steps amplify rounding.
+        """
+        return self.proved or (self.noise > TOLERANCE and self.difference <= 10 * self.noise)
+
 
 def compare(found: Mapping[str, Any], expected: Mapping[str, Any], noisy: Mapping[str, Any]) -> list[Difference]:
     """Every tensor of `expected` (the one-rank run); `noisy` is that run with `other_order`."""

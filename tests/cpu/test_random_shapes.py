@@ -39,7 +39,7 @@ def models(draw: st.DrawFn, unit: int) -> dict[str, Any]:
         "moe_intermediate_size": unit * draw(st.integers(3, 12)),
         "shared_expert_intermediate_size": unit * draw(st.integers(3, 12)),
         "num_experts": draw(st.sampled_from((4, 6, 8, 12))),
-        "num_experts_per_tok": draw(st.integers(2, 4)),  # of one, normalised, the router's gradient is zero
+        "num_experts_per_tok": draw(st.integers(1, 4)),
         "hidden_size": 8 * draw(st.integers(2, 8)),
         "head_dim": draw(EVEN),
         "kv_lora_rank": draw(EVEN),
@@ -98,9 +98,9 @@ def check(case: tuple[dict[str, Any], int, dict[str, Any]]) -> None:
     job, world_size, degrees = case
     found = proof(job, world_size, degrees, references(job))
     for d in found:
-        if not d.proved:
+        if not d.explained:
             note(f"{d.name}: {d.difference:.1e}, noise floor {d.noise:.1e}")
-    assert [d for d in found if not d.proved] == []
+    assert [d for d in found if not d.explained] == []
 
 
 @settings(RUN, max_examples=6)

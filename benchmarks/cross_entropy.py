@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[tuple[str, int], list[tuple[float, ...
             ours, theirs = context.Pipe()
             process = context.Process(target=measure, args=(*contender, args, theirs))
             process.start()
+            theirs.close()
             results[contender].append(ours.recv())
             process.join()
     return results

@@ -87,6 +87,7 @@ def _job(config: DoctorConfig, raw: dict[str, object], dims: ParallelDims) -> Pr
         num_microbatches=dims.dp * max(dims.pp, 2),
         length=-(-24 // unit) * unit,
         seed=config.seed,
+        cp_comm_type=config.cp_comm_type,
         loss_fusion="true" if config.cross_entropy_loss_fusion == "true" else "false",
     )
 

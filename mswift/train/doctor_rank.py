@@ -8,16 +8,15 @@ import numpy as np
 
 from mswift.launchers.environment import RankInfo, current
 from mswift.parallel import device, groups
-from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.doctor import JOBS, RESULT
-from mswift.train.proof import ProofJob
+from mswift.train.proof import ProofJob, dims_from
 
 
 def main(home: Path) -> None:
     """Run the jobs that are described in `home`."""
     payload = json.loads((home / JOBS).read_text())
-    dims, info = ParallelDims(**payload["dims"]), current() or RankInfo.single()
+    dims, info = dims_from(payload["dims"]), current() or RankInfo.single()
     chosen = device.prepare(payload["device"])  # before the first import of megatron.core
     from mswift.train.prove import run
 

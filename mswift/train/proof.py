@@ -6,11 +6,12 @@ steps. The noise floor is what another order of the sums makes of it on one rank
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mswift.config.loss import LossFusion
+from mswift.topology import ParallelDims
 
 TOLERANCE = 5e-6
 """Largest difference that counts as the same computation in fp32."""
@@ -23,7 +24,7 @@ class ProofJob:
     scaled_for: fields of the ParallelDims for which the model is scaled down first (`mswift.train.scaled_model`).
 
     target_modules: LoRA (rank 4) on these instead of full training. num_microbatches: of a step, over all
-    data-parallel ranks. other_order: sums in another order, for the noise floor.
+    data-parallel ranks. packed: every row holds two documents. other_order: sums in another order, for the noise floor.
     """
 
     config: Mapping[str, Any]
@@ -33,7 +34,9 @@ class ProofJob:
     batch: int = 2
     length: int = 24
     seed: int = 0
+    packed: bool = False
     loss_fusion: LossFusion = "auto"
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     other_order: bool = False
 
 
@@ -71,3 +74,8 @@ def _apart(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float
     assert found.shape == expected.shape, (found.shape, expected.shape)
     apart, size = np.abs(found - expected).max(initial=0.0), np.abs(expected).max(initial=0.0)
     return float(apart / size) if apart else 0.0
+
+
+def dims_from(fields: Mapping[str, Any]) -> ParallelDims:
+    """A layout that went through JSON."""
+    return ParallelDims(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})

@@ -19,7 +19,7 @@ from mswift.converters.plan import ModelTable, table_for
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by, gather_on_first
-from mswift.train.proof import ProofJob
+from mswift.train.proof import ProofJob, dims_from
 from mswift.train.proof_tensors import Gathered, RandomAdapter, RandomWeights, assemble, gather
 from mswift.train.scaled_model import scaled_table
 
@@ -33,7 +33,7 @@ def run(job: ProofJob, dims: ParallelDims, device: torch.device) -> Arrays:
     LayoutError where the ranks do not hold every element of every tensor exactly once between them.
     """
     config = dict(job.config)
-    scaled = None if job.scaled_for is None else ParallelDims(**job.scaled_for)
+    scaled = None if job.scaled_for is None else dims_from(job.scaled_for)
     table = table_for(config) if scaled is None else scaled_table(config, scaled)
     engine = MegatronEngine(table, dims, _engine_config(job, table), device)
     with ended_by(engine.close, dims), OtherOrder() if job.other_order else nullcontext():
@@ -63,12 +63,15 @@ def _engine_config(job: ProofJob, table: ModelTable) -> EngineConfig:
         lora=lora,
         seed=job.seed,
         loss_fusion=job.loss_fusion,
+        cp_comm_type=job.cp_comm_type,
     )
 
 
 def _steps(job: ProofJob, vocab_size: int) -> Iterator[Sequence[Microbatch]]:
     """Random microbatches whose loss weights are uneven, a third of them zero."""
     generator = torch.Generator().manual_seed(job.seed)
+    first = job.length // 3
+    documents = (first, job.length - first) * job.batch if job.packed else None
     for _ in range(NUM_STEPS):
         shape = (job.num_microbatches, job.batch, job.length)
         tokens = torch.randint(0, vocab_size, (*shape[:2], job.length + 1), generator=generator)
@@ -76,7 +79,8 @@ def _steps(job: ProofJob, vocab_size: int) -> Iterator[Sequence[Microbatch]]:
         weights[weights < 0.3] = 0
         weights[0] *= 3
         yield [
-            Microbatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), w) for t, w in zip(tokens, weights, strict=True)
+            Microbatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), w, documents)
+            for t, w in zip(tokens, weights, strict=True)
         ]
 
 

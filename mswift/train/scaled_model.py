@@ -28,7 +28,8 @@ def scaled_table(config: dict[str, Any], dims: ParallelDims) -> ModelTable:
 def scaled_spec(spec: ModelSpec, dims: ParallelDims) -> ModelSpec:
     """`spec` with sizes that are as divisible by the layout as before."""
     layers = _layers(spec, dims.pp * (dims.vpp or 1))
-    groups = _few(spec.num_kv_heads, dims.tp)
+    sharing = dims.tp * dims.cp  # context parallelism may exchange heads
+    groups = _few(spec.num_kv_heads, dims.tp if spec.num_kv_heads % sharing else sharing)
     heads = groups * _few(spec.num_attention_heads // spec.num_kv_heads, 1)
     return replace(
         spec,

@@ -85,9 +85,7 @@ def _schedule(
         packed = None if batch.documents is None else documents(batch.documents, device)
         labels = batch.labels.to(device) if with_loss else None
         weights = batch.loss_weights.to(device)
-        output = model(
-            batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed, loss_mask=weights
-        )
+        output = model(batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed, loss_mask=weights)
         return output, finish_with(weights)
 
     def finish_with(weights: Tensor) -> object:

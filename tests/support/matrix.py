@@ -21,6 +21,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "mla": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
 }
 SP = {"sequence_parallel": True}
+OPTIONS: dict[str, dict[str, Any]] = {  # of the ProofJob, for layouts whose name ends so
+    "all_gather": {"cp_comm_type": "all_gather"},
+    "a2a": {"cp_comm_type": "a2a"},
+    "a2a+p2p": {"cp_comm_type": "a2a+p2p"},
+    "packed": {"packed": True},
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "tp4": (4, {"tp": 4}),
@@ -35,6 +41,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-dp2": (4, {"pp": 2}),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
     "tp2-sp-pp2": (4, {"tp": 2, "pp": 2, **SP}),
+    "cp2": (2, {"cp": 2}),
+    "cp2:all_gather": (2, {"cp": 2}),
+    "cp2:a2a": (2, {"cp": 2}),
+    "cp4": (4, {"cp": 4}),
+    "cp4:a2a+p2p": (4, {"cp": 4, "cp_levels": (2, 2)}),
+    "tp2-sp-cp2": (4, {"tp": 2, "cp": 2, **SP}),
+    "pp2-cp2": (4, {"pp": 2, "cp": 2}),
+    "pp2-cp2:packed": (4, {"pp": 2, "cp": 2}),
+    "tp2-sp-pp2:packed": (4, {"tp": 2, "pp": 2, **SP}),
+    "ep2-cp2": (2, {"ep": 2, "cp": 2}),
     "ep2": (2, {"ep": 2}),
     "ep4": (4, {"ep": 4}),
     "ep2-dp4": (4, {"ep": 2}),
@@ -66,9 +82,9 @@ def job(model: str, tuner: str, **options: Any) -> dict[str, Any]:
 
 
 @cache
-def one_rank(model: str, tuner: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def one_rank(model: str, tuner: str, packed: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """(what one rank computes, the same with sums in another order)."""
-    return references(job(model, tuner))
+    return references(job(model, tuner, packed=packed))
 
 
 def references(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -81,7 +97,9 @@ def references(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping
 def differences(model: str, layout: str, tuner: str, broken: str | None = None) -> Sequence[Any]:
     """Every `Difference` of a case; `broken`: a rule left out (`tests.support.parity.broken_rule`)."""
     world_size, degrees = LAYOUTS[layout]
-    return proof(job(model, tuner), world_size, degrees, one_rank(model, tuner), broken)
+    options = OPTIONS.get(layout.partition(":")[2], {})
+    truth = one_rank(model, tuner, options.get("packed", False))
+    return proof(job(model, tuner, **options), world_size, degrees, truth, broken)
 
 
 def proof(

@@ -15,15 +15,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export HF_HUB_OFFLINE := 1
-test test-system test-all: export OMP_NUM_THREADS := 1
+test test-system test-whole test-all: export OMP_NUM_THREADS := 1
 
-.PHONY: help venv demo demo-seeds test test-system test-all test-gpu lint format bench clean
+.PHONY: help venv demo demo-seeds test test-system test-whole test-all test-gpu lint format bench clean
 
 help:
 	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 2 minutes)"
 	@echo "make demo-seeds   the demo's score on three seeds"
 	@echo "make test         unit and CPU tests            make test-system   resume, faults: whole runs"
-	@echo "make test-all     both, and the GPU tests       make lint          ruff, mypy, import contracts"
+	@echo "make test-all     all, whole products, GPU      make lint          ruff, mypy, import contracts"
 	@echo "make bench        speed against named peers     make venv          prepare .venv only"
 
 venv: $(READY)
@@ -54,8 +54,12 @@ test-gpu: $(READY)
 	@if ls tests/gpu/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest tests/gpu; \
 	else echo "test-gpu: no GPU tests yet"; fi
 
+# Every layout x model x tuner, and many random shapes: hours on two cores.
+test-whole: $(READY)
+	$(BIN)/python -m pytest tests/unit tests/cpu -m whole
+
 test-all: export MSWIFT_ALL_FAULTS := 1
-test-all: test test-system test-gpu
+test-all: test test-system test-whole test-gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,14 +15,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx, logits: Tensor, labels: Tensor, first_row: int, vocab_size: int, group: dist.ProcessGroup
     ) -> Tensor:  # type: ignore[no-untyped-def]
         width = logits.shape[-1]
-        num_real = min(max(vocab_size - first_row, 0), width)
+        num_real = num_real_columns(width, first_row, vocab_size)
         real = logits.reshape(-1, width)[:, :num_real].float()
         rows = labels.reshape(-1) - first_row
-        if group.size() == 1:
-            scaled, total = torch.log_softmax(real, dim=-1), None
-            loss = -_gather(scaled, rows)
-        else:
-            scaled, total, loss = _reduce_over_ranks(real, rows, group)
+        scaled, total, loss = token_losses(real, rows, group)
         ctx.save_for_backward(scaled, total, rows)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         return loss.view(labels.shape)
@@ -30,21 +26,40 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         scaled, total, rows = ctx.saved_tensors
-        weight = gradient.reshape(-1, 1).float()
-        num_tokens, num_real = scaled.shape
-        if total is None:
-            grad = scaled.exp_().mul_(weight)
-        else:
-            grad = scaled.mul_(weight / total.unsqueeze(1))
-        if num_real:
-            mine = ((rows >= 0) & (rows < num_real)).unsqueeze(1)
-            grad.scatter_add_(1, rows.clamp(0, num_real - 1).unsqueeze(1), torch.where(mine, -weight, 0.0))
+        grad = logit_gradient(scaled, total, rows, gradient.reshape(-1, 1).float())
+        num_tokens, num_real = grad.shape
         width = ctx.shape[-1]
         if num_real < width:
             padded = grad.new_zeros((num_tokens, width))
             padded[:, :num_real] = grad
             grad = padded
         return grad.to(ctx.dtype).view(ctx.shape), None, None, None, None
+
+
+def num_real_columns(width: int, first_row: int, vocab_size: int) -> int:
+    """How many of `width` local columns, the first of them row `first_row` of the vocabulary, are no padding."""
+    return min(max(vocab_size - first_row, 0), width)
+
+
+def token_losses(real: Tensor, rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Losses [n] of fp32 logits [n, v] without padding, and the two tensors that `logit_gradient` wants.
+
+    rows: labels [n], counted from this rank's first row of the vocabulary.
+    """
+    if group.size() == 1:
+        scaled = torch.log_softmax(real, dim=-1)
+        return scaled, None, -_gather(scaled, rows)
+    return _reduce_over_ranks(real, rows, group)
+
+
+def logit_gradient(scaled: Tensor, total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+    """Gradient [n, v] of sum(weight * losses), weight [n, 1], in the memory of `scaled` (see `token_losses`)."""
+    grad = scaled.exp_().mul_(weight) if total is None else scaled.mul_(weight / total.unsqueeze(1))
+    num_real = grad.shape[1]
+    if num_real:
+        mine = ((rows >= 0) & (rows < num_real)).unsqueeze(1)
+        grad.scatter_add_(1, rows.clamp(0, num_real - 1).unsqueeze(1), torch.where(mine, -weight, 0.0))
+    return grad
 
 
 def _reduce_over_ranks(real: Tensor, rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

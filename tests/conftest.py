@@ -46,9 +46,13 @@ BUDGET_SECONDS = {
     "cpu/test_adapters_experts": 45,
     "cpu/test_adapters_kinds": 50,
     "cpu/test_infer": 65,
+    "cpu/test_fused_loss": 35,
+    "cpu/test_matrix": 60,
+    "cpu/test_random_shapes": 40,
     "cpu/": 60,
     "system/test_train": 320,
     "system/test_faults": 150,
+    "system/test_doctor": 60,
     "system": 120,
     "gpu": 600,
 }

@@ -30,6 +30,12 @@ COMMANDS = {
         example="mswift sft --model Qwen3-0.6B --dataset chats.jsonl --tuner_type lora --lora_rank 16 "
         "--lr 1e-4 --num_train_epochs 1 --output_dir runs/sft",
     ),
+    "doctor": Command(
+        summary="prove a layout on this machine: the same loss and gradients as one rank",
+        config="mswift.config.doctor:DoctorConfig",
+        run="mswift.train.doctor:main",
+        example="mswift doctor layout --model Qwen3-0.6B --tensor_model_parallel_size 2 --sequence_parallel true",
+    ),
     "convert": Command(
         summary="a Hugging Face checkpoint to Megatron's torch_dist, or back, with its proof",
         config="mswift.config.convert:ConvertConfig",

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mswift.config.loss import LossFusion
+
 _alias = tyro.conf.arg
 _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
@@ -82,6 +84,8 @@ class TrainConfig:
     """Optimizer steps; 0 lays the weights out and saves them. Exactly one of train_iters and num_train_epochs."""
     num_train_epochs: float | None = None
     """Passes over the data set."""
+    cross_entropy_loss_fusion: LossFusion = "auto"
+    """Output layer and loss in pieces, so that a microbatch's logits never exist as a whole. auto: from 8192 tokens."""
     seed: int = 42
     """Order of the data, initialisation of adapters."""
 

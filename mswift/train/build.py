@@ -101,6 +101,7 @@ def built_engine(
         clip_grad=config.clip_grad,
         seed=config.seed,
         timeout_seconds=collective_timeout(config.distributed_timeout_minutes),
+        loss_fusion=config.cross_entropy_loss_fusion,
         lora=lora,
         trainable_modules=trainable_modules,
         lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from mswift.config.loss import is_fused, piece_tokens
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, expand_modules_to_save
 from mswift.converters.megatron_tensor import MegatronTensor
@@ -134,14 +135,17 @@ def stage_memory(
 
 def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
     spec = table.spec
-    tokens = config.micro_batch_size * config.max_length / dims.cp
+    tokens = -(-config.micro_batch_size * config.max_length // dims.cp)
     in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp
     layers = dims.held_layers(spec.num_layers, pp_rank)
     elements = sum(hidden + attention + _mlp_activations(spec, dims, spec.layer(n).mlp) for n in layers)
-    logits = 2 * 4 * -(-spec.vocab_size // dims.tp) if pp_rank == dims.pp - 1 else 0  # fp32, and their gradient
-    return math.ceil(tokens * (in_flight * elements * dtype_bytes + logits))
+    columns = -(-spec.vocab_size // dims.tp)
+    whole = not is_fused(config.cross_entropy_loss_fusion, tokens)
+    with_logits = (tokens if whole else min(tokens, piece_tokens(columns))) * (pp_rank == dims.pp - 1)
+    logits = 2 * 4 * columns * with_logits  # fp32, and their gradient
+    return math.ceil(tokens * in_flight * elements * dtype_bytes + logits)
 
 
 def _in_flight(dims: ParallelDims, num_microbatches: int, pp_rank: int) -> float:

@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mswift.config.loss import LossFusion
 from mswift.config.mcore_fields import reason_on_cpu
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
@@ -25,7 +26,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a MegatronEngine computes and updates; names as in `mswift.config`.
+    """How a MegatronEngine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
@@ -46,6 +47,7 @@ class EngineConfig:
     clip_grad: float = 1.0
     seed: int = 42
     timeout_seconds: float = 1800.0
+    loss_fusion: LossFusion = "auto"
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     lora_b_lr_ratio: float = 1.0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mswift.converters.spec import ModelSpec
+from mswift.parallel.fused_loss import scaled_logits
 
 
 def scale_ends(model: Any, spec: ModelSpec) -> None:
@@ -45,10 +46,6 @@ def _multiply_embeddings(embedding: nn.Module, spec: ModelSpec) -> None:
 def _scale_logits(output_layer: nn.Module, divisor: float, softcap: float | None) -> None:
     def scale(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         logits, bias = output
-        if divisor != 1.0:
-            logits = logits / divisor
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits, bias
+        return scaled_logits(logits, divisor, softcap), bias
 
     output_layer.register_forward_hook(scale)

@@ -57,6 +57,8 @@ class MegatronEngine:
         self.optimizer_step = 0
         self._core_config = transformer_config(table.spec, dims, config)
         chunks = build_model(table.spec, dims, self._core_config, device)
+        for chunk in chunks:
+            chunk.loss_fusion = config.loss_fusion
         self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
         self._place(chunks)
         self._chunks = [

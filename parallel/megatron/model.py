@@ -4,6 +4,7 @@ Shapes: s sequence, b batch, v vocabulary columns of this rank.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +18,9 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mswift.config.loss import LossFusion, is_fused
 from mswift.converters.spec import ModelSpec
+from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
 from mswift.parallel.megatron.moe import mark_experts
@@ -28,9 +31,34 @@ from mswift.topology import ParallelDims
 
 
 class DenseModel(GPTModel):
-    """GPTModel whose loss leaves the padded vocabulary out. Called with labels it returns losses [b, s]."""
+    """GPTModel whose loss leaves the padded vocabulary out.
+
+    Called with labels it returns losses [b, s]; where the loss is fused with the output layer (`loss_fusion`), their
+    sum weighted by `loss_mask` [b, s] instead, a scalar.
+    """
 
     num_real_rows: int
+    loss_fusion: LossFusion = "false"
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+
+    def _postprocess(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        labels, loss_weights = options["labels"], options["loss_mask"]
+        fused = self.post_process and labels is not None and is_fused(self.loss_fusion, labels.numel())
+        if not fused or hasattr(self.output_layer, "lora"):  # an adapter there adds to logits that must exist
+            return super()._postprocess(hidden_states, **options)  # type: ignore[no-any-return]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.output_layer.weight if weight is None else weight
+        group = self.pg_collection.tp
+        layer = OutputLayer(
+            vocab_size=self.num_real_rows,
+            first_row=group.rank() * weight.shape[0],
+            group=group,
+            sequence_parallel=self.config.sequence_parallel,
+            divisor=self.logit_divisor,
+            softcap=self.logit_softcap,
+        )
+        return fused_linear_cross_entropy(hidden_states, weight, labels.t(), loss_weights.t(), layer)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s] and local logits [s, b, v] -> loss per token [b, s], without a reduction."""
@@ -80,6 +108,7 @@ def _build_chunk(
         vp_stage=chunk if dims.chunks > 1 else None,
     )
     model.num_real_rows = spec.vocab_size
+    model.logit_divisor, model.logit_softcap = spec.logit_divisor, spec.logit_softcap
     _mark_cut_parameters(model)
     mark_experts(model)
     scale_ends(model, spec)

@@ -107,8 +107,9 @@ def _schedule(
         batch = next(inputs)
         packed = None if batch.documents is None else documents(batch.documents, device)
         labels = batch.labels.to(device) if with_loss else None
-        output = model(batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed)
-        return output, finish_with(batch.loss_weights.to(device))
+        weights = batch.loss_weights.to(device)
+        output = model(batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed, loss_mask=weights)
+        return output, finish_with(weights)
 
     def finish_with(weights: Tensor) -> object:
         return lambda output, **_: finish(output, weights)
@@ -126,8 +127,8 @@ def _schedule(
 
 
 def _weighted_loss(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [b, s] -> (what is differentiated, tokens as megatron-core counts them, what is collected)."""
-    total = (losses * weights).sum()
+    """Losses [b, s], or their weighted sum -> (what is differentiated, tokens for megatron-core, what is collected)."""
+    total = (losses * weights).sum() if losses.dim() else losses
     return total, torch.zeros((), dtype=torch.int, device=losses.device), total.detach()
 
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from mswift.converters.arrays import to_megatron
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
 from mswift.converters.io.torch_dist import other_name
@@ -17,7 +18,6 @@ from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.plan import table_for
 from mswift.converters.verify import verify
 from tests.cpu import test_convert_megatron_moe as of_moe
-from tests.support.arrays import to_megatron
 from tests.support.checkpoints import read_model, same, write_model
 from tests.support.family_configs import family_config
 from tests.support.ranks import join, run_ranks

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mswift.converters.arrays import to_megatron
 from mswift.converters.catalog import read_config
 from mswift.converters.engine import convert
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.verify import verify
-from tests.support.arrays import to_megatron
 from tests.support.checkpoints import read_model, same, write_model
 from tests.support.family_configs import family_config
 from tests.support.ranks import join, run_ranks

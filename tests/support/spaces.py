@@ -1,15 +1,16 @@
 """Whole models in memory, in Hugging Face space and in Megatron space, moved by the family's table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mswift.converters.arrays import Arrays, to_hf, to_megatron
 from mswift.converters.layout import Region
 from mswift.converters.plan import table_for
-from tests.support.arrays import Arrays, to_hf, to_megatron
+from mswift.train.proof_tensors import assemble, gather
 
 __all__ = ["Arrays", "MemoryReader", "assemble", "gather", "read_array", "to_hf", "to_megatron", "weights_of"]
 
@@ -42,29 +43,3 @@ def weights_of(model: torch.nn.Module) -> Arrays:
     saved = model.state_dict()
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach().numpy() for name, tensor in tensors if name in saved}
-
-
-def gather(shards: Iterable[Any]) -> dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]]:
-    """StateShards of one rank in a form that pickles: key -> (global shape, [(region, values)])."""
-    out: dict[str, tuple[tuple[int, ...], list[tuple[Region, torch.Tensor]]]] = {}
-    for shard in shards:
-        out.setdefault(shard.key, (shard.shape, []))[1].append((shard.region, shard.tensor.detach().clone()))
-    return out
-
-
-def assemble(ranks: Iterable[Mapping[str, Any]]) -> Arrays:
-    """Global tensors from the gathered shards of all ranks; asserts that they tile every tensor exactly once."""
-    counts: Arrays = {}
-    out: Arrays = {}
-    for rank in ranks:
-        for key, (shape, parts) in rank.items():
-            for region, values in parts:
-                if key not in out:
-                    out[key] = np.zeros(shape, values.float().numpy().dtype)
-                    counts[key] = np.zeros(shape, np.int32)
-                box = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
-                out[key][box] = values.float().numpy().reshape(region.sizes)
-                counts[key][box] += 1
-    for key, count in counts.items():
-        assert count.min() == count.max() == 1, f"{key}: written {count.min()} to {count.max()} times"
-    return out

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mswift.converters import families
+from mswift.converters.arrays import Arrays, to_hf, to_megatron
 from mswift.converters.catalog import family_names
 from mswift.converters.layout import Region, tiling_fault
 from mswift.converters.plan import ModelTable, table_for
 from mswift.errors import ConfigError, LayoutError
-from tests.support.arrays import Arrays, to_hf, to_megatron
 from tests.support.family_configs import FAMILY_CONFIGS, family_config
 
 MAX_LINES = 60

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mswift.converters.adapters import linears
+from mswift.converters.arrays import Arrays, to_megatron
 from mswift.converters.catalog import family_names
 from mswift.converters.engine import convert
 from mswift.converters.io.dcp_metadata import read_metadata
@@ -21,7 +22,6 @@ from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, adapter
 from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import promised_shapes
 from mswift.tuners.verify import verify_adapters
-from tests.support.arrays import Arrays, to_megatron
 from tests.support.checkpoints import write_model, write_safetensors
 from tests.support.family_configs import family_config
 

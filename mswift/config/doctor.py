@@ -1,0 +1,21 @@
+"""What a check of a machine and layout is: the frozen dataclass behind `mswift doctor`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from mswift.config.train import SftConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(SftConfig):
+    """Prove that a layout computes the same model as one rank, before it trains.
+
+    doctor layout trains a small model with the structure of --model (random weights, fp32, three steps) on one rank
+    and on the ranks of the layout, here, and compares loss, every gradient and every weight. It takes the flags of
+    `mswift sft`; those of model, tuner, layout and device matter.
+    """
+
+    check: Annotated[Literal["layout"], tyro.conf.Positional]
+    """What to check."""

@@ -11,7 +11,7 @@ from mswift import rundir
 from mswift.config.loader import dump, to_dict
 from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
-from mswift.data.dataset import TokenDataset
+from mswift.data.dataset import TokenDataset, write_rejected
 from mswift.errors import ConfigError
 from mswift.parallel import device as devices
 from mswift.parallel import groups
@@ -138,8 +138,9 @@ def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
 
 
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
-    """The configuration for people to read, and the metrics cut back to where the run continues."""
+    """The configuration for people to read, the bad rows, and the metrics cut back to where the run continues."""
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
+    write_rejected(run.output_dir / rundir.REJECTED, [run.data, *([run.val_data] if run.val_data else [])])
     rundir.truncate_metrics(run.output_dir, state.step if state else 0)
 
 

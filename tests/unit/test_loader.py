@@ -18,7 +18,7 @@ _texts = st.text(st.characters(exclude_categories=["Cs", "Cc"])).filter(lambda s
 
 def _values(kind: Any) -> st.SearchStrategy[Any]:
     if get_origin(kind) is tuple:
-        return st.lists(_values(get_args(kind)[0]).filter(lambda s: not s.startswith("-")), max_size=3).map(tuple)
+        return st.lists(_values(get_args(kind)[0]).filter(lambda s: not str(s).startswith("-")), max_size=3).map(tuple)
     if get_args(kind):
         members = [st.just(arg) if not isinstance(arg, type) else _values(arg) for arg in get_args(kind)]
         return st.one_of(members)

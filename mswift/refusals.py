@@ -4,6 +4,7 @@ Dry run, launcher and ranks ask here, so they refuse alike. A message names the 
 works. What only the data or the names of the model's modules can tell is refused where they are read.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -232,11 +233,8 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             f"not {config.lr_decay_style}: leave it out, or use --lr_decay_style WSD"
         )
     if not config.dataset:
-        yield ConfigError("--dataset is required: give one file or more, as --dataset FILE#N for its first N rows")
-    if config.eval_steps is not None and not config.val_dataset:
-        yield ConfigError(
-            f"--eval_steps {config.eval_steps} has nothing to evaluate: add --val_dataset FILE, or leave it out"
-        )
+        yield ConfigError("--dataset is required: give one file or more, as --dataset FILE#N for N of its rows")
+    yield from _data_refusals(config)
     yield from _start_refusals(config)
     if config.world_size is not None and not config.dry_run:
         yield ConfigError(
@@ -256,6 +254,49 @@ def _start_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--adapters {config.adapters[0]} and --load_weights_only both bring an adapter: leave one out"
         )
+
+
+def _data_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    weights, ratio = config.dataset_weights, config.split_dataset_ratio
+    if weights and len(weights) != len(config.dataset):
+        yield ConfigError(
+            f"--dataset_weights has {len(weights)} numbers for {len(config.dataset)} items of --dataset: give one each"
+        )
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            yield ConfigError(
+                f"--dataset_weights {weight:g}: a weight must be above 0; leave the item of --dataset out"
+            )
+    if not 0 <= ratio < 1:
+        yield ConfigError(f"--split_dataset_ratio {ratio:g} must be from 0 to below 1: 0.01 sets apart one row in 100")
+    if ratio and config.val_dataset:
+        yield ConfigError(f"--split_dataset_ratio {ratio:g} and --val_dataset: give one of them")
+    if config.eval_steps is not None and not config.val_dataset and not ratio:
+        yield ConfigError(
+            f"--eval_steps {config.eval_steps} has nothing to evaluate: add --val_dataset FILE or "
+            "--split_dataset_ratio 0.01, or leave it out"
+        )
+    try:
+        parse_columns(config.columns)
+    except ConfigError as error:
+        yield error
+
+
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """--columns as (name in the file, name that is meant); ConfigError for anything but a JSON object of names."""
+    if text is None:
+        return ()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        value = error
+    if not (isinstance(value, dict) and value and all(isinstance(name, str) and name for name in value.values())):
+        raise ConfigError(
+            f'--columns {text}: it takes a JSON object of names: --columns \'{{"my_question": "query"}}\''
+        )
+    if len(set(value.values())) < len(value):
+        raise ConfigError(f"--columns {text}: two columns cannot have one name; rename one of them")
+    return tuple(value.items())
 
 
 def _range_refusals(config: TrainConfig) -> Iterator[ConfigError]:

@@ -3,6 +3,7 @@
 output_dir/
     run.yaml                 the resolved configuration of the newest start
     metrics.jsonl            one object a step
+    rejected.jsonl           rows of the data that could not be used, and why; absent if there are none
     loss.png                 the loss curve, drawn at the end
     runs/                    TensorBoard events
     checkpoint-<step>/       complete, hashed, committed; anything else is not a checkpoint
@@ -27,6 +28,7 @@ from mswift.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
 CONFIG = "run.yaml"
+REJECTED = "rejected.jsonl"
 LOSS_PLOT = "loss.png"
 TENSORBOARD = "runs"
 COMMIT = "COMMIT"

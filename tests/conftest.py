@@ -40,7 +40,7 @@ BUDGET_SECONDS = {
     "cpu/test_state_layouts_moe": 15,
     "cpu/test_state": 75,
     "cpu/test_train": 120,
-    "cpu/test_data": 20,
+    "cpu/test_data": 30,
     "cpu/test_adapters": 100,
     "cpu/test_adapters_dropout": 20,
     "cpu/test_adapters_experts": 45,

@@ -60,6 +60,12 @@ COMMANDS = {
         run="mswift.tuners.merge:main",
         example="mswift merge --model Qwen3-0.6B --adapters Qwen3-0.6B-adapter --output_dir Qwen3-0.6B-merged",
     ),
+    "data": Command(
+        summary="show rows of a data set as training sees them",
+        config="mswift.config.data:DataConfig",
+        run="mswift.data.show:main",
+        example="mswift data show --model Qwen3-0.6B --dataset chats.jsonl --num_rows 3",
+    ),
     "infer": Command(
         summary="chat, answer prompts, or answer a data set to a file",
         config="mswift.config.infer:InferConfig",

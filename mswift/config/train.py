@@ -67,9 +67,20 @@ class TrainConfig:
 
     # -- data
     dataset: tuple[str, ...] = ()
-    """Files to train on; PATH#N takes the first N rows."""
+    """Files, folders or hub data sets to train on; PATH#N takes N rows of it, PATH:SUBSET a subset."""
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of the items of dataset in an epoch, one number each. Default: every sample once."""
+    dataset_sampling: Literal["without_replacement", "with_replacement", "first"] = "without_replacement"
+    """PATH#N: draw the N rows by the seed (more than there are: all, N // rows times, and the rest drawn), draw them
+    with replacement, or take the first N."""
     val_dataset: tuple[str, ...] = ()
-    """Files to evaluate on, whole, every eval_steps and at the end."""
+    """Files to evaluate on, whole, every eval_steps and at the end; PATH#N takes the first N rows."""
+    split_dataset_ratio: float = 0.0
+    """Share of the rows of dataset that is not trained on but evaluated on; in place of val_dataset."""
+    columns: str | None = None
+    """Columns with other names, as JSON: '{"my_question": "query", "my_answer": "response"}'."""
+    strict: bool = False
+    """The first bad row is an error. Default: bad rows are left out, counted, and written to rejected.jsonl."""
     max_length: int = 2048
     """Tokens in a sample."""
     cache_dir: str | None = None
@@ -218,7 +229,7 @@ class PtConfig(TrainConfig):
 class SftConfig(TrainConfig):
     """Supervised fine-tuning on conversations: the model's chat template, loss on assistant turns."""
 
-    truncation_strategy: Literal["delete", "right", "raise"] = "delete"
-    """A sample longer than max_length: leave it out (counted), cut its end, or stop."""
+    truncation_strategy: Literal["delete", "left", "right", "split", "raise"] = "delete"
+    """A sample longer than max_length: leave it out, cut its beginning or its end, split it, or stop. All counted."""
     system: str | None = None
     """System message for rows that have none."""

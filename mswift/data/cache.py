@@ -1,9 +1,9 @@
 """Token files on disk: written once under the hash of everything that decides them, mapped into memory by every rank.
 
 An entry is a directory: tokens.bin (int32), mask.bin (one byte a token; absent in a plain stream), offsets.bin (int64
-[pieces + 1]: where each sample or document starts, and the end) and index.json. It is written in a temporary sibling,
-fsynced and renamed, so it is whole or absent. On opening, sizes and the checksums of index and offsets are compared.
-The content hashes in the index, taken while writing, are the fingerprint of the data.
+[pieces + 1]: where each sample or document starts, and the end), rejected.jsonl (bad rows) and index.json. It is
+written in a temporary sibling, fsynced and renamed, so it is whole or absent. On opening, sizes and the checksums of
+index and offsets are compared. The content hashes in the index, taken while writing, are the fingerprint of the data.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from mswift.data.batch import Sample
 from mswift.errors import ConfigError, DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_REJECTED = "rejected.jsonl"
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +59,8 @@ class TokenStore:
     report: dict[str, Any]
     """What the writer had to say about the data."""
     fingerprint: str
+    rejected_path: Path
+    """Bad rows, one JSON object a line."""
 
 
 class _HashedFile:
@@ -68,8 +71,7 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self.size = 0
 
-    def write(self, array: NDArray[Any]) -> None:
-        data = array.tobytes()
+    def write(self, data: bytes) -> None:
         self._stream.write(data)
         self._hash.update(data)
         self.size += len(data)
@@ -85,24 +87,29 @@ class StoreWriter:
     """Appends samples (tokens and mask) or plain pieces of a stream (tokens only) to the files of an entry."""
 
     def __init__(self, directory: Path, with_mask: bool) -> None:
-        names = ("tokens.bin", "offsets.bin", *(["mask.bin"] if with_mask else []))
+        names = ("tokens.bin", "offsets.bin", *(["mask.bin"] if with_mask else []), _REJECTED)
         self._directory = directory
         self._files = {name: _HashedFile(directory / name) for name in names}
-        self.num_tokens = 0
+        self.num_tokens, self.num_pieces = 0, 0
         self._largest_token = -1
-        self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64))
+        self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
 
     def add(self, tokens: NDArray[np.int32]) -> None:
         """Append a piece of a stream."""
-        self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False))
+        self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False).tobytes())
         self.num_tokens += len(tokens)
+        self.num_pieces += 1
         self._largest_token = max(self._largest_token, int(tokens.max(initial=-1)))
-        self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64))
+        self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
 
     def add_sample(self, sample: Sample) -> None:
         """Append a sample."""
         self.add(sample.tokens)
-        self._files["mask.bin"].write(sample.loss_mask.astype(np.bool_, copy=False))
+        self._files["mask.bin"].write(sample.loss_mask.astype(np.bool_, copy=False).tobytes())
+
+    def reject(self, line: bytes) -> None:
+        """Append the description of a bad row to rejected.jsonl."""
+        self._files[_REJECTED].write(line)
 
     def close(self, report: Mapping[str, Any]) -> None:
         """Write the index, last."""
@@ -173,7 +180,8 @@ def open_store(directory: Path) -> TokenStore:
         offsets=np.memmap(directory / "offsets.bin", np.int64, "r"),
         largest_token=index["largest_token"],
         report=index["report"],
-        fingerprint=content_hash(index["files"]),
+        fingerprint=content_hash({name: entry for name, entry in index["files"].items() if name != _REJECTED}),
+        rejected_path=directory / _REJECTED,
     )
 
 

@@ -3,23 +3,37 @@
 sft: one row is one sample (or several, see `template`), of at most max_length tokens. pt: the documents are joined in
 file order, each ended by the end token, and cut every L = max_length tokens: sample i holds the tokens i * L to
 (i + 1) * L of the stream, both included, so that it fills L positions of a batch and every token but the very first is
-a target exactly once. The last sample is shorter; nothing is left out.
+a target exactly once. The last sample is shorter; nothing is left out. With weights, the stream of each source is cut
+on its own, and an epoch holds as many samples as without them, shared out among the sources by the weights.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mswift.data.batch import Sample
-from mswift.data.cache import FORMAT_VERSION, TokenStore, content_hash, default_cache_dir, file_hash, open_or_build
-from mswift.data.formats import DataFile, parse_spec
+from mswift.data.cache import (
+    FORMAT_VERSION,
+    StoreWriter,
+    TokenStore,
+    content_hash,
+    default_cache_dir,
+    file_hash,
+    open_or_build,
+)
+from mswift.data.report import FileReport
+from mswift.data.selection import Selection, mixture
+from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.tokenizer import Tokenizer, tokenizer_identity
-from mswift.data.writers import FileReport, SftOptions, write_conversations, write_documents
-from mswift.errors import ConfigError
+from mswift.data.truncation import Strategy
+from mswift.data.writers import RowOptions, SftOptions, write_conversations, write_documents
+from mswift.errors import ConfigError, DataError
 
 Kind = Literal["pt", "sft"]
 
@@ -29,7 +43,7 @@ class DataOptions:
     """What decides the samples besides the files and the tokenizer."""
 
     max_length: int
-    truncation_strategy: Literal["delete", "right", "raise"] = "delete"
+    truncation_strategy: Strategy = "delete"
     """sft: what becomes of a sample of more than max_length tokens."""
     system: str | None = None
     """sft: system message of rows that have none."""
@@ -37,23 +51,48 @@ class DataOptions:
     """Longest sample that the model takes; it decides no token, only what errors propose."""
     cache_dir: str | Path | None = None
     """Default: $MSWIFT_CACHE, or ~/.cache/mswift."""
+    selection: Selection = field(default_factory=Selection)
+    columns: tuple[tuple[str, str], ...] = ()
+    """(name in the file, name that is meant)."""
+    weights: tuple[float, ...] = ()
+    """Shares of the sources in an epoch; none: every sample once."""
+    strict: bool = False
+    """The first bad row is an error."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Which tokens of a store each sample holds."""
+
+    starts: NDArray[np.int64]
+    """int64 [samples]"""
+    ends: NDArray[np.int64]
+    """int64 [samples]"""
+    fingerprint: str
+    num_tokens: int
+    num_trained_tokens: int
+    shares: tuple[str, ...] = ()
+    """A line on each source of a mixture."""
 
 
 class TokenDataset:
     """Samples in a fixed order, read from memory-mapped files; safe to share between processes."""
 
-    def __init__(self, store: TokenStore, starts: NDArray[np.int64], ends: NDArray[np.int64], fingerprint: str) -> None:
+    def __init__(self, store: TokenStore, samples: _Samples) -> None:
         self._tokens, self._mask = store.tokens, store.mask
-        self._starts, self._ends = starts, ends
-        self.fingerprint = fingerprint
+        self._starts, self._ends = samples.starts, samples.ends
+        self.fingerprint = samples.fingerprint
         """Hash of the samples: two data sets with the same fingerprint give the same samples under the same ids."""
-        self.lengths: NDArray[np.int64] = ends - starts - 1
+        self.lengths: NDArray[np.int64] = self._ends - self._starts - 1
         """int64 [samples]; positions each sample fills in a batch: its tokens less one (the last is only a target)."""
-        self.num_tokens = len(self._tokens)
+        self.num_tokens = samples.num_tokens
+        self.num_trained_tokens = samples.num_trained_tokens
         self.largest_token = store.largest_token
-        self.num_trained_tokens = self._count_trained()
-        reports = [FileReport(**report) for report in store.report["files"]]
-        self.summary = "\n".join(report.line() for report in reports) + "\n" + self._total()
+        reports = [FileReport.load(report) for report in store.report["files"]]
+        self.num_rejected_rows = sum(report.rejected.rows for report in reports)
+        self.rejected_path = store.rejected_path
+        """One JSON object for every bad row: file, row, reason, content."""
+        self.summary = "\n".join([*(report.line() for report in reports), *samples.shares, self._total()])
         """One line per file (rows, what was left out and why), and one in all."""
 
     def __len__(self) -> int:
@@ -71,13 +110,11 @@ class TokenDataset:
         mask[0] = False
         return Sample(np.array(self._tokens[start:end]), mask)
 
-    def _count_trained(self) -> int:
-        return self.num_tokens - 1 if self._mask is None else int(np.count_nonzero(self._mask))
-
     def _total(self) -> str:
         return (
             f"{len(self):,} samples, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of them learned, "
             f"{int(self.lengths.max()) + 1:,} in the longest sample"
+            + (f"; {self.num_rejected_rows:,} rows rejected" if self.num_rejected_rows else "")
         )
 
 
@@ -92,7 +129,7 @@ def build_dataset(
     progress: bool,
     flag: str = "--dataset",
 ) -> TokenDataset:
-    """The data set of all files in `specs` (`PATH` or `PATH#N`), tokenised by the writer unless the cache has it.
+    """The data set of all sources in `specs` (see `sources`), tokenised by the writer unless the cache has it.
 
     Every rank calls it with the same arguments, one of them (on each file system) as the writer; `barrier` returns when
     all have come. `flag` is what errors call the list. ConfigError and DataError name flag, file or row.
@@ -101,35 +138,112 @@ def build_dataset(
         raise ConfigError(f"{flag} names no file: {flag} train.jsonl")
     if options.max_length < 2:
         raise ConfigError(f"--max_length {options.max_length}: a sample needs at least 2 tokens, --max_length 2048")
-    files = [parse_spec(spec, flag) for spec in specs]
+    sources = [parse_source(spec, flag) for spec in specs]
+    rows = RowOptions(options.selection, options.columns)
     sft = SftOptions(options.max_length, options.truncation_strategy, options.system)
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
+
+    def write(writer: StoreWriter) -> Mapping[str, Any]:
+        if kind == "pt":
+            return write_documents(writer, sources, tokenizer, rows, strict=options.strict, progress=progress)
+        return write_conversations(
+            writer, sources, tokenizer, rows, sft, strict=options.strict, progress=progress,
+            model_positions=options.model_positions,
+        )  # fmt: skip
+
     store = open_or_build(
-        root / "tokens" / _key(kind, files, tokenizer, sft),
-        lambda writer: (
-            write_documents(writer, files, tokenizer, progress)
-            if kind == "pt"
-            else write_conversations(writer, files, tokenizer, sft, progress, options.model_positions)
-        ),
+        root / "tokens" / _key(kind, sources, tokenizer, rows, sft),
+        write,
         with_mask=kind == "sft",
         is_writer=is_writer,
         barrier=barrier,
     )
-    if kind == "sft":
-        return TokenDataset(store, store.offsets[:-1], store.offsets[1:], store.fingerprint)
-    starts = np.arange(0, len(store.tokens) - 1, options.max_length, dtype=np.int64)
-    ends = np.minimum(starts + options.max_length + 1, len(store.tokens))
+    if flag == "--dataset" and options.selection.part == "train" and (unused := store.report["unused_columns"]):
+        raise ConfigError(
+            f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
+        )
+    data = TokenDataset(store, _mixed(kind, store, options) if options.weights else _whole(kind, store, options))
+    if options.strict and data.num_rejected_rows:
+        first = next(report["reasons"][0] for report in store.report["files"] if report["reasons"])
+        raise DataError(f"{first} (--strict; without it the row is left out)")
+    return data
+
+
+def write_rejected(path: Path, datasets: Sequence[TokenDataset]) -> None:
+    """The bad rows of all data sets in one file; no file where there are none."""
+    if not any(data.num_rejected_rows for data in datasets):
+        path.unlink(missing_ok=True)
+        return
+    with path.open("wb") as stream:
+        for data in datasets:
+            with data.rejected_path.open("rb") as rejected:
+                shutil.copyfileobj(rejected, stream)
+
+
+def _whole(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
+    """Every sample of the store once."""
+    num_tokens = len(store.tokens)
+    if store.mask is not None:
+        trained = int(np.count_nonzero(store.mask))
+        return _Samples(store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, trained)
+    starts, ends = _cut(0, num_tokens, options.max_length)
     fingerprint = content_hash({"stream": store.fingerprint, "max_length": options.max_length})
-    return TokenDataset(store, starts, ends, fingerprint)
+    return _Samples(starts, ends, fingerprint, num_tokens, num_tokens - 1)
 
 
-def _key(kind: Kind, files: Sequence[DataFile], tokenizer: Tokenizer, sft: SftOptions) -> str:
-    """Name of the cache entry; a stream of documents does not depend on the options."""
+def _mixed(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
+    """Samples of each source by its weight."""
+    starts, ends, bounds = store.offsets[:-1], store.offsets[1:], [pieces for pieces, _ in store.report["source_ends"]]
+    if kind == "pt":
+        tokens = [0, *(tokens for _, tokens in store.report["source_ends"])]
+        cuts = [_cut(*edges, options.max_length) for edges in pairwise(tokens)]
+        starts, ends = (np.concatenate(edges) for edges in zip(*cuts, strict=True))
+        bounds = list(accumulate(len(cut[0]) for cut in cuts))
+    sizes = [after - before for before, after in pairwise([0, *bounds])]
+    if 0 in sizes:
+        raise DataError(f"--dataset_weights: source {sizes.index(0) + 1} of --dataset has no sample; leave it out")
+    chosen = mixture(sizes, options.weights, options.selection.seed)
+    lines = [
+        f"source {i}: weight {weight:g}, {len(rows):,} of {size:,} samples ({len(rows) / size:.3g} times)"
+        for i, (weight, rows, size) in enumerate(zip(options.weights, chosen, sizes, strict=True), start=1)
+    ]
+    ids = np.concatenate([rows + first for rows, first in zip(chosen, [0, *bounds], strict=False)])
+    lengths = (ends - starts - 1)[ids]
+    trained = int(lengths.sum())
+    if store.mask is not None:
+        trained = int(np.add.reduceat(store.mask, starts, dtype=np.int64)[ids].sum())
+    weights = {"weights": list(options.weights), "seed": options.selection.seed, "max_length": options.max_length}
+    fingerprint = content_hash({"store": store.fingerprint, **weights})
+    return _Samples(starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines))
+
+
+def _cut(first: int, last: int, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Starts and ends of the samples of a stream that lies at [first, last)."""
+    starts = np.arange(first, last - 1, max_length, dtype=np.int64)
+    return starts, np.minimum(starts + max_length + 1, last)
+
+
+def _key(kind: Kind, sources: Sequence[Source], tokenizer: Tokenizer, rows: RowOptions, sft: SftOptions) -> str:
+    """Name of the cache entry; a stream of documents does not depend on the options of conversations."""
+    selection = rows.selection
+    if not selection.split_ratio and all(s.count is None or selection.method == "first" for s in sources):
+        selection = Selection()  # nothing is drawn, so the seed decides nothing
     parts = {
         "version": FORMAT_VERSION,
         "kind": kind,
-        "files": [[file_hash(file.path), file.path.name, file.suffix, file.limit] for file in files],
+        "sources": [[[_identity(part) for part in source.parts], source.count] for source in sources],
+        "selection": asdict(selection),
+        "columns": rows.columns,
         "tokenizer": tokenizer_identity(tokenizer),
         "options": asdict(sft) if kind == "sft" else None,
     }
     return content_hash(parts)[:40]
+
+
+def _identity(part: Part) -> list[str]:
+    """What decides the rows of a part, and its name, which the report holds."""
+    if isinstance(part, HubSplit):
+        from mswift.data.hub import hub_fingerprint
+
+        return [str(part), hub_fingerprint(part.name, part.subset, part.flag)]
+    return [part.name, file_hash(part.path)]

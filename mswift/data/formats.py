@@ -1,153 +1,142 @@
-"""Files -> raw rows: jsonl, json, csv and txt, each also gzipped.
+"""Files -> numbered rows: jsonl, json, csv, tsv and txt (each also .gz or .zst), parquet and arrow.
 
-`PATH#N` takes the first N rows; a path that exists literally wins over '#N'. A .json or .jsonl file holds an array of
-objects, or one object per line. A .txt file is one document: one row {"text": whole file}. Text is UTF-8. Lines are
-streamed; a json array and a txt file are read whole.
+Files are streamed: what is held is one row and a buffer. A row that cannot be read is a record with an error, and
+reading goes on behind it; where a file is damaged so that what follows cannot be found, a DataError ends the reading.
+A .json or .jsonl file holds an array of objects, one object a line, or (.json) objects one after the other. A .txt file
+is one document: one row {"text": whole file}. Text is UTF-8.
 """
 
 import csv
-import difflib
-import gzip
-import itertools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from mswift.errors import ConfigError, DataError
+from mswift.data.json_stream import checked_value, json_values
+from mswift.data.text_files import Line, first_character, text_lines, text_pieces
+from mswift.errors import DataError
 
 Row = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+ARROW_SUFFIXES = (".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
 _MAX_CSV_FIELD = 2**31 - 1  # csv refuses fields over 131,072 characters otherwise
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One item of --dataset."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a file, or why it could not be read."""
 
-    path: Path
-    suffix: str
-    limit: int | None
-    """Take the first rows only."""
-
-    def __str__(self) -> str:
-        return str(self.path) if self.limit is None else f"{self.path}#{self.limit}"
-
-
-def parse_spec(spec: str, flag: str = "--dataset") -> DataFile:
-    """`PATH` or `PATH#N` -> the file it names; ConfigError names the flag and what would work."""
-    path, limit = Path(spec).expanduser(), None
-    if not path.exists() and (found := re.fullmatch(r"(.+)#([^#/]*)", spec)):
-        path = Path(found[1]).expanduser()
-        if not re.fullmatch(r"0*[1-9][0-9]*", found[2]):
-            raise ConfigError(f"{flag} {spec}: '#{found[2]}' must be a number of rows from 1: {found[1]}#100")
-        limit = int(found[2])
-    if path.is_dir():
-        raise ConfigError(f"{flag} {spec} is a folder; name the files in it: {flag} {path}/*.jsonl")
-    if not path.is_file():
-        raise ConfigError(f"{flag} {spec}: there is no file {path}{_nearest(path)}")
-    return DataFile(path, _suffix(path, flag), limit)
+    number: int
+    """From 1, in its file."""
+    where: str
+    """The file and the row, as errors begin."""
+    row: Row | None
+    error: DataError | None = None
 
 
-def _suffix(path: Path, flag: str) -> str:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix.lower() not in SUFFIXES:
-        raise ConfigError(
-            f"{flag} {path}: '{path.suffix}' is not read; accepted: {', '.join(SUFFIXES)}, each also as .gz"
-        )
-    return suffix.lower()
+def format_of(path: Path) -> str | None:
+    """The suffix that decides how `path` is read, ".jsonl" of "a.JSONL.gz"; None if it is not read."""
+    compressed = path.suffix.lower() in COMPRESSIONS
+    suffix = (Path(path.stem).suffix if compressed else path.suffix).lower()
+    return suffix if suffix in TEXT_SUFFIXES or (suffix in ARROW_SUFFIXES and not compressed) else None
 
 
-def _nearest(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+def read_file(path: Path) -> Iterator[Record]:
+    """Every row in file order; DataError where the rest of the file cannot be read."""
+    suffix = format_of(path)
+    if suffix in ARROW_SUFFIXES:
+        from mswift.data.arrow import arrow_file_rows
 
-
-def read_rows(file: DataFile) -> Iterator[Row]:
-    """Rows in file order, at most `file.limit`; DataError names the file and the line or row that cannot be read."""
-    if file.suffix == ".txt":
-        rows: Iterator[Row] = iter([{"text": "".join(text for _, text in _lines(file.path))}])
-    elif file.suffix == ".csv":
-        rows = _csv_rows(file.path)
-    elif _first_character(file.path) == "[":
-        rows = _array_rows(file.path)
+        values: Iterator[Any] = arrow_file_rows(path)
+    elif suffix == ".txt":
+        values = iter([{"text": "".join(text_pieces(path))}])
+    elif suffix in (".csv", ".tsv"):
+        values = _table_rows(path, "," if suffix == ".csv" else "\t")
+    elif _one_value_a_line(path, suffix):
+        values = _line_values(path)
     else:
-        rows = _object_lines(file.path)
-    return itertools.islice(rows, file.limit)
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number from 1 and text (with its end); one UTF-8 byte-order mark at the start is taken off."""
-    with _open(path) as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if b"\0" in line:
-                    raise DataError(
-                        f"{path}, line {number}: holds a NUL byte, so it is no UTF-8 text; if it is UTF-16: "
-                        f"iconv -f UTF-16 -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
-                    )
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); write it again") from None
-
-
-def _first_character(path: Path) -> str:
-    return next((text.lstrip()[0] for _, text in _lines(path) if text.strip()), "")
-
-
-def _object_lines(path: Path) -> Iterator[Row]:
-    for number, text in _lines(path):
-        if text.strip():
-            yield _as_object(_parse(text, path, number), f"{path}, line {number}")
-
-
-def _array_rows(path: Path) -> Iterator[Row]:
-    values = _parse("".join(text for _, text in _lines(path)), path, 1)
+        values = json_values(text_pieces(path), str(path))
     for number, value in enumerate(values, start=1):
-        yield _as_object(value, f"{path}, row {number}")
+        where = f"{path}, row {number}"
+        if isinstance(value, dict):
+            yield Record(number, where, value)
+        elif isinstance(value, DataError):
+            yield Record(number, where, None, value)
+        else:
+            reason = f"a row must be a JSON object, this is a {type(value).__name__}"
+            yield Record(number, where, None, DataError(f"{where}: {reason}"))
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def required_row(record: Record) -> Row:
+    """The row; raises the error of one that could not be read."""
+    if record.error is not None:
+        raise record.error
+    assert record.row is not None
+    return record.row
+
+
+def count_rows(path: Path) -> int:
+    """Number of records that `read_file` gives; lines are counted without parsing them."""
+    suffix = format_of(path)
+    if suffix == ".parquet":
+        from mswift.data.arrow import parquet_num_rows
+
+        return parquet_num_rows(path)
+    if suffix in (".json", ".jsonl") and _one_value_a_line(path, suffix):
+        return sum(1 for line in text_lines(path) if not line.blank)
+    return sum(1 for _ in read_file(path))
+
+
+def _one_value_a_line(path: Path, suffix: str | None) -> bool:
+    """Whether a JSON file holds one value a line: .jsonl unless it is an array; .json if its first line is a value."""
+    if first_character(path) == "[":
+        return False
+    if suffix == ".jsonl":
+        return True
+    first = next((line for line in text_lines(path) if not line.blank), None)
     try:
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair, escaped: no text that could be encoded
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        json.loads(first.text if first else "")
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _line_values(path: Path) -> Iterator[Any]:
+    return (_parse(line) for line in text_lines(path) if not line.blank)
+
+
+def _parse(line: Line) -> Any:
+    """The JSON value of a line, or the DataError that says why there is none."""
+    if line.error is not None:
+        return line.error
+    try:
+        return checked_value(json.loads(line.text.rstrip()), line.text, line.where)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{path}, line {line}, column {error.colno}: bad JSON ({error.msg}); "
+        return DataError(
+            f"{line.where}, column {error.colno}: bad JSON ({error.msg}); "
             "the file must hold one object per line, or one array of objects"
-        ) from None
+        )
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {first_line}: JSON that cannot be read ({error}); mend or remove it") from None
+        return DataError(f"{line.where}: JSON that cannot be read ({error}); mend or remove it")
 
 
-def _as_object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, this is a {type(value).__name__}")
-    return value
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _table_rows(path: Path, delimiter: str) -> Iterator[Row | DataError]:
     """Cells by the names of the header; an empty cell is an absent field."""
     csv.field_size_limit(_MAX_CSV_FIELD)
-    reader = csv.reader(text for _, text in _lines(path))
-    header = next(reader, [])
-    for number, cells in enumerate((cells for cells in reader if cells), start=1):
-        if len(cells) != len(header):
-            raise DataError(
+    reader = csv.reader((line.require() for line in text_lines(path)), delimiter=delimiter)
+    try:
+        header = next(reader, [])
+        for number, cells in enumerate((cells for cells in reader if cells), start=1):
+            if len(cells) == len(header):
+                yield {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                continue
+            mark = "comma" if delimiter == "," else "tab"
+            yield DataError(
                 f"{path}, row {number} (line {reader.line_num}) has {len(cells)} cells, the header names "
-                f"{len(header)}: put cells that contain a comma, a quote or a line break between double quotes"
+                f"{len(header)}: put cells that contain a {mark}, a quote or a line break between double quotes"
             )
-        yield {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: no table ({error}); save it again as UTF-8 text") from None

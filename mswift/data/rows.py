@@ -1,41 +1,52 @@
-"""Raw rows -> conversations (`sft`) or documents (`pt`): the shape is told by the names of the fields.
+"""Raw rows -> conversations or documents (`pt`): the shape is told by the names of the fields.
 
-Nothing is guessed: a row with two possible questions, an unknown role or a field that would change what is learned is a
-DataError that names the row. Fields that play no part are reported to the caller, which counts them.
+Nothing is guessed: a row with two possible questions, an unknown role or a field of a message that might change what is
+learned is a DataError that names the row. Columns that play no part are kept in `extra`, and the caller counts them.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from mswift.data import toolbench
+from mswift.data.blocks import read_content
+from mswift.data.fields import json_value, names, text_of, to_tools
+from mswift.data.media import collect_media
+from mswift.data.messages import Message, check_weights, learned_turns, read_messages, read_transcript
+from mswift.data.preference import PREFERENCE_NAMES, read_preference
 from mswift.errors import DataError
-
-Message = dict[str, Any]
-"""{"role": system|user|assistant|tool, "content": str}; an assistant message may hold "tool_calls"."""
 
 QUERY_NAMES = ("query", "prompt", "question", "instruction", "input", "problem")
 RESPONSE_NAMES = ("response", "completion", "answer", "output", "target", "solution")
-_MULTIMODAL_NAMES = ("image", "images", "video", "videos", "audio", "audios")
-_ROLES = {
-    "system": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "function_call": "function_call", "tool_call": "function_call",
-    "tool": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool",
-}  # fmt: skip
+MESSAGE_NAMES = ("messages", "conversations", "conversation")
+TOOL_NAMES = ("tools", "functions", "function")
+_ANSWER_KEY = "ground_truth"  # rows of answers alone, as BFCL keeps them in a file beside the prompts
 _SHAPES = (
     "messages [{role, content}]; conversations [{from, value}]; instruction/[input/]output; query/response "
-    f"(query may be called {', '.join(QUERY_NAMES[1:])}; response may be called {', '.join(RESPONSE_NAMES[1:])})"
+    f"(query may be called {', '.join(QUERY_NAMES[1:])}; response may be called {', '.join(RESPONSE_NAMES[1:])}); "
+    "each with chosen/rejected, rejected_response or rejected_messages"
 )
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sft row, normalised."""
+    """One row, normalised."""
 
     messages: list[Message]
+    """See `mswift.data.messages`. Of a preference row: with the chosen answer."""
     tools: list[dict[str, Any]] | None
     ignored: frozenset[str]
-    """Fields of the row that play no part."""
+    """Fields of the row that supervised fine-tuning does not use."""
+    rejected_messages: list[Message] | None = None
+    """A preference row's other conversation, whole."""
+    label: bool | None = None
+    """KTO: whether the answer is a good one."""
+    margin: float | None = None
+    """By how much the chosen answer is better."""
+    media: dict[str, list[Any]] = field(default_factory=dict)
+    """images, videos, audios: a path, a URL or what the column holds, for each mark in the texts in turn."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that are none of these, for reward functions."""
 
 
 def to_document(row: Mapping[str, Any], where: str) -> str:
@@ -43,148 +54,157 @@ def to_document(row: Mapping[str, Any], where: str) -> str:
     name = "text" if "text" in row else "response"
     if name not in row or (name == "response" and any(row.get(query) for query in QUERY_NAMES)):
         raise DataError(
-            f"{where}: pt takes rows with a `text` field (or .txt files); this one has {_names(row)}. "
+            f"{where}: pt takes rows with a `text` field (or .txt files); this one has {names(row)}. "
             "Rename the field, or train on conversations with `mswift sft`"
         )
-    if not isinstance(row[name], str):
-        raise DataError(f"{where}: `{name}` must be a string, it is a {type(row[name]).__name__}")
-    text: str = row[name]
-    return text
+    return text_of(row[name], f"`{name}`", where)
 
 
 def to_conversation(
     row: Mapping[str, Any], where: str, default_system: str | None = None, *, for_training: bool = True
 ) -> Conversation:
-    """Normalise an sft row of any accepted shape; DataError starts with `where` (file and row).
+    """Normalise a row of any accepted shape; DataError starts with `where` (file and row).
 
-    `for_training`: there must be assistant turns, with something to learn in each.
+    `for_training`: it is fine-tuned on, so there must be assistant turns, with something to learn in each, and no
+    media.
     """
-    fields = {name: value for name, value in row.items() if value not in (None, "", [])}
-    for name in _MULTIMODAL_NAMES:
-        if name in fields:
-            raise DataError(f"{where}: `{name}` cannot be trained on yet; remove the field to train on the text alone")
-    used, messages = _read_shape(fields, where)
-    tools = _tools(fields.get("tools"), where)
-    system = fields.get("system")
-    if messages and messages[0]["role"] == "system":
-        if system is not None:
-            raise DataError(f"{where} has a `system` field and a system message; keep one of them")
-    elif (system := system if system is not None else default_system) is not None:
-        messages.insert(0, {"role": "system", "content": _text(system, "`system`", where)})
+    conversation = read_row(row, where)
+    messages = conversation.messages
+    if default_system is not None and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": default_system})
+    if conversation.media:
+        used = ", ".join(f"`{name}`" for name in conversation.media)
+        raise DataError(f"{where}: {used} cannot be trained on yet; remove the field to train on the text alone")
     if for_training:
         _check_turns(messages, where)
-    return Conversation(messages, tools, frozenset(fields) - used - {"system", "tools"})
+        check_weights(messages, where)
+    return conversation
 
 
-def _read_shape(fields: Mapping[str, Any], where: str) -> tuple[set[str], list[Message]]:
-    """Names of the fields used, and the messages in them."""
-    for name in ("messages", "conversations", "conversation"):
+def read_row(row: Mapping[str, Any], where: str) -> Conversation:
+    """Normalise a row of any accepted shape, whatever it is for: preference, reward, generation, media."""
+    fields = {name: value for name, value in row.items() if value not in (None, "", [])}
+    if toolbench.is_answer(fields) or toolbench.is_query(fields):
+        fields = toolbench.to_fields(fields, where)
+    media: dict[str, list[Any]] = {}
+    used, messages, rejected = _read_shape(fields, where, media)
+    tool_names = [name for name in TOOL_NAMES if name in fields and (name != "function" or _is_list(fields[name]))]
+    if len(tool_names) > 1:
+        raise DataError(f"{where} has {names(tool_names)}, and only one can be used; remove the others")
+    tools = to_tools(fields[tool_names[0]], where) if tool_names else None
+    _add_system(fields.get("system"), [messages, *([rejected] if rejected else [])], where)
+    used |= {*tool_names, "system"} | collect_media(fields, messages, media, where)
+    label, margin = _label(fields.get("label")), _margin(fields.get("margin"), where)
+    read = used | ({"label"} if label is not None else set()) | ({"margin"} if margin is not None else set())
+    extra = {name: value for name, value in fields.items() if name not in read | set(PREFERENCE_NAMES)}
+    learnt = used - set(PREFERENCE_NAMES) | ({"chosen", "chosen_messages"} & used)
+    return Conversation(messages, tools, frozenset(set(fields) - learnt), rejected, label, margin, media, extra)
+
+
+def _read_shape(
+    fields: Mapping[str, Any], where: str, media: dict[str, list[Any]]
+) -> tuple[set[str], list[Message], list[Message] | None]:
+    """Names of the fields used, the messages in them, and those of the rejected conversation."""
+    used, prompt = _read_prompt(fields, where, media)
+    named, chosen, rejected = read_preference(fields, prompt, where, media)
+    if not used and not named and _ANSWER_KEY in fields:
+        return set(), [], None
+    if not used and not named:
+        hint = " Plain text is trained on with `mswift pt`." if "text" in fields else ""
+        raise DataError(f"{where}: unknown shape. Fields found: {names(fields)}. Accepted: {_SHAPES}.{hint}")
+    return used | named, chosen, rejected
+
+
+def _read_prompt(fields: Mapping[str, Any], where: str, media: dict[str, list[Any]]) -> tuple[set[str], list[Message]]:
+    """The conversation that the row holds; of a preference row possibly only what comes before the answers."""
+    for name in MESSAGE_NAMES:
         if name in fields:
-            return {name}, _messages(fields[name], where)
+            return {name}, read_messages(fields[name], where, media)
     queries = [name for name in QUERY_NAMES if name in fields]
     responses = [name for name in RESPONSE_NAMES if name in fields]
     if not queries:
-        hint = " Plain text is trained on with `mswift pt`." if "text" in fields else ""
-        raise DataError(f"{where}: unknown shape. Fields found: {_names(fields)}. Accepted: {_SHAPES}.{hint}")
+        spoken = read_transcript(fields["text"], where) if isinstance(fields.get("text"), str) else None
+        return (set(), []) if spoken is None else ({"text"}, spoken)
     alpaca = queries == ["instruction", "input"]
-    for names in ([] if alpaca else queries, responses):
-        if len(names) > 1:
-            raise DataError(f"{where} has {_names(names)}, and only one can be used; remove or rename the others")
-    query = "\n".join(_text(fields[name], f"`{name}`", where) for name in queries)
-    response = fields[responses[0]] if responses else None
-    return {*queries, *responses, "history"}, _pair(query, response, fields.get("history"), where)
+    for several in ([] if alpaca else queries, responses):
+        if len(several) > 1:
+            raise DataError(f"{where} has {names(several)}, and only one can be used; remove or rename the others")
+    messages = _history(fields.get("history"), where, media)
+    if alpaca:
+        texts = [text_of(fields[name], f"`{name}`", where) for name in queries]
+        messages += [{"role": "user", "content": "\n".join(texts)}]
+    else:
+        messages += _turns(fields[queries[0]], "user", queries[0], where, media)
+    if responses:
+        messages += _turns(fields[responses[0]], "assistant", responses[0], where, media)
+    return {*queries, *responses, "history"}, messages
 
 
-def _pair(query: Any, response: Any, history: Any, where: str) -> list[Message]:
-    if history is not None and not (
-        isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
-    ):
+def _turns(value: Any, role: str, name: str, where: str, media: dict[str, list[Any]]) -> list[Message]:
+    """A text of `role`, or messages (TRL's conversational prompt and completion, and BFCL's list of turns)."""
+    if isinstance(value, list):
+        flat = [item for part in value for item in (part if isinstance(part, list) else [part])]
+        return read_messages(flat, where, media)
+    spoken = read_transcript(value, where) if isinstance(value, str) else None
+    return spoken or [{"role": role, "content": text_of(value, f"`{name}`", where)}]
+
+
+def _history(history: Any, where: str, media: dict[str, list[Any]]) -> list[Message]:
+    if history is None:
+        return []
+    if isinstance(history, str):
+        return _history(json_value(history, "`history`", where), where, media)
+    if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+        return read_messages(history, where, media)
+    if not (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)):
         raise DataError(f"{where}: `history` must be a list of [query, response] pairs")
     messages = []
-    for question, answer in [*(history or []), (query, response)]:
-        messages.append({"role": "user", "content": _text(question, "a query", where)})
+    for question, answer in history:
+        messages.append({"role": "user", "content": text_of(question, "a query", where)})
         if answer is not None:
-            messages.append({"role": "assistant", "content": _text(answer, "a response", where)})
+            messages.append({"role": "assistant", "content": text_of(answer, "a response", where)})
     return messages
 
 
-def _messages(values: Any, where: str) -> list[Message]:
-    if not isinstance(values, list):
-        raise DataError(f"{where}: messages must be a list, this is a {type(values).__name__}")
-    messages: list[Message] = []
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError(f"{where}, message {number}: must be an object with role and content")
-        messages += _message(value, f"{where}, message {number}")
-    return messages
+def _add_system(value: Any, conversations: list[list[Message]], where: str) -> None:
+    if value is None:
+        return
+    text = read_content(value, f"{where}: `system`", {}).text if isinstance(value, list) else value
+    for messages in conversations:
+        if messages and messages[0]["role"] == "system":
+            raise DataError(f"{where} has a `system` field and a system message; keep one of them")
+        messages.insert(0, {"role": "system", "content": text_of(text, "`system`", where)})
 
 
-def _message(value: Mapping[str, Any], where: str) -> list[Message]:
-    """One message; or the two of a {human, assistant} pair."""
-    fields = {name: item for name, item in value.items() if item is not None}
-    if set(fields) == {"human", "assistant"}:
-        return _pair(fields["human"], fields["assistant"], None, where)
-    role_name, content_name = ("from", "value") if "from" in fields else ("role", "content")
-    if unknown := set(fields) - {role_name, content_name}:
-        raise DataError(
-            f"{where}: field {_names(unknown)} would change what is learned and is not supported; "
-            f"a message has `{role_name}` and `{content_name}` only"
-        )
-    if set(fields) != {role_name, content_name}:
-        raise DataError(f"{where}: needs role and content (or from and value), has {_names(fields)}")
-    role = _ROLES.get(fields[role_name]) if isinstance(fields[role_name], str) else None
-    if role is None:
-        raise DataError(f"{where}: unknown role {fields[role_name]!r}; accepted: {', '.join(_ROLES)}")
-    content = _text(fields[content_name], f"`{content_name}`", where)
-    if role == "function_call":
-        return [{"role": "assistant", "content": "", "tool_calls": _tool_calls(content, where)}]
-    return [{"role": role, "content": content}]
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
-def _tool_calls(content: str, where: str) -> list[dict[str, Any]]:
-    calls = _json(content, "a function call", where)
-    functions = calls if isinstance(calls, list) else [calls]
-    for function in functions:
-        if not (isinstance(function, dict) and set(function) == {"name", "arguments"}):
-            raise DataError(f'{where}: a function call must be JSON {{"name": ..., "arguments": {{...}}}}')
-    return [{"type": "function", "function": function} for function in functions]
+def _label(value: Any) -> bool | None:
+    """KTO's label; one that is no yes or no is a column like any other."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Function descriptions in OpenAI's form, from a list or its JSON text."""
-    tools = _json(value, "`tools`", where) if isinstance(value, str) else value
-    if not tools:
-        return None
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{where}: `tools` must be a list of function descriptions")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _json(text: str, what: str, where: str) -> Any:
+def _margin(value: Any, where: str) -> float | None:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: {what} is not JSON ({error.msg} at character {error.pos})") from None
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{where}: `margin` must be a number, it is {value!r}") from None
 
 
-def _check_turns(messages: Sequence[Message], where: str) -> None:
+def _check_turns(messages: list[Message], where: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{where} has no assistant turn, and sft learns from nothing else: add one, remove the row, or train on it "
             "as plain text (a `text` field) with `mswift pt`"
         )
-    for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+    if not (indices := learned_turns(messages)):
+        raise DataError(f"{where}: `loss` is off on every assistant turn, there is nothing to learn; remove the row")
+    for index in indices:
+        message = messages[index]
+        if not message["content"].strip() and "tool_calls" not in message:
             raise DataError(
-                f"{where}, message {number}: the assistant turn is empty; write its answer or remove the row"
+                f"{where}, message {index + 1}: the assistant turn is empty; write its answer or remove the row"
             )
-
-
-def _text(value: Any, what: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be a string, it is a {type(value).__name__}")
-    return value
-
-
-def _names(names: Mapping[str, Any] | Sequence[str] | set[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names)) or "no field"

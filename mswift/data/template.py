@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mswift.data.rows import Conversation, Message
+from mswift.data.messages import Message, learned_turns
+from mswift.data.rows import Conversation
 from mswift.data.tokenizer import Tokenizer, render, special_tokens, template_end_token_id
 from mswift.errors import ConfigError, DataError
 
@@ -68,10 +69,10 @@ class ChatTemplate:
     def render(self, conversation: Conversation, where: str) -> list[Rendering]:
         """One rendering, or several where later messages change how earlier turns are written; DataError names `where`.
 
-        Messages after the last assistant turn teach nothing and are left out.
+        Messages after the last assistant turn that is learned teach nothing and are left out.
         """
         messages, tools = conversation.messages, conversation.tools
-        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        indices = learned_turns(messages)
         turns = [self._turn(messages, index, tools, where) for index in indices]
         if tools and turns[0].text == self._render(messages[: indices[0] + 1], None, False, where):
             raise DataError(

@@ -2,24 +2,37 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from mswift.data.batch import Sample
 from mswift.data.cache import StoreWriter
-from mswift.data.formats import DataFile, Row, read_rows
-from mswift.data.rows import to_conversation, to_document
+from mswift.data.formats import Record, Row, required_row
+from mswift.data.report import FileReport, rejection
+from mswift.data.rows import Conversation, to_conversation, to_document
+from mswift.data.selection import Selection, selected_parts
+from mswift.data.sources import Part, Source
 from mswift.data.spans import tokenize
-from mswift.data.template import ChatTemplate
+from mswift.data.template import ChatTemplate, Rendering
 from mswift.data.tokenizer import Tokenizer, encode, end_token_id
+from mswift.data.truncation import Strategy, fit
 from mswift.errors import DataError
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4_000_000
-_NAMED_ROWS = 10
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Options that decide which rows there are and what their columns are called."""
+
+    selection: Selection = field(default_factory=Selection)
+    columns: tuple[tuple[str, str], ...] = ()
+    """(name in the file, name that is meant)."""
 
 
 @dataclass(frozen=True)
@@ -27,143 +40,177 @@ class SftOptions:
     """Options that decide the tokens of a conversation."""
 
     max_length: int
-    truncation_strategy: Literal["delete", "right", "raise"]
+    truncation_strategy: Strategy
     system: str | None
 
 
-@dataclass
-class FileReport:
-    """What became of the rows of one file."""
+class _Rows:
+    """The rows of all sources in batches; bad ones are counted and written down, or raised (`strict`)."""
 
-    name: str
-    limit: int | None
-    rows: int = 0
-    samples: int = 0
-    ignored_fields: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
-    """Samples whose end was cut."""
-    left_out: dict[str, list[int]] = field(default_factory=dict)
-    """Reason -> numbers of the rows (from 1)."""
+    def __init__(
+        self, writer: StoreWriter, sources: Sequence[Source], options: RowOptions, strict: bool, progress: bool
+    ) -> None:
+        self._writer, self._sources, self._options = writer, sources, options
+        self._strict, self._progress = strict, progress
+        self._columns = Counter[str]()
+        self._reports: list[FileReport] = []
+        self._ends: list[tuple[int, int]] = []
 
-    def leave_out(self, reason: str, row: int) -> None:
-        """Count a row that is not trained on."""
-        self.left_out.setdefault(reason, []).append(row)
+    def batches(self) -> Iterator[tuple[FileReport, list[Record]]]:
+        """Batches of readable rows, source by source. DataError: a source without rows, or with none that is good."""
+        for index, source in enumerate(self._sources):
+            reports: list[FileReport] = []
+            limit = source.count if len(source.parts) == 1 else None
+            for part, size, records in selected_parts(source, index, self._options.selection):
+                reports.append(report := FileReport(part.name, limit, size))
+                for batch in _batches(self._readable(records, report), part, self._progress):
+                    yield report, batch
+            self._reports += reports
+            self._ends.append((self._writer.num_pieces, self._writer.num_tokens))
+            _require_rows(source, reports, self._options.selection)
 
-    def line(self) -> str:
-        """The report in one line."""
-        parts = [f"{self.name}: {self.rows:,} rows"]
-        if self.limit is not None and self.rows < self.limit:
-            parts.append(f"{self.limit:,} were asked for")
-        if self.samples:
-            parts.append(f"{self.samples:,} samples")
-        if self.cut:
-            parts.append(f"{self.cut:,} of them cut at the end")
-        for reason, rows in self.left_out.items():
-            named = ", ".join(map(str, rows[:_NAMED_ROWS])) + (", ..." if len(rows) > _NAMED_ROWS else "")
-            parts.append(f"{len(rows):,} left out ({reason}: row {named})")
-        if self.ignored_fields:
-            fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.ignored_fields.items()))
-            parts.append(f"fields not used: {fields}")
-        return "; ".join(parts)
+    @contextmanager
+    def rejecting(self, report: FileReport, record: Record) -> Iterator[None]:
+        """A DataError inside the block rejects the row."""
+        try:
+            yield
+        except DataError as error:
+            if self._strict:
+                raise
+            self._writer.reject(rejection(report, record.number, record.row, error))
+
+    def report(self) -> dict[str, Any]:
+        """For the index: every file's report, and where each source ends: (pieces, tokens)."""
+        return {"files": [asdict(report) for report in self._reports], "source_ends": self._ends}
+
+    def unused_columns(self) -> list[str]:
+        """Names in --columns that no row has."""
+        return [name for name, _ in self._options.columns if not self._columns[name]]
+
+    def _readable(self, records: Iterator[Record], report: FileReport) -> Iterator[Record]:
+        for record in records:
+            report.rows += 1
+            with self.rejecting(report, record):
+                row = required_row(record)
+                self._columns.update(name for name, _ in self._options.columns if name in row)
+                yield Record(record.number, record.where, renamed_row(row, self._options.columns, record.where))
+
+
+def renamed_row(row: Row, columns: Sequence[tuple[str, str]], where: str) -> Row:
+    """The row with the names of --columns."""
+    renamed = dict(row)
+    for name, meant in columns:
+        if name in renamed:
+            if row.get(meant) not in (None, "", []):
+                raise DataError(f"{where}: --columns calls `{name}` `{meant}`, and the row has a `{meant}` besides")
+            renamed[meant] = renamed.pop(name)
+    return renamed
 
 
 def write_documents(
-    writer: StoreWriter, files: Sequence[DataFile], tokenizer: Tokenizer, progress: bool
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: RowOptions,
+    *,
+    strict: bool,
+    progress: bool,
 ) -> Mapping[str, Any]:
     """The stream of all documents, each ended by the end token (once, if its text already ends with it)."""
     end = end_token_id(tokenizer)
-    reports = []
-    for file in files:
-        reports.append(report := FileReport(file.path.name, file.limit))
-        for batch in _batches(file, report, progress):
-            texts = [to_document(row, f"{file.path}, row {number}") for number, row in batch]
-            for (number, _), ids in zip(batch, encode(tokenizer, texts), strict=True):
-                if not ids:
-                    report.leave_out("empty", number)
-                    continue
-                writer.add(np.array(ids if ids[-1] == end else [*ids, end], dtype=np.int32))
-        _require_rows(report, file)
+    rows = _Rows(writer, sources, options, strict, progress)
+    for report, batch in rows.batches():
+        texts: list[str] = []
+        numbers: list[int] = []
+        for record in batch:
+            with rows.rejecting(report, record):
+                texts.append(to_document(record.row or {}, record.where))
+                numbers.append(record.number)
+        for number, ids in zip(numbers, encode(tokenizer, texts), strict=True):
+            if not ids:
+                report.leave_out("empty", number)
+                continue
+            writer.add(np.array(ids if ids[-1] == end else [*ids, end], dtype=np.int32))
     if writer.num_tokens < 2:
-        raise DataError(f"{_names(files)}: every document is empty, there is nothing to train on; write text in them")
-    return {"files": [asdict(report) for report in reports]}
+        raise DataError(f"{_names(sources)}: every document is empty, there is nothing to train on; write text in them")
+    return rows.report() | {"unused_columns": rows.unused_columns()}
 
 
 def write_conversations(
     writer: StoreWriter,
-    files: Sequence[DataFile],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
-    options: SftOptions,
+    options: RowOptions,
+    sft: SftOptions,
+    *,
+    strict: bool,
     progress: bool,
     model_positions: int | None = None,
 ) -> Mapping[str, Any]:
-    """One sample per rendering of each row, cut or left out by `options.truncation_strategy`."""
+    """One sample per rendering of each row, cut or left out by `sft.truncation_strategy`."""
     template = ChatTemplate(tokenizer)
-    reports = []
+    rows = _Rows(writer, sources, options, strict, progress)
     shortest: int | None = None
-    for file in files:
-        reports.append(report := FileReport(file.path.name, file.limit))
-        ignored: Counter[str] = Counter()
-        for batch in _batches(file, report, progress):
-            renderings, numbers = [], []
-            for number, row in batch:
-                where = f"{file.path}, row {number}"
-                conversation = to_conversation(row, where, options.system)
-                ignored.update(conversation.ignored)
-                found = template.render(conversation, where)
-                renderings += found
-                numbers += [number] * len(found)
-            places = [f"{file.path}, row {number}" for number in numbers]
-            for sample, number, where in zip(tokenize(tokenizer, renderings, places), numbers, places, strict=True):
+    for report, batch in rows.batches():
+        rendered: list[tuple[Record, list[Rendering]]] = []
+        for record in batch:
+            with rows.rejecting(report, record):
+                conversation = to_conversation(record.row or {}, record.where, sft.system)
+                rendered.append((record, template.render(conversation, record.where)))
+                _count_ignored(report, conversation)
+        for record, samples in _tokenized(rows, report, tokenizer, rendered):
+            for sample in samples:
                 shortest = min(len(sample.tokens), shortest or len(sample.tokens))
-                if (kept := _fit(sample, options, report, number, where)) is not None:
+                for kept in fit(sample, sft.max_length, sft.truncation_strategy, report, record.number, record.where):
                     writer.add_sample(kept)
                     report.samples += 1
-        report.ignored_fields = dict(ignored)
-        _require_rows(report, file)
     if writer.num_tokens == 0:
-        assert shortest is not None  # there are rows, and each is at least one sample
-        longest = model_positions or shortest
-        raise DataError(
-            f"{_names(files)}: no sample fits in --max_length {options.max_length}; the shortest has {shortest} tokens"
-            + (
-                f": --max_length {shortest} takes it"
-                if shortest <= longest
-                else f", the model takes {longest} (max_position_embeddings): split the rows, or cut them with "
-                f"--truncation_strategy right --max_length {longest}"
-            )
-        )
-    return {"files": [asdict(report) for report in reports]}
+        assert shortest is not None  # there are good rows, and each is at least one sample
+        raise _nothing_fits(_names(sources), sft.max_length, shortest, model_positions)
+    return rows.report() | {"unused_columns": rows.unused_columns()}
 
 
-def _fit(sample: Sample, options: SftOptions, report: FileReport, number: int, where: str) -> Sample | None:
-    """The sample in at most max_length tokens, or None where it is left out."""
-    length, limit = len(sample.tokens), options.max_length
-    if length <= limit:
-        return sample
-    if options.truncation_strategy == "raise":
-        raise DataError(
-            f"{where} has {length} tokens, --max_length is {limit}: --max_length {length} takes it, "
-            "--truncation_strategy delete leaves it out, --truncation_strategy right cuts its end"
-        )
-    if options.truncation_strategy == "delete":
-        report.leave_out(f"longer than --max_length {limit}", number)
-        return None
-    if not sample.loss_mask[:limit].any():
-        report.leave_out(f"nothing to learn in the first {limit} tokens", number)
-        return None
-    report.cut += 1
-    return Sample(sample.tokens[:limit], sample.loss_mask[:limit])
+def _tokenized(
+    rows: _Rows, report: FileReport, tokenizer: Tokenizer, rendered: Sequence[tuple[Record, list[Rendering]]]
+) -> list[tuple[Record, list[Sample]]]:
+    """Samples of each row; where one row of the batch cannot be tokenised, all are tried one by one."""
+    renderings = [rendering for _, found in rendered for rendering in found]
+    try:
+        samples = iter(tokenize(tokenizer, renderings, [record.where for record, found in rendered for _ in found]))
+        return [(record, [next(samples) for _ in found]) for record, found in rendered]
+    except DataError:
+        if len(rendered) > 1:
+            return [pair for one in rendered for pair in _tokenized(rows, report, tokenizer, [one])]
+        with rows.rejecting(report, rendered[0][0]):
+            raise
+        return []
 
 
-def _batches(file: DataFile, report: FileReport, progress: bool) -> Iterator[list[tuple[int, Row]]]:
-    """Numbered rows (from 1) in batches of bounded size; counts them in the report."""
-    rows = tqdm(read_rows(file), desc=f"tokenise {file.path.name}", unit=" rows", disable=None if progress else True)
-    batch: list[tuple[int, Row]] = []
+def _count_ignored(report: FileReport, conversation: Conversation) -> None:
+    for name in conversation.ignored:
+        report.ignored_fields[name] = report.ignored_fields.get(name, 0) + 1
+
+
+def _nothing_fits(names: str, max_length: int, shortest: int, model_positions: int | None) -> DataError:
+    longest = model_positions or shortest
+    remedy = (
+        f": --max_length {shortest} takes it"
+        if shortest <= longest
+        else f", the model takes {longest} (max_position_embeddings): split the rows, or cut them with "
+        f"--truncation_strategy right --max_length {longest}"
+    )
+    return DataError(
+        f"{names}: no sample fits in --max_length {max_length}; the shortest has {shortest} tokens{remedy}"
+    )
+
+
+def _batches(records: Iterator[Record], part: Part, progress: bool) -> Iterator[list[Record]]:
+    """Rows in batches of bounded size."""
+    batch: list[Record] = []
     characters = 0
-    for number, row in enumerate(rows, start=1):
-        report.rows = number
-        batch.append((number, row))
-        characters += sum(len(str(value)) for value in row.values())
+    for record in tqdm(records, desc=f"tokenise {part.name}", unit=" rows", disable=None if progress else True):
+        batch.append(record)
+        characters += sum(len(str(value)) for value in (record.row or {}).values())
         if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -171,12 +218,19 @@ def _batches(file: DataFile, report: FileReport, progress: bool) -> Iterator[lis
         yield batch
 
 
-def _require_rows(report: FileReport, file: DataFile) -> None:
-    if not report.rows:
-        raise DataError(
-            f"{file.path} holds no rows: the data set is empty; write at least one row or name another file"
-        )
+def _require_rows(source: Source, reports: Sequence[FileReport], selection: Selection) -> None:
+    name = str(source.parts[0]) if len(source.parts) == 1 else source.spec
+    if not (total := sum(report.rows for report in reports)):
+        if selection.split_ratio:
+            raise DataError(
+                f"{name}: --split_dataset_ratio {selection.split_ratio:g} leaves no row for {selection.part}; take "
+                "another share, name the files of --val_dataset, or add rows"
+            )
+        raise DataError(f"{name} holds no rows: the data set is empty; write at least one row or name another file")
+    if sum(report.rejected.rows for report in reports) == total:
+        reason = next(reason for report in reports for reason in report.reasons)
+        raise DataError(f"{name}: none of its {total:,} rows can be used; the first: {reason}")
 
 
-def _names(files: Sequence[DataFile]) -> str:
-    return ", ".join(str(file.path) for file in files)
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(str(part) for source in sources for part in source.parts)

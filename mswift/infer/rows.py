@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mswift.data.formats import parse_spec, read_rows
+from mswift.data.formats import required_row
 from mswift.data.rows import to_conversation
+from mswift.data.selection import Selection, selected_parts
+from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, DataError
 from mswift.infer.request import Message, Request, Sampling
 
@@ -29,9 +31,9 @@ def read_dataset(specs: Iterable[str], system: str | None) -> list[Row]:
     """
     rows: list[Row] = []
     for spec in specs:
-        file = parse_spec(spec, "--val_dataset")
-        for number, fields in enumerate(read_rows(file), start=1):
-            rows.append(_to_row(fields, f"{file.path}, row {number}", system))
+        source = parse_source(spec, "--val_dataset")
+        for _, _, records in selected_parts(source, 0, Selection()):
+            rows += [_to_row(required_row(record), record.where, system) for record in records]
     if not rows:
         raise DataError(f"--val_dataset {' '.join(specs)}: no rows, nothing to answer")
     return rows

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
+from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import sequence_multiple
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
-from mswift.refusals import check_schedule, train_dtype
+from mswift.refusals import check_schedule, parse_columns, train_dtype
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
@@ -38,22 +40,31 @@ def build_data(
     tokenizer = load_tokenizer(reader.hf_files)
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
+    selection = Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio)
     options = DataOptions(
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
         system=config.system if isinstance(config, SftConfig) else None,
         model_positions=reader.table.spec.max_position_embeddings,
         cache_dir=config.cache_dir,
+        selection=selection,
+        columns=parse_columns(config.columns),
+        weights=config.dataset_weights,
+        strict=config.strict,
     )
 
-    def build(flag: str, specs: tuple[str, ...]) -> TokenDataset:
+    def build(flag: str, specs: tuple[str, ...], options: DataOptions) -> TokenDataset:
         return build_dataset(
             kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=patient_barrier,
             progress=info.rank == 0, flag=flag,
         )  # fmt: skip
 
-    data = build("--dataset", config.dataset)
-    val_data = build("--val_dataset", config.val_dataset) if config.val_dataset else None
+    data, val_data = build("--dataset", config.dataset, options), None
+    if config.split_dataset_ratio:
+        apart = replace(options, selection=replace(selection, part="validation"), weights=())
+        val_data = build("--dataset", config.dataset, apart)
+    elif config.val_dataset:
+        val_data = build("--val_dataset", config.val_dataset, replace(options, selection=Selection(), weights=()))
     for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
         if some is not None:
             _check_fits(flag, some, reader.table.spec, tokenizer)

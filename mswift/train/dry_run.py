@@ -109,8 +109,10 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable) -> Iterator
 
 
 def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    yield "data", ", ".join(config.dataset) or "none"
-    yield "validation", ", ".join(config.val_dataset) or "none"
+    shares = [f"{weight:g} " for weight in config.dataset_weights] or [""] * len(config.dataset)
+    yield "data", ", ".join(map("".join, zip(shares, config.dataset, strict=False))) or "none"
+    split = f"{config.split_dataset_ratio:.3g} of the rows" if config.split_dataset_ratio else "none"
+    yield "validation", ", ".join(config.val_dataset) or split
     iters, epochs = config.train_iters, config.num_train_epochs
     steps = f"{epochs or 'no'} epochs" if iters is None else f"{iters:,} steps"
     decay = f" to {config.min_lr:g} in {config.lr_decay_iters or 'all'} steps"

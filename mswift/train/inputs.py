@@ -11,7 +11,7 @@ from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
-from mswift.data.formats import parse_spec
+from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
@@ -28,8 +28,8 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: train_dtype(config, stored_dtype),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
-        *(partial(parse_spec, spec, "--dataset") for spec in config.dataset),
-        *(partial(parse_spec, spec, "--val_dataset") for spec in config.val_dataset),
+        *(partial(parse_source, spec, "--dataset") for spec in config.dataset),
+        *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
         lambda: start_of(config),
     ]
     refusals = []

@@ -9,6 +9,7 @@ import torch
 
 from mswift import rundir
 from mswift.config.loader import dump, to_dict
+from mswift.data.dataset import write_rejected
 from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.train import checkpoint
@@ -117,8 +118,9 @@ def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
 
 
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
-    """The configuration for people to read, and the metrics cut back to where the run continues."""
+    """The configuration for people to read, the bad rows, and the metrics cut back to where the run continues."""
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
+    write_rejected(run.output_dir / rundir.REJECTED, [run.data, *([run.val_data] if run.val_data else [])])
     rundir.truncate_metrics(run.output_dir, state.step if state else 0)
 
 

@@ -261,7 +261,7 @@ def test_data_that_cannot_be_read(home: Path, tmp_path: Path, capsys: Capture, n
     content, words = ROWS[name]
     path = tmp_path / name
     path.write_bytes(content)
-    run = train(home, tmp_path / "run", "--train_iters", 1)
+    run = train(home, tmp_path / "run", "--train_iters", 1, "--strict")
     refused(capsys, 1, [*run, "--dataset", str(path)], str(path), *words)
     refused(capsys, 1, [*run, "--val_dataset", str(path)], str(path), *words)
 
@@ -298,6 +298,23 @@ def test_data_that_is_mended_as_the_message_says(home: Path, tmp_path: Path, cap
         "--rope_scaling yarn --max_model_len",
     )
     works(run(*error.split("pass ")[1].split(), "--truncation_strategy", "right"))
+
+
+def test_a_bad_row_is_left_out_said_and_written_down(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Mixtures and the validation split reach training too: the shares are printed, the rows apart are evaluated."""
+    good, bad = (tmp_path / name for name in ("good.jsonl", "bad.jsonl"))
+    good.write_text(ROW * 10)
+    bad.write_text(ROW * 5 + "{\n" + ROW * 4)
+    run = train(home, tmp_path / "run", "--train_iters", 1, "--dataset", good, bad, "--dataset_weights", 1, 3)
+    works([*run, "--split_dataset_ratio", "0.2", "--eval_steps", "1", "--seed", "1"])
+    printed = capsys.readouterr().out
+    assert "bad.jsonl: 8 rows of 10; 7 samples; 1 rejected (row 6), the first:" in printed
+    assert "source 2: weight 3, 11 of 7 samples (1.57 times)" in printed
+    (line,) = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    assert (json.loads(line)["file"], json.loads(line)["row"]) == ("bad.jsonl", 6)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["eval_loss"] > 0
+    refused(capsys, 1, [*run, "--output_dir", str(tmp_path / "other"), "--strict"], "line 6, column 2: bad JSON")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from mswift.data.formats import parse_spec, read_rows
+from mswift.data.formats import required_row
 from mswift.data.rows import Conversation, to_conversation
+from mswift.data.selection import Selection, selected_parts
+from mswift.data.sources import parse_source
 from mswift.data.spans import tokenize
 from mswift.data.template import ChatTemplate
 from mswift.data.tokenizer import load_tokenizer
@@ -40,6 +42,12 @@ def with_template(qwen, monkeypatch):
     return change
 
 
+def _rows(spec):
+    """Rows of a file of ../shared."""
+    source = parse_source(str(spec))
+    return [required_row(record) for _, _, records in selected_parts(source, 0, Selection()) for record in records]
+
+
 def _samples(tokenizer, messages, tools=None):
     renderings = ChatTemplate(tokenizer).render(Conversation(messages, tools, frozenset()), "a.jsonl, row 3")
     return tokenize(tokenizer, renderings, ["a.jsonl, row 3"] * len(renderings))
@@ -55,7 +63,7 @@ def _disagreements(tokenizer, file, break_mask=lambda mask: mask):
     """Rows whose tokens or mask differ from transformers' own; and the number of rows."""
     different, total = [], 0
     template = ChatTemplate(tokenizer)
-    for number, row in enumerate(read_rows(parse_spec(str(shared_file(f"data/sft/{file}")))), start=1):
+    for number, row in enumerate(_rows(shared_file(f"data/sft/{file}")), start=1):
         conversation = to_conversation(row, f"row {number}")
         (sample,) = tokenize(tokenizer, template.render(conversation, f"row {number}"), [f"row {number}"])
         want = tokenizer.apply_chat_template(
@@ -83,7 +91,7 @@ def test_partner_a_mask_with_the_user_turn_fails(qwen):
 @pytest.mark.parametrize("file", FILES)
 def test_the_learned_tokens_are_the_assistants_texts(qwen, file):
     template = ChatTemplate(qwen)
-    for row in read_rows(parse_spec(f"{shared_file(f'data/sft/{file}')}#120")):
+    for row in _rows(f"{shared_file(f'data/sft/{file}')}#120"):
         conversation = to_conversation(row, "row")
         (sample,) = tokenize(qwen, template.render(conversation, "row"), ["row"])
         turns = [m for m in conversation.messages if m["role"] == "assistant"]

@@ -1,6 +1,7 @@
 """An engine that was closed leaves nothing behind: neither gloo's threads nor its model."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 
 from tests.support.family_configs import family_config
 from tests.support.parity import model_of
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import RankPool, join
+
+
+@pytest.fixture(scope="module")
+def fresh_ranks() -> Iterator[RankPool]:
+    """Processes that no other test has left anything in."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
 
 
 def on_rank(given: tuple[str, dict[str, Any]]) -> list[int]:
@@ -26,7 +35,7 @@ def on_rank(given: tuple[str, dict[str, Any]]) -> list[int]:
         engine = MegatronEngine(reader.table, dims, EngineConfig(), device)
         engine.load_weights(reader)
         ids = torch.arange(17)[None]
-        engine.train_step([Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), torch.ones(1, 16))], 1e-3)
+        engine.train_step([Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), torch.ones(1, 16))] * 2, 1e-3)
         engine.close()
         del engine
         counts.append(len(os.listdir("/proc/self/task")))
@@ -40,9 +49,13 @@ def on_rank(given: tuple[str, dict[str, Any]]) -> list[int]:
         ("qwen2_moe", {"ep": 2}),
         ("deepseek_v3", {"tp": 2, "sequence_parallel": True}),
         ("nemotron_h", {}),
+        ("llama", {"pp": 2, "vpp": 2}),
+        ("qwen3", {"cp": 2}),
     ],
 )
-def test_closed_engines_leave_no_threads(family: str, layout: dict[str, Any], tmp_path: Path) -> None:
-    model_of(family_config(family)).save_pretrained(tmp_path)
-    for first, _, last in run_ranks(2, on_rank, (str(tmp_path), layout)):
+def test_closed_engines_leave_no_threads(
+    fresh_ranks: RankPool, family: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    model_of(family_config(family, num_hidden_layers=4)).save_pretrained(tmp_path)
+    for first, _, last in fresh_ranks.run(on_rank, (str(tmp_path), layout), 180):
         assert last <= first < 20

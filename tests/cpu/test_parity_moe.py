@@ -171,10 +171,10 @@ def no_sinks() -> Any:
 
 def no_window() -> Any:
     """Every position sees all before it."""
-    from mswift.parallel.attention import functions
+    from mswift.parallel.attention import core
 
-    tiles = functions.tiles
-    return patched(functions, "tiles", lambda queries, keys, _window, block: tiles(queries, keys, None, block))
+    scores = core.Scores
+    return patched(core, "Scores", lambda scale, _window, softcap: scores(scale, None, softcap))
 
 
 def no_shared_gate() -> Any:

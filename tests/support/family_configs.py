@@ -6,6 +6,7 @@ family has them), are small, and differ from each other, so that a wrong axis sh
 the catalog and not here fails.
 """
 
+from copy import deepcopy
 from typing import Any
 
 BASE: dict[str, Any] = {
@@ -84,5 +85,5 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
-    """The tiny config.json of a family, with changes."""
-    return {"model_type": model_type} | FAMILY_CONFIGS[model_type] | changes
+    """The tiny config.json of a family, with changes; a copy, since transformers writes into what it is given."""
+    return deepcopy({"model_type": model_type} | FAMILY_CONFIGS[model_type] | changes)

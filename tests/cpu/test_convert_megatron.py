@@ -1,4 +1,4 @@
-"""Converted directories under megatron-core's own eyes: its GPTModel loads them at TP1, TP2 and PP2, and what it saves
+"""Converted directories under megatron-core's own eyes: its GPTModel loads them at TP, PP and VPP, and what it saves
 itself converts to Hugging Face files. Its local layer spec, nothing of mswift's model code.
 """
 
@@ -26,8 +26,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) -> Any:
-    """megatron-core's GPTModel on this rank, random weights."""
+def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int], chunk: int = 0) -> Any:
+    """megatron-core's GPTModel on this rank (one of its model chunks), random weights."""
     dims, _ = join(world_size, **layout)
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -46,13 +46,15 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int]) 
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         add_qkv_bias=kind == "qwen2", qk_layernorm=kind == "qwen3", params_dtype=torch.float32,
         pipeline_dtype=torch.float32, tensor_model_parallel_size=dims.tp, pipeline_model_parallel_size=dims.pp,
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        apply_rope_fusion=False,
+        virtual_pipeline_model_parallel_size=dims.vpp, overlap_p2p_comm=dims.chunks > 1,
+        batch_p2p_comm=dims.chunks == 1, use_cpu_initialization=True, gradient_accumulation_fusion=False,
+        persist_layer_norm=False, apply_rope_fusion=False,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(qk_layernorm=kind == "qwen3", normalization="RMSNorm")
     return GPTModel(
         core, spec, vocab_size=-(-config["vocab_size"] // dims.tp) * dims.tp, max_sequence_length=64,
-        pre_process=stage == 0, post_process=stage == dims.pp - 1, position_embedding_type="rope",
+        pre_process=(stage, chunk) == (0, 0), post_process=(stage, chunk) == (dims.pp - 1, dims.chunks - 1),
+        position_embedding_type="rope", vp_stage=chunk if dims.chunks > 1 else None,
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings")),
     )  # fmt: skip
 
@@ -63,24 +65,39 @@ def load_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], str]) 
     return load_into(core_model(config, world_size, layout), path, strict)
 
 
+def load_chunks_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[dict[str, Any]]:
+    """The same for each model chunk of an interleaved pipeline."""
+    path, config, world_size, layout = payload
+    return load_all([core_model(config, world_size, layout, chunk) for chunk in range(layout["vpp"])], path)
+
+
 def load_into(model: Any, path: str, strict: str) -> dict[str, Any]:
     """The same for a model of megatron-core that is there."""
+    return load_all([model], path, strict)[0]
+
+
+def load_all(chunks: list[Any], path: str, strict: str = "assume_ok_unexpected") -> list[dict[str, Any]]:
+    """The same for each of several model chunks, in one load."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.fill_(float("nan"))
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), path, strict=strict)
-    missing = model.load_state_dict(loaded, strict=True)
-    result: dict[str, Any] = {"keys": (missing.missing_keys, missing.unexpected_keys)}
-    for entry in model.sharded_state_dict().values():
-        for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            if isinstance(part, ShardedTensor):
-                assert part.data is not None
-                result[part.key, part.global_offset] = (part.data.detach().numpy().copy(), part.prepend_axis_num)
-    return result
+    states = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(states, path, strict=strict)
+    results = []
+    for number, chunk in enumerate(chunks):
+        missing = chunk.load_state_dict(loaded[f"model{number}"], strict=True)
+        result: dict[str, Any] = {"keys": (missing.missing_keys, missing.unexpected_keys)}
+        for entry in chunk.sharded_state_dict().values():
+            for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+                if isinstance(part, ShardedTensor):
+                    assert part.data is not None
+                    result[part.key, part.global_offset] = (part.data.detach().numpy().copy(), part.prepend_axis_num)
+        results.append(result)
+    return results
 
 
 def save_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> None:
@@ -121,6 +138,17 @@ def test_megatron_core_loads_it_at_any_layout(model: str, layout: str, tmp_path:
     config, (world_size, degrees) = tiny_config(family, **changes), LAYOUTS[layout]
     payload = (str(tmp_path / "m"), config, world_size, degrees, "assume_ok_unexpected")
     assert_loaded(run_ranks(world_size, load_on_rank, payload), megatron_tensors(config, tensors))
+
+
+@pytest.mark.parametrize("model", ["llama-untied", "llama-tied"])
+def test_megatron_core_loads_it_in_an_interleaved_pipeline(model: str, tmp_path: Path) -> None:
+    family, changes = MODELS[model]
+    changes = {"num_hidden_layers": 4, **changes}
+    tensors = random_model(tmp_path / "hf", family, "F32", **changes)
+    convert(tmp_path / "hf", tmp_path / "m", "megatron")
+    config = tiny_config(family, **changes)
+    ranks = run_ranks(2, load_chunks_on_rank, (str(tmp_path / "m"), config, 2, {"pp": 2, "vpp": 2}))
+    assert_loaded([chunk for rank in ranks for chunk in rank], megatron_tensors(config, tensors))
 
 
 @pytest.mark.parametrize("model", ["llama-untied", "qwen3"])

@@ -8,7 +8,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +86,7 @@ class Forge:
         """Start `mswift argv` on ranks of their own; argv is what follows the program's name."""
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         files = [folder / f"rank-{rank}.txt" for rank in range(world_size)]
-        return Job(self, self.ask(("start", list(argv), files, _free_port(), fault)), files)
+        return Job(self, self.ask(("start", list(argv), files, free_port(), fault)), files)
 
     def run(
         self,
@@ -106,12 +107,6 @@ class Forge:
         self._pipe.close()
         self._process.wait(20)
         self._folder.cleanup()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # -- in the process that forks

@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class RankPool:
     """Processes with RANK, WORLD_SIZE and so on in their environment, waiting for functions to call."""
 
     def __init__(self, world_size: int) -> None:
-        port = _free_port()
+        port = free_port()
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
         for rank in range(world_size):
             ours, theirs = Pipe()
@@ -118,10 +119,16 @@ def join(world_size: int, **degrees: Any) -> tuple[Any, Any]:
     return dims, chosen
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody has now, below those that the system gives out: it is bound seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mswift.converters.io.pickle_writer import TORCH_DTYPES, PickleWriter
-from mswift.converters.io.safe_pickle import MOST_AXES, Record, brief, load_pickle
+from mswift.converters.io.safe_pickle import MOST_AXES, Record, brief, collector_paused, load_pickle
 from mswift.converters.io.side_files import check_link
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
@@ -53,7 +53,8 @@ def read_metadata(directory: Path) -> Index:
             "it is not a torch_dist checkpoint, or it is incomplete"
         ) from None
     try:
-        index = _index(load_pickle(data))
+        with collector_paused():
+            index = _index(load_pickle(data))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:

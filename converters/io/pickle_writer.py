@@ -16,7 +16,7 @@ class PickleWriter:
 
     def __init__(self) -> None:
         self._out = bytearray(b"\x80\x02")
-        self._globals: dict[tuple[str, str], int] = {}
+        self._memo: dict[str | tuple[str, str], int] = {}
 
     def close(self) -> bytes:
         """The finished pickle."""
@@ -35,8 +35,7 @@ class PickleWriter:
         elif isinstance(value, float):
             self._out += b"G" + struct.pack(">d", value)
         elif isinstance(value, str):
-            data = value.encode("utf-8")
-            self._out += b"X" + struct.pack("<I", len(data)) + data
+            self._once(value, b"X" + struct.pack("<I", len(data := value.encode("utf-8"))) + data)
         elif isinstance(value, tuple):
             self._tuple(value)
         elif isinstance(value, Mapping):
@@ -88,12 +87,16 @@ class PickleWriter:
 
     def global_(self, module: str, name: str) -> None:
         """A class or function by name."""
-        known = self._globals.get((module, name))
-        if known is not None:
-            self._out += b"h" + bytes([known])
-            return
-        known = self._globals[module, name] = len(self._globals)
-        self._out += f"c{module}\n{name}\n".encode() + b"q" + bytes([known])
+        self._once((module, name), f"c{module}\n{name}\n".encode())
+
+    def _once(self, key: str | tuple[str, str], written: bytes) -> None:
+        """`written` the first time, afterwards a reference to it: a name stands in thousands of chunks."""
+        known = self._memo.get(key)
+        if known is None:
+            known = self._memo[key] = len(self._memo)
+            self._out += written + (b"q" + bytes([known]) if known < 256 else b"r" + struct.pack("<I", known))
+        else:
+            self._out += b"h" + bytes([known]) if known < 256 else b"j" + struct.pack("<I", known)
 
     def call(self, module: str, name: str, args: tuple[Any, ...]) -> None:
         """The result of calling a global."""

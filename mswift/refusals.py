@@ -27,6 +27,9 @@ _LORA_FLAGS = (
         "lora_dropout",
         "init_weights",
         "lorap_lr_ratio",
+        "quant_method",
+        "quant_bits",
+        "bnb_4bit_quant_type",
         "target_modules",
         "target_parameters",
     ),
@@ -345,6 +348,24 @@ def _length_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             yield error
 
 
+def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.quant_method is None:
+        for name in ("quant_bits", "bnb_4bit_quant_type"):
+            value = getattr(config, name)
+            if value != type(config).__dataclass_fields__[name].default:
+                yield ConfigError(f"--{name} {value} has no effect without --quant_method bnb")
+        return
+    if config.quant_bits is None:
+        yield ConfigError("--quant_method bnb needs the number of bits: --quant_bits 4")
+    if config.use_dora:
+        yield ConfigError("--quant_method bnb with --use_dora is not supported: leave one of them out")
+    if config.init_weights != "true":
+        yield ConfigError(
+            f"--quant_method bnb with --init_weights {config.init_weights}, which starts from the whole weight, is not "
+            "supported: leave one of them out"
+        )
+
+
 def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.tuner_type == "lora":
         if not _INIT.fullmatch(config.init_weights):
@@ -358,6 +379,7 @@ def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             )
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
+        yield from _quantised_refusals(config)
         return
     for name in _LORA_FLAGS:
         value = getattr(config, name)

@@ -55,6 +55,12 @@ class TrainConfig:
     """Start of adapters: true (A random, B zero), pissa, pissa_niter_N (N iterations), olora."""
     lorap_lr_ratio: float | None = None
     """LoRA+: B learns this many times faster than A; 16 is usual."""
+    quant_method: Literal["bnb"] | None = None
+    """QLoRA: the linears of the frozen base are kept in quant_bits, by bitsandbytes (pip install 'mswift[quant]')."""
+    quant_bits: Literal[4] | None = None
+    """Bits of a weight with quant_method; the output layer, embeddings, routers and norms stay as they are."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values that a 4-bit weight can have; 64 weights share an fp32 scale."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """HF module names that get an adapter (q_proj, down_proj, ...); all-linear: every linear but lm_head, and experts
     with their router."""

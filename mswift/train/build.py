@@ -116,6 +116,7 @@ def built_engine(
         lora=lora,
         trainable_modules=trainable_modules,
         lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,
+        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,

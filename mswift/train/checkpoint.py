@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mswift import rundir
+from mswift.config.train import TrainConfig
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError, ConfigError
@@ -146,7 +147,7 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
             "with another --output_dir"
         )
     for name, value in fixed.items():
-        then = state.config.get(name)
+        then = state.config.get(name, TrainConfig.__dataclass_fields__[name].default)  # a flag of later than the run
         then, value = (list(v) if isinstance(v, (list, tuple)) else v for v in (then, value))
         if then != value:
             raise ConfigError(

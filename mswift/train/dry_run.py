@@ -102,7 +102,8 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable) -> Iterator
     if config.tuner_type == "lora":
         yield (
             "tuner",
-            f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {' '.join(config.target_modules)}",
+            f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {' '.join(config.target_modules)}"
+            + (f"; base in 4 bits ({config.bnb_4bit_quant_type})" if config.quant_method else ""),
         )
     else:
         yield "tuner", "full"

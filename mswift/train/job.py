@@ -44,7 +44,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
-          "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
+          "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
           "new_special_tokens")  # fmt: skip
 
 

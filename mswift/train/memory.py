@@ -1,6 +1,7 @@
 """Parameters and memory of one rank, from the table of the model and the layout alone. No torch, no model."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 from mswift.config.loss import is_fused, piece_tokens
@@ -14,6 +15,8 @@ from mswift.topology import ParallelDims
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.shapes import promised_shapes
 
+FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
+_LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
 EMBEDDING = "embedding.word_embeddings.weight"
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
 _STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each trained parameter
@@ -81,13 +84,18 @@ def idle_parameters(table: ModelTable) -> int:
     return elements // moe.num_experts * (moe.num_experts - moe.top_k)
 
 
-def stage_parameters(table: ModelTable, dims: ParallelDims, pp_rank: int, *, experts_only: bool = False) -> int:
-    """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy."""
+def stage_parameters(
+    table: ModelTable, dims: ParallelDims, pp_rank: int, *, experts_only: bool = False, linears_only: bool = False
+) -> int:
+    """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy.
+
+    linears_only: the weights of linears in layers.
+    """
     layers = dims.held_layers(table.spec.num_layers, pp_rank)
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
     elements = 0
     for key, tensor in table.megatron.items():
-        if experts_only and not tensor.rule.experts:
+        if (experts_only and not tensor.rule.experts) or (linears_only and not _LINEAR.search(key)):
             continue
         mine = _local_elements(tensor, dims, table)
         if tensor.stacked:
@@ -122,11 +130,12 @@ def stage_memory(
     trained = math.ceil(trained_parameters(config, table) * layers_share) if lora else base
     experts = 0 if lora else stage_parameters(table, dims, pp_rank, experts_only=True)
     parameters = base + trained * lora
+    packed = stage_parameters(table, dims, pp_rank, linears_only=True) if config.quant_method else 0
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
     return StageMemory(
         parameters=parameters,
         trained=trained,
-        weights_bytes=parameters * dtype_bytes,
+        weights_bytes=math.ceil((parameters - packed) * dtype_bytes + packed * FOUR_BIT_BYTES),
         gradients_bytes=trained * _GRAD_BYTES,
         optimizer_bytes=math.ceil((trained - experts) * state / (dims.dp * dims.cp) + experts * state / dims.edp),
         activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),

@@ -30,8 +30,9 @@ class EngineConfig:
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
-    (and of magnitudes) over that of A. mcore: fields of megatron-core's own configurations (`mswift.config.mcore`).
-    Collectives of megatron-core's groups fail after `timeout_seconds`.
+    (and of magnitudes) over that of A. `four_bit_base`: how bitsandbytes keeps the base of `lora`. mcore: fields of
+    megatron-core's own configurations (`mswift.config.mcore`). Collectives of megatron-core's groups fail after
+    `timeout_seconds`.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -51,6 +52,7 @@ class EngineConfig:
     lora: LoraConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     lora_b_lr_ratio: float = 1.0
+    four_bit_base: Literal["nf4", "fp4"] | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     gradient_accumulation_fusion: bool = False
@@ -62,7 +64,9 @@ class EngineConfig:
 
 
 def check_device(config: EngineConfig, device: torch.device) -> None:
-    """ConfigError for what this kind of device, or what is installed on it, cannot do."""
+    """ConfigError for what this kind of device, or what is installed on it, or an adapter to continue cannot do."""
+    if config.four_bit_base and config.lora is not None and config.lora.settings.dora:
+        raise ConfigError("--quant_method bnb with DoRA is not supported: leave --quant_method out for this adapter")
     if device.type == "cpu" and (reason := reason_on_cpu(config.mcore)):
         raise ConfigError(reason)
     if config.gradient_accumulation_fusion and not (device.type == "cuda" and layers._grad_accum_fusion_available):

@@ -5,6 +5,7 @@ Shapes: b microbatch size, s padded sequence length, V vocabulary (without paddi
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from math import prod
 
 import torch
@@ -24,8 +25,9 @@ from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, check_device, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.ends import differentiate_embeddings
+from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linears, packed
 from mswift.parallel.megatron.held import Held, held_bytes
-from mswift.parallel.megatron.model import build_model
+from mswift.parallel.megatron.model import build_model, padded_vocab_size
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
 from mswift.parallel.megatron.schedule import StepResult
@@ -56,7 +58,12 @@ class MegatronEngine:
         self.coordinate = dims.coordinate(dist.get_rank())
         self.optimizer_step = 0
         self._core_config = transformer_config(table.spec, dims, config)
-        chunks = build_model(table.spec, dims, self._core_config, device)
+        four_bits = config.four_bit_base
+        rows = padded_vocab_size(table.spec.vocab_size, dims.tp)
+        with linears_without_memory(rows) if four_bits else nullcontext():
+            chunks = build_model(table.spec, dims, self._core_config, device)
+        if four_bits:
+            pack_linears(chunks, four_bits)
         for chunk in chunks:
             chunk.loss_fusion = config.loss_fusion
         self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
@@ -131,8 +138,10 @@ class MegatronEngine:
     ) -> None:
         """stored: the dtype in which `read` delivers a parameter."""
         for placed in parameters:
-            values = placed.parameter.data.view(-1)
-            read_range(placed, values, 0, values.numel(), read, dtype=stored(placed))
+            four_bits = packed(placed.parameter)
+            with four_bits.filled() if four_bits else nullcontext():
+                values = placed.parameter.data.view(-1)
+                read_range(placed, values, 0, values.numel(), read, dtype=stored(placed))
         self._optimizer.reload_parameters()
 
     def model_shards(self) -> Iterator[StateShard]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mswift.parallel.megatron.four_bit import packed
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed
 
@@ -39,7 +40,8 @@ def _held(parameters: Sequence[Placed], optimizer: ShardedOptimizer) -> Held:
     for placed in parameters:
         parameter = placed.parameter
         elements += parameter.numel()
-        weights += parameter.numel() * parameter.element_size()
+        four_bits = packed(parameter)
+        weights += parameter.numel() * parameter.element_size() if four_bits is None else four_bits.nbytes
         gradient = getattr(parameter, "main_grad", None)
         gradients += 0 if gradient is None else gradient.numel() * gradient.element_size()
         if not placed.is_buffer and (owned := optimizer.owned_range(parameter)) is not None:

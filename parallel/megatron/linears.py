@@ -43,7 +43,11 @@ class DuplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[s, b, i] -> ([s, b, o], no bias), as megatron-core's linears answer."""
-        trained = self.weight.requires_grad
-        product = linear_with_grad_accumulation_and_async_allreduce if trained else linear_with_frozen_weight
         options = {"allreduce_dgrad": False, "sequence_parallel": False, "tp_group": self.tp_group}
-        return product(x, self.weight, None, False, **options), None
+        return self._forward_impl(x, self.weight, None, False, **options), None
+
+    def _forward_impl(self, x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        trained = weight.requires_grad
+        product = linear_with_grad_accumulation_and_async_allreduce if trained else linear_with_frozen_weight
+        out: Tensor = product(x, weight, *args, **options)
+        return out

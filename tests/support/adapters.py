@@ -92,13 +92,13 @@ def random_adapter(
     return write_arrays(path, table, config, random_arrays(table, config, modules_to_save, seed), modules_to_save)
 
 
-def load_peft(model: Path, adapter: Path, *, trainable: bool = False, dtype: str = "float32") -> Any:
+def load_peft(model: Path, adapter: Path, *, trainable: bool = False, dtype: str = "float32", **base: Any) -> Any:
     """peft.PeftModel on the transformers model; fails on any missing or unexpected key and on PEFT's warnings."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options, **base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         peft = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)

@@ -143,7 +143,10 @@ def _save(engine: Any, reader: Any, run: Path | None) -> dict[str, Any]:
 
 
 def _frozen_hashes(engine: Any) -> dict[int, str]:
+    from mswift.parallel.megatron.four_bit import packed
+
     frozen = [p.parameter for p in engine._base if not p.parameter.requires_grad]
+    frozen = [p if packed(p) is None else packed(p)._codes for p in frozen]
     return {i: hashlib.sha256(p.detach().view(torch.uint8).numpy().tobytes()).hexdigest() for i, p in enumerate(frozen)}
 
 

@@ -85,6 +85,14 @@ def test_memory_parts() -> None:
     assert trained_parameters(SftConfig(model="m", tuner_type="lora", lora_rank=4), table) == lora.trained
 
 
+def test_a_base_in_four_bits() -> None:
+    table, dims = _table(), ParallelDims(4)
+    config = SftConfig(model="m", tuner_type="lora", quant_method="bnb", quant_bits=4)
+    found = stage_memory(config, table, dims, 4, 0)
+    linears = sum(math.prod(shape) for name, shape in table.hf.items() if "_proj." in name)
+    assert found.weights_bytes == (found.parameters - linears) * 4 + linears * 0.5625
+
+
 def test_ranks_that_share_sequences_share_activations_and_the_optimizer() -> None:
     table, config = _table(), PtConfig(model="m", max_length=128, global_batch_size=8)
     one, four = (stage_memory(config, table, ParallelDims(n, cp=n), 4, 0) for n in (1, 4))

@@ -1,0 +1,179 @@
+"""A frozen base in four bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the linears of layers, by bitsandbytes.
+
+Every 64 neighbours in a row of a weight share one fp32 scale, as in bitsandbytes' blocks of a whole HF matrix. So a
+rank's part of a weight has the same 4-bit values at every layout, and the same as transformers gives it. A weight
+exists whole only while it is read, multiplied, or multiplied with a gradient: one at a time.
+
+Shapes: n tokens of this rank's input, i/o features of this rank's part of a linear.
+Import after `mswift.parallel.device.prepare`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mswift.errors import ConfigError, LayoutError
+from mswift.parallel.megatron.cpu_linear import has_onednn, product
+from mswift.parallel.megatron.linears import DuplicatedLinear
+
+Kind = Literal["nf4", "fp4"]
+BLOCK = 64
+"""Elements of a row with one scale."""
+
+_LINEARS = (ColumnParallelLinear, RowParallelLinear, DuplicatedLinear)
+_PACKED = "four_bit_weight"
+
+
+class PackedWeight:
+    """A frozen weight [o, i] of a linear; `parameter` keeps its shape and marks, and between uses no memory."""
+
+    def __init__(self, parameter: nn.Parameter, kind: Kind) -> None:
+        self._parameter, self._kind = parameter, kind
+        self._codes: Tensor | None = None
+        self._state: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales; 0 before the weight was read."""
+        if self._codes is None:
+            return 0
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self._codes, self._state.absmax))
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """While inside, the parameter has memory to read values into; at the end they become four bits each."""
+        values = self._parameter.data
+        storage = values.untyped_storage()
+        storage.resize_(values.numel() * values.element_size())
+        try:
+            yield
+            self._codes, self._state = _library().quantize_4bit(
+                values, blocksize=BLOCK, compress_statistics=False, quant_type=self._kind
+            )
+        finally:
+            storage.resize_(0)
+
+    def whole(self) -> Tensor:
+        """[o, i] in the dtype of the model."""
+        if self._codes is None:
+            raise RuntimeError("a 4-bit weight is used before it was read")
+        values: Tensor = _library().dequantize_4bit(self._codes, self._state)
+        return values
+
+
+class FourBitLinear(torch.autograd.Function):
+    """In place of megatron-core's LinearWithFrozenWeight: keeps no weight for the backward pass, but makes it again."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, packed: PackedWeight, bias: Tensor | None, allreduce: bool, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """x [n, b, i] -> [n, b, o]."""
+        ctx.packed, ctx.allreduce, ctx.group = packed, allreduce, group
+        out = _product(x, packed.whole())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Gradient of x."""
+        grad_x = _product(gradient, ctx.packed.whole().t())
+        if ctx.allreduce:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None, None, None
+
+
+@contextmanager
+def linears_without_memory(vocab_rows: int) -> Iterator[None]:
+    """While inside, weights of new linears take no memory beyond that of the one being made.
+
+    Those of `vocab_rows` rows keep theirs: the output layer, which may be a copy of the embedding, is one.
+    """
+
+    def free(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if name != "weight" or parameter is None or not isinstance(module, _LINEARS):
+            return
+        if getattr(module, "output_size", None) != vocab_rows:
+            parameter.data.untyped_storage().resize_(0)
+
+    hook = register_module_parameter_registration_hook(free)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def pack_linears(chunks: Sequence[nn.Module], kind: Kind) -> None:
+    """Let the linears of all layers keep four bits a weight. Before weights are read.
+
+    Of chunks made inside `linears_without_memory`. LayoutError where a rank's part of a row is not whole blocks.
+    """
+    _library()
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            weight = getattr(module, "weight", None)
+            if weight is None or not isinstance(module, _LINEARS):
+                continue
+            if ".layers." not in f".{name}":
+                continue
+            if weight.shape[1] % BLOCK:
+                raise LayoutError(
+                    f"--quant_bits 4: {name} has {weight.shape[1]} inputs on a rank, which are no whole blocks of "
+                    f"{BLOCK}: use a smaller --tensor_model_parallel_size, or leave --quant_method out"
+                )
+            _pack(module, kind)
+
+
+def packed(parameter: Tensor) -> PackedWeight | None:
+    """The four bits that stand for a parameter, if some do."""
+    found: PackedWeight | None = getattr(parameter, _PACKED, None)
+    return found
+
+
+def _pack(linear: nn.Module, kind: Kind) -> None:
+    weight = linear.weight
+    assert isinstance(weight, nn.Parameter)
+    own = PackedWeight(weight, kind)
+    setattr(weight, _PACKED, own)
+    weight.data.untyped_storage().resize_(0)
+
+    def multiply(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        gradient_accumulation_fusion: bool = False,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: dist.ProcessGroup | None,
+        grad_output_buffer: None = None,
+        wgrad_deferral_limit: None = None,
+    ) -> Tensor:
+        """What megatron-core's linears call, with its names."""
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+        out: Tensor = FourBitLinear.apply(input, own, bias, allreduce_dgrad, tp_group)  # type: ignore[no-untyped-call]
+        return out
+
+    linear._forward_impl = multiply  # type: ignore[assignment]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k] @ weight [m, k]^T -> [..., m]."""
+    return product(x, weight) if x.device.type == "cpu" and has_onednn() else torch.matmul(x, weight.t())
+
+
+def _library() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install a kernel that is not used here
+    try:
+        import bitsandbytes.functional as library
+    except ImportError as error:
+        raise ConfigError(f"--quant_method bnb needs bitsandbytes ({error}): pip install 'mswift[quant]'") from None
+    return library

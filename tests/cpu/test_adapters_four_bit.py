@@ -1,0 +1,91 @@
+"""LoRA on a base in four bits computes what PEFT on transformers and bitsandbytes computes, at any layout.
+
+fp32; logits, loss, gradients, and weights after three steps at most 1e-5 apart (max|a - b| / max|b| per tensor).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from mswift.errors import ConfigError
+from tests.support.adapters import load_peft, random_adapter
+from tests.support.lora_parity import mswift_run, peft_steps
+from tests.support.parity import BASE, differences, model_of
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'mswift[quant]'")
+
+MODEL = BASE | {
+    "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "tp2-sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "cp2": (2, {"cp": 2}),
+}
+ALL = ("logits", "loss", "grad_norm", "gradients", "weights", "momentum_buffer")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return truth(tmp_path_factory.mktemp("nf4"), "nf4")
+
+
+def truth(home: Path, kind: str) -> dict[str, Any]:
+    """Three steps of PEFT on transformers' model with bitsandbytes' linears."""
+    from transformers import BitsAndBytesConfig
+
+    model_of(MODEL).save_pretrained(home / "model")  # type: ignore[operator]
+    random_adapter(home / "adapter", home / "model", ("all-linear",))
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # type: ignore[no-untyped-call]
+    peft = load_peft(home / "model", home / "adapter", trainable=True, quantization_config=how, device_map="cpu")
+    linears = [m for m in peft.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "base_layer")]
+    assert len(linears) == 7 * MODEL["num_hidden_layers"]
+    return peft_steps(home, peft)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_steps_equal_peft(nf4: dict[str, Any], layout: str) -> None:
+    found = mswift_run(nf4["home"], *LAYOUTS[layout], settings={"four_bit_base": "nf4"})
+    assert {n: d for n, d in differences(found, nf4, ALL).items() if not d <= TOLERANCE} == {}
+    assert all(rank["base_untouched"] for rank in found["ranks"])
+    frozen = [rank["held"][0] for rank in found["ranks"]]
+    packed = MODEL["num_hidden_layers"] * 3 * (128 * 128 + 256 * 128) * LAYOUTS[layout][1].get("cp", 1)
+    other = sum(held.elements for held in frozen) - packed
+    assert sum(held.weights for held in frozen) == packed * (0.5 + 4 / 64) + other * 4
+
+
+def test_fp4_is_another_function(nf4: dict[str, Any], tmp_path: Path) -> None:
+    fp4 = truth(tmp_path, "fp4")
+    found = mswift_run(fp4["home"], 1, {}, settings={"four_bit_base": "fp4"})
+    assert {n: d for n, d in differences(found, fp4, ALL).items() if not d <= TOLERANCE} == {}
+    assert max(differences(found, nf4, ("logits",)).values()) > 100 * TOLERANCE
+
+
+def test_the_whole_base_is_another_function(nf4: dict[str, Any]) -> None:
+    found = mswift_run(nf4["home"], 1, {})
+    assert max(differences(found, nf4, ("logits",)).values()) > 100 * TOLERANCE
+
+
+def test_parts_that_are_no_whole_blocks_are_refused(nf4: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"--quant_bits 4: .* has 32 inputs on a rank"):
+        mswift_run(nf4["home"], 4, {"tp": 4}, settings={"four_bit_base": "nf4"})
+
+
+def test_a_missing_library_is_one_line() -> None:
+    from mswift.parallel.megatron import four_bit
+
+    with patch.dict(sys.modules, {"bitsandbytes": None}), pytest.raises(ConfigError, match=r"mswift\[quant\]"):
+        four_bit._library()

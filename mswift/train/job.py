@@ -144,23 +144,25 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         watchers = [MetricsFile(run.output_dir), Progress(first_step, run.last_step, config.logging_steps)]
         watchers += [TensorBoard(run.output_dir, first_step)] if config.tensorboard else []
     stopped_by, step = 0, first_step
+    saved, save_seconds = None, 0.0
     with watching(watchers):
         for done in steps:
             step = done.step
             if not not_finite.check(done):
                 saver.finish()
                 raise not_finite.error(done)
-            clock = [time.perf_counter()]
+            started = time.perf_counter()
             eval_loss = _evaluate_if_due(run, done)
-            clock.append(time.perf_counter())
-            stopped_by, any_busy = largest((request.number, saver.is_busy), run.device)
-            run.watch.at(step, "saving")
-            saved = saver.after_step(done, any_busy=bool(any_busy), last=bool(stopped_by) or step == run.last_step)
-            clock.append(time.perf_counter())
-            seconds = {"evaluation": clock[1] - clock[0], "checkpoint": clock[2] - clock[1]}
+            seconds = {"evaluation": time.perf_counter() - started, "checkpoint": save_seconds}
+            # before the save: a step whose checkpoint is there is in the metrics, whatever befalls the process
             record = _record(run, done, seconds, eval_loss, saved)
             for watcher in watchers:
                 watcher.step(record)
+            stopped_by, any_busy = largest((request.number, saver.is_busy), run.device)
+            run.watch.at(step, "saving")
+            started = time.perf_counter()
+            saved = saver.after_step(done, any_busy=bool(any_busy), last=bool(stopped_by) or step == run.last_step)
+            save_seconds = time.perf_counter() - started
             if stopped_by:
                 break
     if state is None and run.last_step == 0:

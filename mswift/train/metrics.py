@@ -23,6 +23,8 @@ class StepRecord:
     `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
     `loss` and `grad_norm` are null where they were not finite; `skipped_steps` counts the steps of the run so far that
     made no update for that (--nan_policy skip).
+    `checkpoint` was published since the record before, and `seconds["checkpoint"]` is what saving after that step took:
+    the record of a step is written before its own save.
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 

@@ -3,6 +3,7 @@
 output_dir/
     run.yaml                 the resolved configuration of the newest start
     metrics.jsonl            one object a step
+    run.jsonl                starts, saves and stops (mswift.ledger)
     rejected.jsonl           rows of the data that could not be used, and why; absent if there are none
     loss.png                 the loss curve, drawn at the end
     runs/                    TensorBoard events
@@ -27,6 +28,7 @@ from blake3 import blake3
 from mswift.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
+LEDGER = "run.jsonl"
 CONFIG = "run.yaml"
 REJECTED = "rejected.jsonl"
 LOSS_PLOT = "loss.png"
@@ -208,12 +210,14 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_metrics(output_dir: Path, step: int) -> None:
-    """Drop what was logged after `step`, so that a resumed run continues the same file."""
+def truncate_metrics(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what was logged after `step`, so that a resumed run continues the same file; the dropped rows."""
     path = output_dir / METRICS
     if not path.is_file():
-        return
-    rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
+        return []
+    found = read_metrics(output_dir)
+    rows = [row for row in found if row["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)
+    return [row for row in found if row["step"] > step]

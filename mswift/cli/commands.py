@@ -30,6 +30,12 @@ COMMANDS = {
         example="mswift sft --model Qwen3-0.6B --dataset chats.jsonl --tuner_type lora --lora_rank 16 "
         "--lr 1e-4 --num_train_epochs 1 --output_dir runs/sft",
     ),
+    "status": Command(
+        summary="what a run is doing: step, loss, speed, time left, checkpoint, goodput",
+        config="mswift.config.status:StatusConfig",
+        run="mswift.status:main",
+        example="mswift status runs/sft",
+    ),
     "doctor": Command(
         summary="prove a layout on this machine: the same loss and gradients as one rank",
         config="mswift.config.doctor:DoctorConfig",

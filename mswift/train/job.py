@@ -2,7 +2,7 @@
 
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from mswift import rundir
 from mswift.config.loader import dump, to_dict
 from mswift.data.dataset import write_rejected
+from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.train import checkpoint
@@ -121,7 +122,7 @@ def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
     """The configuration for people to read, the bad rows, and the metrics cut back to where the run continues."""
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
     write_rejected(run.output_dir / rundir.REJECTED, [run.data, *([run.val_data] if run.val_data else [])])
-    rundir.truncate_metrics(run.output_dir, state.step if state else 0)
+    Ledger(run.output_dir).start(state.step if state else 0, run.last_step, run.dims.world_size)
 
 
 def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) -> int:
@@ -144,8 +145,8 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         watchers = [MetricsFile(run.output_dir), Progress(first_step, run.last_step, config.logging_steps)]
         watchers += [TensorBoard(run.output_dir, first_step)] if config.tensorboard else []
     stopped_by, step = 0, first_step
-    saved, save_seconds = None, 0.0
-    with watching(watchers):
+    ledger = Ledger(run.output_dir)
+    with watching(watchers), ledger.failing(lambda: step) if run.rank == 0 else nullcontext():
         for done in steps:
             step = done.step
             if not not_finite.check(done):
@@ -153,21 +154,24 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
                 raise not_finite.error(done)
             started = time.perf_counter()
             eval_loss = _evaluate_if_due(run, done)
-            seconds = {"evaluation": time.perf_counter() - started, "checkpoint": save_seconds}
-            # before the save: a step whose checkpoint is there is in the metrics, whatever befalls the process
-            record = _record(run, done, seconds, eval_loss, saved)
-            for watcher in watchers:
+            record = _record(run, done, {"evaluation": time.perf_counter() - started}, eval_loss)
+            for watcher in watchers:  # before the save: a step whose checkpoint is there is in the metrics
                 watcher.step(record)
             stopped_by, any_busy = largest((request.number, saver.is_busy), run.device)
             run.watch.at(step, "saving")
             started = time.perf_counter()
             saved = saver.after_step(done, any_busy=bool(any_busy), last=bool(stopped_by) or step == run.last_step)
-            save_seconds = time.perf_counter() - started
+            if saved is not None:
+                for watcher in watchers:
+                    watcher.saved(saved)
+                if run.rank == 0:
+                    ledger.saved(int(saved.name.rpartition("-")[2]), time.perf_counter() - started)
             if stopped_by:
                 break
     if state is None and run.last_step == 0:
         saver.save(0, 0, wait=True)  # --train_iters 0: the weights as they came, laid out and saved
     if run.rank == 0:
+        ledger.stop(step, signal.Signals(stopped_by).name if step < run.last_step else FINISHED)
         _print_end(run, state, step, stopped_by)
     return STOPPED_STATUS if step < run.last_step else 0
 
@@ -186,9 +190,7 @@ def _print_end(run: Run, state: checkpoint.RunState | None, step: int, stopped_b
         print(f"loss curve: {picture}")
 
 
-def _record(
-    run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: float | None, saved: Path | None
-) -> StepRecord:
+def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: float | None) -> StepRecord:
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
@@ -214,7 +216,6 @@ def _record(
         memory_bytes=devices.peak_memory_bytes(run.device),
         skipped_steps=run.skipped_steps,
         eval_loss=eval_loss,
-        checkpoint=None if saved is None else str(saved),
     )
 
 

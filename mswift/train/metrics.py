@@ -23,8 +23,6 @@ class StepRecord:
     `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
     `loss` and `grad_norm` are null where they were not finite; `skipped_steps` counts the steps of the run so far that
     made no update for that (--nan_policy skip).
-    `checkpoint` was published since the record before, and `seconds["checkpoint"]` is what saving after that step took:
-    the record of a step is written before its own save.
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 
@@ -46,14 +44,12 @@ class StepRecord:
     memory_bytes: int
     skipped_steps: int = 0
     eval_loss: float | None = None
-    checkpoint: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; eval_loss and checkpoint only where there is one."""
+        """JSON-able; eval_loss only where there is one."""
         value = asdict(self)
-        for name in ("eval_loss", "checkpoint"):
-            if value[name] is None:
-                del value[name]
+        if self.eval_loss is None:
+            del value["eval_loss"]
         return value
 
 
@@ -61,7 +57,10 @@ class Watcher(Protocol):
     """Something that looks at each step; called on rank 0 only."""
 
     def step(self, record: StepRecord) -> None:
-        """One step is done."""
+        """One step is done; its checkpoint, if it gets one, comes after this."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is published."""
 
     def close(self) -> None:
         """The run ends, well or not."""
@@ -81,6 +80,9 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             raise MswiftError(f"{self._path}: cannot be written ({error.strerror}); free some space") from error
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nothing: see `mswift.ledger`."""
 
     def close(self) -> None:
         """Close the file."""
@@ -115,8 +117,11 @@ class Progress:
             width = len(str(self._last_step))
             text = "  ".join(f"{name} {value}" for name, value in parts.items())
             print(f"step {record.step:{width}d}/{self._last_step}  {text}", flush=True)
-        if record.checkpoint is not None:
-            tqdm.write(f"saved {record.checkpoint}", file=sys.stdout)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Say so."""
+        tqdm.write(f"saved {checkpoint}", file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the bar where it is."""
@@ -144,6 +149,9 @@ class TensorBoard:
         for name, value in scalars.items():
             if value is not None and math.isfinite(value):
                 self._writer.add_scalar(name, value, record.step)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nothing to draw."""
 
     def close(self) -> None:
         """Flush and close."""

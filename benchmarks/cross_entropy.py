@@ -72,7 +72,7 @@ def measure(kind: str, tokens: int, args: argparse.Namespace, pipe: Connection) 
     loss = compute(hidden, weight, labels, weights)
     loss.backward()
     seconds = time.perf_counter() - started[0], time.process_time() - started[1]
-    pipe.send((_highest_bytes() - resident, *seconds, float(loss)))
+    pipe.send((_highest_bytes() - resident, *seconds, float(loss.detach())))
 
 
 def _resident_bytes() -> int:

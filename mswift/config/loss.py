@@ -7,8 +7,8 @@ LossFusion = Literal["auto", "true", "false"]
 FUSED_FROM_TOKENS = 8192
 """`auto` fuses from so many tokens of a microbatch on one rank."""
 
-PIECE_ELEMENTS = 2**27
-"""Logits of one piece on one rank: 512 MiB in fp32."""
+PIECE_ELEMENTS = 2**26
+"""Logits of one piece on one rank: 256 MiB in fp32."""
 
 _PIECE_STEP = 64  # a matrix product with a ragged number of rows is slower
 

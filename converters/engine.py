@@ -11,7 +11,7 @@ from functools import partial as partial_of
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
-from mswift import __version__
+from mswift import __version__, rundir
 from mswift.converters import execute
 from mswift.converters.destinations import Destination, HfDestination, MegatronDestination
 from mswift.converters.finish import finish
@@ -65,6 +65,9 @@ def plan(src: Path, to: Format, options: SourceOptions | None = None) -> Plan:
             "directory was changed after mswift wrote it; remove the manifest if that was meant"
         )
     dropped = dict(recorded.dropped) if recorded else {}
+    if recorded is None and (source.path / rundir.STATE).is_file():  # a run's checkpoint knows of no copies: as published
+        table = source.table
+        dropped = {n: DroppedRecord(table.dropped[n].reason, same) for n, same in table.mtp_copies.items()}
     for name, reason in source.dropped.items():
         dropped[name] = DroppedRecord(reason, source.repeats.get(name))
     return Plan(source, to, recorded, dropped)

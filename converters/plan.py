@@ -102,6 +102,22 @@ class ModelTable:
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
                 yield drop.hf.format(l=layer)
 
+    def without_mtp(self) -> "ModelTable":
+        """The table of the model without its multi-token-prediction layers."""
+        return ModelTable(self.config, self.family, replace(self.spec, mtp_layers=()), self.spelling)
+
+    @property
+    def mtp_copies(self) -> dict[str, str]:
+        """Tensors that published multi-token-prediction layers repeat: HF name -> the model's tensor with its bytes."""
+        copies = {}
+        for name, drop in self.dropped.items():
+            if drop.when == "mtp_layer":
+                original = drop.same_as
+                while original in self.dropped:  # a tied head
+                    original = self.dropped[original].same_as
+                copies[name] = original
+        return copies
+
     @property
     def mtp_names(self) -> set[str]:
         """HF names and Megatron keys of the multi-token-prediction layers."""
@@ -250,6 +266,6 @@ def table_for(config: dict[str, Any], stored: Collection[str] = ()) -> ModelTabl
     tables = [ModelTable(config, family, spec, spelling) for spelling in spellings or ("",)]
     table = max(tables, key=lambda each: len(each.hf.keys() & names))
     if names and spec.mtp_layers and not table.mtp_names & names:
-        table = ModelTable(config, family, replace(spec, mtp_layers=()), table.spelling)
+        table = table.without_mtp()
     table.prove_coverage()
     return table

@@ -29,9 +29,15 @@ class WeightReader:
         self.config: dict[str, Any] = self._source.config
         self.dtype: str = self._source.dtype
         self.hf_files: Path = self._source.hf_files
+        self.num_left_out = 0
         self._hf_bytes = 0
         self._tile, self._block = (memoryview(bytearray(PIECE_BYTES)) for _ in range(2))
         self._last: tuple[str, Read] | None = None
+
+    def leave_out_mtp(self) -> None:
+        """Be the model without its multi-token-prediction layers; `num_left_out` says how many these are."""
+        self.num_left_out += len(self.table.spec.mtp_layers)
+        self.table = self.table.without_mtp()
 
     def dtype_of(self, key: str) -> str:
         """Dtype of one Megatron tensor; `dtype` but for the few that may have their own."""

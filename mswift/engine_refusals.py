@@ -1,5 +1,9 @@
-"""What the engine cannot do of recomputation, overlap, fusion and megatron-core's own fields; for `mswift.refusals`."""
+"""What the engine cannot do of recomputation, multi-token prediction, overlap, fusion and megatron-core's own fields.
 
+For `mswift.refusals`.
+"""
+
+import math
 from collections.abc import Iterator
 
 from mswift.config.mcore_fields import reason_on_cpu
@@ -27,6 +31,11 @@ def cut_of(config: TrainConfig) -> Cut:
 def engine_flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     """Those that the flags alone tell."""
     yield from _recompute_refusals(config)
+    try:
+        scale = config.mcore.get("mtp_loss_scaling_factor")
+        check_prediction_flags(config.mtp_num_layers, config.tuner_type == "lora", scale)
+    except ConfigError as error:
+        yield error
     if not config.use_distributed_optimizer:
         yield ConfigError(
             "--use_distributed_optimizer false: every data-parallel rank updates its own share of the weights, which "
@@ -86,6 +95,40 @@ def check_recompute(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) ->
     for module in config.recompute_modules:
         if not (has | {"shared_experts": shared})[module]:
             raise LayoutError(f"--recompute_modules {module}: no layer of the model has one; leave it out")
+
+
+def check_prediction(mtp_num_layers: int | None, spec: ModelSpec) -> None:
+    """ConfigError unless the model has that many multi-token-prediction layers to train; 0 and None train none."""
+    if not mtp_num_layers:
+        return
+    there = len(spec.mtp_layers)
+    if mtp_num_layers != there:
+        remedy = f"use --mtp_num_layers {there}" if there else "leave out --mtp_num_layers"
+        raise ConfigError(
+            f"--mtp_num_layers {mtp_num_layers}: --model (model_type {spec.model_type!r}) has {there} "
+            f"multi-token-prediction layers with weights, and training adds none: {remedy}"
+        )
+
+
+def check_prediction_flags(mtp_num_layers: int | None, lora: bool, scale: float | None = None) -> None:
+    """ConfigError for what does not go with training (or not) multi-token-prediction layers; `scale`: of their loss."""
+    if lora and mtp_num_layers:
+        raise ConfigError(
+            f"--mtp_num_layers {mtp_num_layers} with --tuner_type lora: adapters are trained on the decoder's layers "
+            "alone (transformers, which PEFT adapts, has no multi-token-prediction layers): leave out "
+            "--mtp_num_layers, and these layers of --model stay as they are; or use --tuner_type full"
+        )
+    if scale is None:
+        return
+    if not mtp_num_layers:
+        raise ConfigError(
+            f"--mcore.mtp_loss_scaling_factor {scale:g} has no effect: no multi-token-prediction layers are trained "
+            "without --mtp_num_layers: add --mtp_num_layers 1, or leave it out"
+        )
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"--mcore.mtp_loss_scaling_factor {scale:g} must be above 0: use --mcore.mtp_loss_scaling_factor 0.1"
+        )
 
 
 def check_microbatches(config: TrainConfig, dims: ParallelDims) -> None:

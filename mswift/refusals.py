@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
-from mswift.engine_refusals import check_microbatches, check_recompute, cut_of, engine_flag_refusals
+from mswift.engine_refusals import check_microbatches, check_prediction, check_recompute, cut_of, engine_flag_refusals
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
@@ -51,14 +51,13 @@ _AT_LEAST_ONE = (
     ),
     "max_model_len",
 )
-_NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
+_NOT_NEGATIVE = ("mtp_num_layers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum", "lora_dropout")
 _USUAL = {"lora_dropout": 0.05}
 _INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?")
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0,),
-    "mtp_layers": ((),),
 }
 """Fields of ModelSpec and the values with which training computes the model's function."""
 
@@ -72,8 +71,6 @@ COMPUTED_ACTIVATIONS = frozenset(
 
 REMEDIES = {
     "dropout": ", and trained without dropout once its config.json says 0",
-    "mtp_layers": ", and trained without these layers once their tensors are left out, as transformers' "
-    "save_pretrained does",
 }
 
 
@@ -89,6 +86,7 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
     refusals = list(_flag_refusals(config))
     try:
         check_computed(spec)
+        check_prediction(config.mtp_num_layers, spec)
     except ConfigError as error:
         refusals.append(error)
     try:

@@ -5,7 +5,7 @@ of a row as it comes, S positions after padding of what is computed as one row, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -42,13 +42,43 @@ class RankBatch:
     documents: tuple[int, ...] | None
     seq_length: int
     """S"""
+    ahead: tuple["RankBatch", ...] = ()
+    """What multi-token-prediction layers compute at the same positions, by depth."""
 
 
-def rank_batches(microbatches: Sequence[Microbatch], dims: ParallelDims, cp_rank: int) -> list[RankBatch]:
-    """Parts of a context-parallel rank, all of one shape. Raises LayoutError for rows of several lengths."""
+def rank_batches(
+    microbatches: Sequence[Microbatch], dims: ParallelDims, cp_rank: int, num_ahead: int = 0
+) -> list[RankBatch]:
+    """Parts of a context-parallel rank, all of one shape. Raises LayoutError for rows of several lengths.
+
+    num_ahead: multi-token-prediction layers, for which each part has as many `ahead`.
+    """
     _check_shapes(microbatches)
     length = max(_padded_length(batch, dims) for batch in microbatches)
-    return [_rank_batch(batch, dims, cp_rank, length) for batch in microbatches]
+
+    def of(batch: Microbatch) -> RankBatch:
+        return _rank_batch(batch, dims, cp_rank, length)
+
+    ahead = [tuple(of(moved(batch, depth + 1)) for depth in range(num_ahead)) for batch in microbatches]
+    return [replace(of(batch), ahead=further) for batch, further in zip(microbatches, ahead, strict=True)]
+
+
+def moved(batch: Microbatch, depth: int) -> Microbatch:
+    """Each position with the token, the label and the loss weight that is `depth` further on in its document (row).
+
+    At the last `depth` positions of a document there is none: their weight is 0.
+    """
+    rows, columns = batch.tokens.shape
+    lengths = torch.tensor(batch.documents or (columns,) * rows)
+    ends = lengths.cumsum(0).repeat_interleave(lengths).to(batch.tokens.device)
+    places = torch.arange(rows * columns, device=ends.device) + depth
+    inside = places < ends
+    places = places.clamp(max=rows * columns - 1)
+
+    def move(x: Tensor) -> Tensor:
+        return torch.where(inside, x.flatten()[places], 0).view(x.shape)
+
+    return Microbatch(move(batch.tokens), move(batch.labels), move(batch.loss_weights), batch.documents)
 
 
 def whole_rows(parts: Sequence[Tensor], num_positions: int) -> Tensor:

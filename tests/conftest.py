@@ -35,6 +35,7 @@ BUDGET_SECONDS = {
     "cpu/test_longer": 25,
     "cpu/test_parity_families": 60,
     "cpu/test_parity_mla": 35,
+    "cpu/test_parity_mtp": 25,
     "cpu/test_parity_moe": 60,
     "cpu/test_convert_m": 40,
     "cpu/test_state_layouts_moe": 15,

@@ -13,6 +13,7 @@ PASSED = frozenset(
         *("moe_shared_expert_overlap", "moe_token_dispatcher_type"),
         *("bucket_size", "check_for_nan_in_grad", "check_for_large_grads", "pad_buckets_for_high_nccl_busbw"),
         "reduce_scatter_with_fp32_accumulation",
+        "mtp_loss_scaling_factor",  # the one that is part of what is minimised: --mtp_num_layers says whether
     }
 )
 """Fields that keep the function of the model and the update, and have an effect in mswift."""
@@ -56,6 +57,7 @@ FLAGS: Mapping[str, str] = {
     "account_for_loss_in_pipeline_split": "pipeline_model_parallel_layout",
     "overlap_p2p_comm": "virtual_pipeline_model_parallel_size",
     "batch_p2p_comm": "virtual_pipeline_model_parallel_size",
+    "mtp_num_layers": "mtp_num_layers",
     "recompute_granularity": "recompute_granularity",
     "recompute_method": "recompute_method",
     "recompute_num_layers": "recompute_num_layers",
@@ -91,7 +93,7 @@ FROM_THE_MODEL = frozenset(
         *("experimental_attention_variant", "dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk"),
         *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
         *("linear_num_key_heads", "linear_num_value_heads", "is_hybrid_model", "mamba_state_dim", "mamba_head_dim"),
-        *("mamba_num_groups", "mamba_num_heads", "heterogeneous_block_specs", "mtp_num_layers", "mtp_standalone"),
+        *("mamba_num_groups", "mamba_num_heads", "heterogeneous_block_specs", "mtp_standalone"),
         *("apply_residual_connection_post_layernorm",),
     }
 )
@@ -108,7 +110,7 @@ CHANGES_THE_FUNCTION = frozenset(
             "moe_router_dtype",
             "moe_router_bias_update_rate",
         ),
-        *("mtp_loss_scaling_factor", "dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss"),
+        *("dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss"),
         *("calculate_per_token_loss", "average_in_collective", "grad_reduce_in_fp32", "apply_wd_to_qk_layernorm"),
         *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "decoupled_lr", "decoupled_min_lr"),
         *("symmetric_ar_type", "first_last_layers_bf16"),

@@ -38,6 +38,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
 
+    mtp_num_layers: int | None = None
+    """Train the model's multi-token-prediction layers, all of them: their number. Default: they stay as they came."""
+
     # -- tuner
     tuner_type: Literal["full", "lora"] = "full"
     """Train every parameter, or LoRA adapters on a frozen base."""

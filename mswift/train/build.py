@@ -27,6 +27,7 @@ from mswift.train.collective import ended_by, patient_barrier
 from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.train.new_tokens import RULE, GrownReader
+from mswift.train.prediction import prediction_line
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.tuners.adapter import PeftAdapter
@@ -124,6 +125,7 @@ def built_engine(
         recompute_method=config.recompute_method,
         recompute_num_layers=config.recompute_num_layers,
         recompute_modules=config.recompute_modules,
+        mtp_num_layers=config.mtp_num_layers or 0,
         mcore=config.mcore,
     )
     engine = MegatronEngine(reader.table, dims, engine_config, device)
@@ -212,14 +214,17 @@ def print_banner(
     """Say what will happen before it does. `parameters`: (of the model, trained); `held`: bytes of either kind."""
     config, dims = start.config, start.dims
     per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
+    reader = start.reader
+    predicted = prediction_line(config, len(reader.table.spec.mtp_layers) + reader.num_left_out)
     microbatches = f"{per_rank} microbatches x {config.micro_batch_size} x DP {dims.dp}"
     lines = {
         "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
         "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
         "parameters": "; ".join(held),
-        **_token_lines(start.reader),
+        **({"mtp": predicted} if predicted else {}),
+        **_token_lines(reader),
         "layout": dims.describe(),
-        **_stage_lines(dims, start.reader.table.spec.num_layers),
+        **_stage_lines(dims, reader.table.spec.num_layers),
         "batch": f"{config.global_batch_size} samples = {microbatches}",
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",

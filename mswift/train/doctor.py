@@ -72,7 +72,7 @@ def _refusals(config: DoctorConfig, raw: dict[str, object], world_size: int) -> 
     refusals = train_refusals(config, table.spec, world_size)
     if config.tuner_type == "lora":
         try:
-            lora_config(config, table)
+            lora_config(config, table.without_mtp())
         except ConfigError as error:
             refusals.append(error)
     return refusals
@@ -84,6 +84,7 @@ def _job(config: DoctorConfig, raw: dict[str, object], dims: ParallelDims) -> Pr
         config=raw,
         scaled_for=asdict(dims),
         target_modules=config.target_modules if config.tuner_type == "lora" else (),
+        predicts=bool(config.mtp_num_layers),
         num_microbatches=dims.dp * max(dims.pp, 2),
         length=-(-24 // unit) * unit,
         seed=config.seed,
@@ -111,12 +112,13 @@ def _run(home: Path, jobs: Sequence[ProofJob], device: str, dims: ParallelDims) 
 
 def _print_plan(config: DoctorConfig, dims: ParallelDims, job: ProofJob) -> None:
     spec = scaled_table(dict(job.config), dims).spec
+    ahead = f" with {len(spec.mtp_layers)} multi-token-prediction layers" if job.predicts and spec.mtp_layers else ""
     experts = f", {spec.moe.num_experts} experts" if spec.moe else ""
     print(
         f"layout     {dims.describe()}\n"
         f"model      the structure of {config.model} ({spec.model_type}), scaled down: {spec.num_layers} layers, "
         f"{spec.num_attention_heads} heads, {spec.num_kv_heads} KV heads{experts}; random weights, fp32\n"
-        f"trained    {'LoRA on ' + ' '.join(job.target_modules) if job.target_modules else 'in full'}"
+        f"trained    {'LoRA on ' + ' '.join(job.target_modules) if job.target_modules else 'in full'}{ahead}"
     )
 
 

@@ -18,6 +18,7 @@ from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, model_config, open_model
 from mswift.train.memory import ACTIVATIONS, StageMemory, idle_parameters, stage_memory
+from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -31,10 +32,10 @@ def dry_run(config: TrainConfig) -> int:
     info = current()
     world_size = config.world_size or (info.world_size if info else config.nproc_per_node or 1)
     model = _weights_of(config)
-    table, stored = _model(config, model)
+    table, stored, left_out = _model(config, model)
     refusals = _refusals(config, table, stored, world_size)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
-    rows = [*_model_rows(config, model, table), *_run_rows(config)]
+    rows = [*_model_rows(config, model, table, left_out), *_run_rows(config)]
     if not refusals:
         dims = dims_of(config, world_size, table.spec.num_layers)
         rows += [
@@ -56,17 +57,22 @@ def _weights_of(config: TrainConfig) -> Path:
         return Path(config.model)
 
 
-def _model(config: TrainConfig, path: Path) -> tuple[ModelTable, str]:
-    """Table and stored dtype. Weights that are here are checked by their headers, as a launch would; else config.json
-    suffices (converted directories and checkpoints keep it with the tokenizer)."""
+def _model(config: TrainConfig, path: Path) -> tuple[ModelTable, str, int]:
+    """Table, stored dtype, and how many multi-token-prediction layers the run does without.
+
+    Weights that are here are checked by their headers, as a launch would; else config.json suffices (converted
+    directories and checkpoints keep it with the tokenizer).
+    """
     if _holds_weights(path):
         reader = open_model(config, path)
-        return reader.table, reader.dtype
+        return reader.table, reader.dtype, reader.num_left_out
     raw = model_config(config, path)
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if raw.get(FIELD):
         stored = "bfloat16"  # what quantised weights become
-    return table_for(raw), _DTYPES.get(stored, stored)
+    table = table_for(raw)
+    own = table.without_mtp() if config.tuner_type == "lora" else table
+    return own, _DTYPES.get(stored, stored), len(table.spec.mtp_layers) - len(own.spec.mtp_layers)
 
 
 def _holds_weights(path: Path) -> bool:
@@ -80,7 +86,7 @@ def _refusals(config: TrainConfig, table: ModelTable, stored: str, world_size: i
     return list({str(error): error for error in refusals}.values())
 
 
-def _model_rows(config: TrainConfig, model: Path, table: ModelTable) -> Iterator[tuple[str, str]]:
+def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: int) -> Iterator[tuple[str, str]]:
     spec = table.spec
     yield (
         "model",
@@ -97,6 +103,8 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable) -> Iterator
             "experts",
             f"{spec.moe.num_experts} of width {spec.moe.ffn_hidden_size}, {spec.moe.top_k} for each token{shared}",
         )
+    if predicted := prediction_line(config, len(spec.mtp_layers) + left_out):
+        yield "mtp", predicted
     if not _holds_weights(model):
         yield "weights", "none here, so they are not checked; a launch needs them"
     if config.tuner_type == "lora":

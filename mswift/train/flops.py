@@ -6,9 +6,10 @@ The recurrences of Mamba-2 and of gated delta nets are not counted, their projec
 from mswift.converters.spec import ModelSpec
 
 
-def matmul_parameters(spec: ModelSpec) -> int:
+def matmul_parameters(spec: ModelSpec, num_ahead: int = 0) -> int:
     """Elements of the weight matrices that a token passes through: every linear and the output head.
 
+    num_ahead: multi-token-prediction layers that are computed, each with a projection and once more the head.
     Of experts: those that a token is sent to, and the router.
     """
     mixer = {"none": 0, "attention": _attention_parameters(spec), "mamba": 0, "delta": 0}
@@ -23,8 +24,9 @@ def matmul_parameters(spec: ModelSpec) -> int:
     if spec.moe is not None:
         width = spec.moe.top_k * spec.moe.ffn_hidden_size + spec.moe.shared_ffn_hidden_size
         mlp["moe"] = matrices * width + spec.moe.num_experts * spec.hidden_size
-    layers = sum(mixer[spec.layer(n).mixer] + mlp[spec.layer(n).mlp] for n in range(spec.num_layers))
-    return layers + spec.vocab_size * spec.hidden_size
+    layers = sum(mixer[spec.layer(n).mixer] + mlp[spec.layer(n).mlp] for n in range(spec.num_layers + num_ahead))
+    ends = (1 + num_ahead) * spec.vocab_size + num_ahead * 2 * spec.hidden_size
+    return layers + ends * spec.hidden_size
 
 
 def _attention_parameters(spec: ModelSpec) -> int:
@@ -39,14 +41,14 @@ def _attention_parameters(spec: ModelSpec) -> int:
     return from_query + latent + up + heads * mla.v_head_dim * hidden
 
 
-def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool) -> float:
+def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool, num_ahead: int = 0) -> float:
     """FLOPs of forward and backward for `num_tokens` tokens in sequences of `seq_length`.
 
     A product of a token with an [out, in] matrix is 2 x out x in FLOPs; the backward has one such product for
     the input and, unless the base is frozen (LoRA), one for the weight (Kaplan et al. 2020, section 2.1).
     """
-    weights = (4 if frozen_base else 6) * matmul_parameters(spec)
-    num_attention = sum(spec.layer(n).mixer == "attention" for n in range(spec.num_layers))
+    weights = (4 if frozen_base else 6) * matmul_parameters(spec, num_ahead)
+    num_attention = sum(spec.layer(n).mixer == "attention" for n in range(spec.num_layers + num_ahead))
     width = spec.head_dim if spec.mla is None else (spec.mla.qk_head_dim + spec.mla.v_head_dim) / 2
     scores = num_attention * spec.num_attention_heads * width * seq_length  # QK^T and PV, half of each
     return float(num_tokens) * (weights + 6 * scores)

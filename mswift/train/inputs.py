@@ -44,8 +44,16 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
 def open_model(config: TrainConfig, model: Path) -> WeightReader:
     """The weights in `model`; those of --model with the positions and the rows that the flags give them.
 
-    A checkpoint of the run itself has them already. Raises ConfigError, CheckpointError.
+    A checkpoint of the run itself has them already. A LoRA run does without multi-token-prediction layers, which
+    neither its checkpoints nor transformers have. Raises ConfigError, CheckpointError.
     """
+    reader = _open_model(config, model)
+    if config.tuner_type == "lora":
+        reader.leave_out_mtp()
+    return reader
+
+
+def _open_model(config: TrainConfig, model: Path) -> WeightReader:
     if model != Path(config.model):
         return WeightReader(model)
     changes, tokens = _longer(config, model), new_tokens(_hf_files(model), config.new_special_tokens)

@@ -46,6 +46,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
+          "mtp_num_layers",
           "new_special_tokens")  # fmt: skip
 
 
@@ -194,7 +195,8 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: 
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
-    flops = step_flops(run.reader.table.spec, tokens, done.batch.seq_length, frozen_base=frozen)
+    ahead = run.engine.config.mtp_num_layers
+    flops = step_flops(run.reader.table.spec, tokens, done.batch.seq_length, frozen_base=frozen, num_ahead=ahead)
     per_device = flops / done.seconds / world_size
     peak = devices.peak_flops(run.device, run.engine.config.dtype)
     return StepRecord(
@@ -215,6 +217,7 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: 
         mfu=None if peak is None else per_device / peak,
         memory_bytes=devices.peak_memory_bytes(run.device),
         skipped_steps=run.skipped_steps,
+        mtp_loss=None if done.result.mtp_loss is None else finite(done.result.mtp_loss),
         eval_loss=eval_loss,
     )
 

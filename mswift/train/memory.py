@@ -53,7 +53,8 @@ def saved_modules(config: TrainConfig) -> tuple[str, ...]:
 def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
     if config.tuner_type == "full":
-        return sum(math.prod(tensor.shape) for tensor in table.megatron.values())
+        kept = not config.mtp_num_layers
+        return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
     lora = lora_config(config, table)
     settings = replace(lora.settings, modules_to_save=expand_modules_to_save(table, saved_modules(config)))
     return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
@@ -85,11 +86,17 @@ def idle_parameters(table: ModelTable) -> int:
 
 
 def stage_parameters(
-    table: ModelTable, dims: ParallelDims, pp_rank: int, *, experts_only: bool = False, linears_only: bool = False
+    table: ModelTable,
+    dims: ParallelDims,
+    pp_rank: int,
+    *,
+    experts_only: bool = False,
+    linears_only: bool = False,
+    num_ahead: int = 0,
 ) -> int:
     """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy.
 
-    linears_only: the weights of linears in layers.
+    So has one that trains `num_ahead` multi-token-prediction layers. linears_only: the weights of linears in layers.
     """
     layers = dims.held_layers(table.spec.num_layers, pp_rank)
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
@@ -103,7 +110,7 @@ def stage_parameters(
         elif tensor.rule.in_layer:
             elements += mine * (tensor.layer in layers)
         elif key == EMBEDDING:
-            elements += mine * (first or (last and table.spec.tied_embeddings))
+            elements += mine * (first or (last and (table.spec.tied_embeddings or num_ahead > 0)))
         elif last:
             elements += mine
     return elements
@@ -124,11 +131,16 @@ def stage_memory(
     config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int
 ) -> StageMemory:
     """Estimate for one rank of a stage. LoRA: the adapters of the stage uncut, which is the most they can be."""
-    base = stage_parameters(table, dims, pp_rank)
+    ahead = config.mtp_num_layers or 0
+    base = stage_parameters(table, dims, pp_rank, num_ahead=ahead)
     layers_share = len(dims.held_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
     lora = config.tuner_type == "lora"
-    trained = math.ceil(trained_parameters(config, table) * layers_share) if lora else base
-    experts = 0 if lora else stage_parameters(table, dims, pp_rank, experts_only=True)
+    learning = table if ahead else table.without_mtp()
+    trained = math.ceil(trained_parameters(config, table) * layers_share)
+    experts = 0
+    if not lora:
+        trained = stage_parameters(learning, dims, pp_rank, num_ahead=ahead)
+        experts = stage_parameters(learning, dims, pp_rank, experts_only=True)
     parameters = base + trained * lora
     packed = stage_parameters(table, dims, pp_rank, linears_only=True) if config.quant_method else 0
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
@@ -148,7 +160,9 @@ def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dty
     in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp
-    layers = dims.held_layers(spec.num_layers, pp_rank)
+    layers = [*dims.held_layers(spec.num_layers, pp_rank)]
+    if pp_rank == dims.pp - 1:
+        layers += range(spec.num_layers, spec.num_layers + (config.mtp_num_layers or 0))
     elements = sum(hidden + attention + _mlp_activations(spec, dims, spec.layer(n).mlp) for n in layers)
     columns = -(-spec.vocab_size // dims.tp)
     whole = not is_fused(config.cross_entropy_loss_fusion, tokens)

@@ -23,6 +23,8 @@ class StepRecord:
     `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
     `loss` and `grad_norm` are null where they were not finite; `skipped_steps` counts the steps of the run so far that
     made no update for that (--nan_policy skip).
+    `mtp_loss` is that of multi-token-prediction layers where they are trained, the mean over them, divided by
+    `trained_tokens` as the loss is, and no part of `loss`.
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 
@@ -43,13 +45,15 @@ class StepRecord:
     mfu: float | None
     memory_bytes: int
     skipped_steps: int = 0
+    mtp_loss: float | None = None
     eval_loss: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; eval_loss only where there is one."""
+        """JSON-able; mtp_loss and eval_loss only where there is one."""
         value = asdict(self)
-        if self.eval_loss is None:
-            del value["eval_loss"]
+        for name in ("mtp_loss", "eval_loss"):
+            if value[name] is None:
+                del value[name]
         return value
 
 
@@ -106,6 +110,8 @@ class Progress:
             "lr": f"{record.lr:.2e}",
             "tok/s": f"{record.tokens_per_second:,.0f}",
         }
+        if record.mtp_loss is not None:
+            parts["mtp_loss"] = f"{record.mtp_loss:.4f}"
         if record.mfu is not None:
             parts["mfu"] = f"{record.mfu:.1%}"
         if record.eval_loss is not None:
@@ -140,6 +146,7 @@ class TensorBoard:
         """Write the finite scalars of the record."""
         scalars = {
             "train/loss": record.loss,
+            "train/mtp_loss": record.mtp_loss,
             "train/grad_norm": record.grad_norm,
             "train/lr": record.lr,
             "speed/tokens_per_second": record.tokens_per_second,

@@ -23,13 +23,15 @@ class ProofJob:
 
     scaled_for: fields of the ParallelDims for which the model is scaled down first (`mswift.train.scaled_model`).
 
-    target_modules: LoRA (rank 4) on these instead of full training. num_microbatches: of a step, over all
+    target_modules: LoRA (rank 4) on these instead of full training. predicts: multi-token-prediction layers are part of
+    the model, and trained; not beside LoRA. num_microbatches: of a step, over all
     data-parallel ranks. packed: every row holds two documents. other_order: sums in another order, for the noise floor.
     """
 
     config: Mapping[str, Any]
     scaled_for: Mapping[str, Any] | None = None
     target_modules: tuple[str, ...] = ()
+    predicts: bool = True
     num_microbatches: int = 4
     batch: int = 2
     length: int = 24

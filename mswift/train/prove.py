@@ -35,6 +35,8 @@ def run(job: ProofJob, dims: ParallelDims, device: torch.device) -> Arrays:
     config = dict(job.config)
     scaled = None if job.scaled_for is None else dims_from(job.scaled_for)
     table = table_for(config) if scaled is None else scaled_table(config, scaled)
+    if job.target_modules or not job.predicts:
+        table = table.without_mtp()
     engine = MegatronEngine(table, dims, _engine_config(job, table), device)
     with ended_by(engine.close, dims), OtherOrder() if job.other_order else nullcontext():
         engine.load_weights(RandomWeights(table, job.seed))  # type: ignore[arg-type]
@@ -48,6 +50,8 @@ def run(job: ProofJob, dims: ParallelDims, device: torch.device) -> Arrays:
     if not parts:
         return {}
     out: Arrays = {"loss": np.array([r.loss for r in results]), "grad_norm": np.array([r.grad_norm for r in results])}
+    if table.spec.mtp_layers:
+        out["mtp_loss"] = np.array([r.mtp_loss for r in results])
     out |= _named("gradient", [gathered for gathered, _ in parts], table)
     return out | _named("weight", [gathered for _, gathered in parts], table)
 
@@ -64,6 +68,7 @@ def _engine_config(job: ProofJob, table: ModelTable) -> EngineConfig:
         seed=job.seed,
         loss_fusion=job.loss_fusion,
         cp_comm_type=job.cp_comm_type,
+        mtp_num_layers=len(table.spec.mtp_layers),
     )
 
 

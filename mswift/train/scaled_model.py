@@ -21,8 +21,7 @@ _MOST_CHOSEN = 4
 def scaled_table(config: dict[str, Any], dims: ParallelDims) -> ModelTable:
     """The table of the small model for proofs of layout `dims`; `config` is the config.json of the large one."""
     table = table_for(config)
-    spec = replace(table.spec, mtp_layers=())
-    return ModelTable(config, table.family, scaled_spec(spec, dims), table.spelling)
+    return ModelTable(config, table.family, scaled_spec(table.spec, dims), table.spelling)
 
 
 def scaled_spec(spec: ModelSpec, dims: ParallelDims) -> ModelSpec:

@@ -40,7 +40,10 @@ class ModelFiles:
     def __init__(self, directory: Path, table: ModelTable, dtypes: Mapping[str, str]) -> None:
         self._table = table
         of_hf = {name: dtypes[table.hf_pieces[name][0].names[1]] for name in table.hf_order}
-        self._destination = HfDestination(directory, table, of_hf, {}, MAX_SHARD_BYTES)
+        self._destination = HfDestination(directory, table, of_hf, table.mtp_copies, MAX_SHARD_BYTES)
+        self._names = {name: [name] for name in table.hf_order}
+        for copy, name in table.mtp_copies.items():
+            self._names[name].append(copy)
         self.sizes = self._destination.sizes
 
     def headers(self) -> Iterator[tuple[str, bytes]]:
@@ -57,9 +60,10 @@ class ModelFiles:
                 name = piece.names[0]
                 local = tuple(s - o for s, o in zip(piece.starts[1], region.offsets, strict=True))
                 moved = Piece(piece.names, (piece.starts[0], local), piece.dims).inverse()
-                (place,) = self._destination.places(name)
-                copy = flatten(moved, (region.sizes, self._table.hf[name]), item_bytes)
-                yield place.path, copy.moved(1, place.copy.starts[1][0])
+                flat = flatten(moved, (region.sizes, self._table.hf[name]), item_bytes)
+                for written in self._names[name]:
+                    (place,) = self._destination.places(written)
+                    yield place.path, flat.moved(1, place.copy.starts[1][0])
 
     def finish(self) -> None:
         """The index of several files."""

@@ -71,6 +71,8 @@ def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeRepor
     start = time.perf_counter()
     _check_form(base)
     table = table_for(read_config(base))
+    if not table.mtp_names & read_directory(base).keys():
+        table = table.without_mtp()
     stored = _check_base(base, table)
     fold = _Fold(table, stored, [PeftAdapter(path) for path in adapters])
     with new_directory(destination) as partial:
@@ -94,7 +96,7 @@ class _Fold:
     """Which tensors of the base change, and the new bytes of any tensor."""
 
     def __init__(self, table: ModelTable, stored: Mapping[str, StoredTensor], adapters: Sequence[PeftAdapter]):
-        self.stored = stored
+        self.stored, self.copies = stored, table.mtp_copies
         self.deltas: dict[str, list[tuple[PeftAdapter, HfLinear]]] = {}  # by name of the weight
         self.replaced: dict[str, PeftAdapter] = {}
         for adapter in adapters:
@@ -136,6 +138,7 @@ class _Fold:
                 offset += len(raw)
 
     def _merged(self, name: str, region: Region, rows: Tensor) -> Tensor:
+        name = self.copies.get(name, name)
         if name in self.replaced:
             return self.replaced[name].read(name, region).to(rows.dtype).contiguous()
         if name not in self.deltas:

@@ -32,7 +32,7 @@ class EngineConfig:
     turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
     (and of magnitudes) over that of A. `four_bit_base`: how bitsandbytes keeps the base of `lora`. mcore: fields of
     megatron-core's own configurations (`mswift.config.mcore`). Collectives of megatron-core's groups fail after
-    `timeout_seconds`.
+    `timeout_seconds`. mtp_num_layers: all multi-token-prediction layers of the model, to train them; 0: they stay.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -60,6 +60,7 @@ class EngineConfig:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] = ()
+    mtp_num_layers: int = 0
     mcore: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +106,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp if dims.chunks > 1 else None,
-        pipeline_model_parallel_layout=_pipeline_layout(spec, dims),
+        pipeline_model_parallel_layout=_pipeline_layout(spec, dims, config.mtp_num_layers),
         # one batch of sends and receives between two stages would match a chunk's message with the other chunk's
         overlap_p2p_comm=dims.chunks > 1,
         batch_p2p_comm=dims.chunks == 1,
@@ -126,6 +127,7 @@ def transformer_config(spec: ModelSpec, dims: ParallelDims, config: EngineConfig
         recompute_method=config.recompute_method,
         recompute_num_layers=config.recompute_num_layers,
         recompute_modules=list(config.recompute_modules) or None,
+        mtp_num_layers=config.mtp_num_layers or None,
         **moe_options(spec.moe),
     )
     return _with_mcore(TransformerConfig, fields, config.mcore)
@@ -144,12 +146,12 @@ def _with_mcore(kind: type[_ConfigT], fields: Mapping[str, Any], mcore: Mapping[
         raise ConfigError(f"{spelled}: megatron-core refuses it: {' '.join(str(error).split())}") from error
 
 
-def _pipeline_layout(spec: ModelSpec, dims: ParallelDims) -> list[list[str]] | None:
+def _pipeline_layout(spec: ModelSpec, dims: ParallelDims, mtp_num_layers: int) -> list[list[str]] | None:
     """The cut as megatron-core numbers its layers by: what each chunk holds."""
     if dims.pp == 1:
         return None
     chunks = [["decoder"] * depth for depth in dims.cut(spec.num_layers)]
-    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], *["mtp"] * mtp_num_layers, "loss"]]
 
 
 def ddp_config(config: EngineConfig, dims: ParallelDims) -> DistributedDataParallelConfig:

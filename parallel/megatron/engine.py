@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
+from mswift.engine_refusals import check_prediction, check_prediction_flags
 from mswift.errors import CheckpointError, LayoutError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
@@ -52,6 +53,8 @@ class MegatronEngine:
         table.check_tp(dims.tp)
         check_experts(dims, table.spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, table.spec)
+        check_prediction(config.mtp_num_layers, table.spec)
+        check_prediction_flags(config.mtp_num_layers, config.lora is not None)
         check_device(config, device)
         world.enter(dims, config.seed, config.timeout_seconds)
         self.table, self.dims, self.config, self.device = table, dims, config, device
@@ -193,26 +196,27 @@ class MegatronEngine:
         started = time.perf_counter()
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
-        batches, weights = self._mine(microbatches)
+        batches, weights = self._mine(microbatches, self.config.mtp_num_layers)
         self._weight_sum.fill_(weights)
         with dropout.counted(self._chunks, self._places(batches)):
             losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
-        loss_sum = self._sum_over_ranks(losses)
+        loss_sums = self._sum_over_ranks(losses)
         num_tokens = float(self._weight_sum)  # summed over ranks by _finalize_gradients
-        loss = loss_sum / num_tokens if num_tokens else float("nan")
+        loss, mtp_loss = (total / num_tokens if num_tokens else float("nan") for total in loss_sums)
         devices.synchronize(self.device)
         computed = time.perf_counter()
-        grad_norm, updated = self._optimizer.step(lr, lambda norm: world.all_finite(self.device, loss, norm))
+        grad_norm, updated = self._optimizer.step(lr, lambda norm: world.all_finite(self.device, loss, mtp_loss, norm))
         devices.synchronize(self.device)
         self.optimizer_step += updated
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
-        return StepResult(loss, num_tokens, grad_norm, updated, seconds)
+        predicted = mtp_loss if self.config.mtp_num_layers else None
+        return StepResult(loss, num_tokens, grad_norm, updated, seconds, predicted)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
         """(sum of weighted losses, sum of weights) over the global batch; touches no state of the training."""
         batches, weights = self._mine(microbatches)
-        losses = schedule.run(self._chunks, batches, self.device, forward_only=True)
+        losses, _ = schedule.run(self._chunks, batches, self.device, forward_only=True)
         mine = [losses, weights] if self._reports else [0.0, 0.0]
         total = torch.tensor(mine, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
@@ -224,9 +228,9 @@ class MegatronEngine:
         batches, _ = self._mine([Microbatch(tokens, tokens, torch.zeros_like(tokens))])
         return schedule.logits(self._chunks, batches[0], tokens.shape[1], self.table.spec.vocab_size, self.device)
 
-    def _mine(self, microbatches: Sequence[Microbatch]) -> tuple[list[RankBatch], float]:
+    def _mine(self, microbatches: Sequence[Microbatch], num_ahead: int = 0) -> tuple[list[RankBatch], float]:
         """The positions of this context-parallel rank, and the sum of their loss weights."""
-        batches = rank_batches(microbatches, self.dims, self.coordinate.cp)
+        batches = rank_batches(microbatches, self.dims, self.coordinate.cp, num_ahead)
         return batches, sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
 
     def _places(self, batches: Sequence[RankBatch]) -> list[dropout.BatchPlace]:
@@ -247,10 +251,10 @@ class MegatronEngine:
         """One rank for each position counts: the last pipeline stage of the first tensor-parallel rank."""
         return self.coordinate.tp == 0 and self.coordinate.pp == self.dims.pp - 1
 
-    def _sum_over_ranks(self, losses: float) -> float:
-        total = torch.tensor(losses if self._reports else 0.0, dtype=torch.float64, device=self.device)
+    def _sum_over_ranks(self, losses: tuple[float, float]) -> tuple[float, float]:
+        total = torch.tensor(losses if self._reports else (0.0, 0.0), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return float(total)
+        return float(total[0]), float(total[1])
 
     def _finalize_gradients(self, model: list[torch.nn.Module], _num_tokens: Tensor | None, **groups: object) -> None:
         """Sum gradients over ranks and divide by the sum of loss weights, which megatron-core would count as int."""

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -133,4 +134,5 @@ def latent_attention_spec(spec: ModelSpec, rotary: RotaryTable | None) -> Module
     assert spec.mla is not None
     assert rotary is not None
     scale = spec.attention_scale or spec.mla.qk_head_dim**-0.5
-    return ModuleSpec(module=LatentSelfAttention, params={"mla": spec.mla, "rotary": rotary, "softmax_scale": scale})
+    params = {"mla": spec.mla, "rotary": rotary, "softmax_scale": scale, "attn_mask_type": AttnMaskType.causal}
+    return ModuleSpec(module=LatentSelfAttention, params=params)

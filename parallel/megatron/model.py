@@ -24,30 +24,66 @@ from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
 from mswift.parallel.megatron.moe import mark_experts
+from mswift.parallel.megatron.prediction import hold_untrained, prediction_spec
 from mswift.parallel.megatron.spec import block_spec, rotary_tables
 from mswift.parallel.rotary import RotaryTable
 from mswift.refusals import check_computed
 from mswift.topology import ParallelDims
+
+Ahead = tuple[Tensor, Tensor, Tensor]
+"""Tokens, labels and loss weights [b, s] of one multi-token-prediction layer."""
 
 
 class DenseModel(GPTModel):
     """GPTModel whose loss leaves the padded vocabulary out.
 
     Called with labels it returns losses [b, s]; where the loss is fused with the output layer (`loss_fusion`), their
-    sum weighted by `loss_mask` [b, s] instead, a scalar.
+    sum weighted by `loss_mask` [b, s] instead, a scalar. Called with `ahead`, the (tokens, labels, loss weights) of
+    each multi-token-prediction layer, it returns weighted sums: its own, and one of each of these layers, [1 + depths].
     """
 
     num_real_rows: int
     loss_fusion: LossFusion = "false"
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
+    _ahead: Sequence[Ahead] = ()
+
+    def forward(self, *inputs: Any, ahead: Sequence[Ahead] = (), **options: Any) -> Tensor:
+        """As GPTModel's, and see above."""
+        self._ahead = ahead
+        return super().forward(*inputs, **options)  # type: ignore[no-any-return]
 
     def _postprocess(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
         labels, loss_weights = options["labels"], options["loss_mask"]
-        fused = self.post_process and labels is not None and is_fused(self.loss_fusion, labels.numel())
+        if labels is None:
+            return self._logits(hidden_states).transpose(0, 1).contiguous()
+        losses = self._losses(hidden_states, labels, loss_weights)
+        if not self._ahead:
+            return losses
+        sums = [_weighted_sum(losses, loss_weights)]
+        for layer, (tokens, labels, loss_weights) in zip(self.mtp.layers, self._ahead, strict=True):
+            hidden_states = layer(hidden_states, tokens, self.embedding, options["packed_seq_params"])
+            sums.append(_weighted_sum(self._losses(hidden_states, labels, loss_weights), loss_weights))
+        self._ahead = ()
+        return torch.stack(sums)
+
+    def _output_weight(self) -> Tensor | None:
+        """The embedding's weight where it is the output layer's too."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, hidden] (under sequence parallelism of this rank's part) -> [s, b, v]."""
+        logits, _ = self.output_layer(hidden_states, weight=self._output_weight())
+        return logits  # type: ignore[no-any-return]
+
+    def _losses(self, hidden_states: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
+        """Losses [b, s], or, fused with the output layer, their weighted sum."""
+        fused = is_fused(self.loss_fusion, labels.numel())
         if not fused or hasattr(self.output_layer, "lora"):  # an adapter there adds to logits that must exist
-            return super()._postprocess(hidden_states, **options)  # type: ignore[no-any-return]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+            return self.compute_language_model_loss(labels, self._logits(hidden_states))
+        weight = self._output_weight()
         weight = self.output_layer.weight if weight is None else weight
         group = self.pg_collection.tp
         layer = OutputLayer(
@@ -73,6 +109,11 @@ class DenseModel(GPTModel):
         return losses.transpose(0, 1)
 
 
+def _weighted_sum(losses: Tensor, loss_weights: Tensor) -> Tensor:
+    """Of losses [b, s]; or a scalar that is one already."""
+    return (losses * loss_weights).sum() if losses.dim() else losses
+
+
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Rows of the vocabulary at run time: the next multiple of the tensor-parallel size."""
     return -(-vocab_size // tp) * tp
@@ -81,7 +122,10 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def build_model(
     spec: ModelSpec, dims: ParallelDims, config: TransformerConfig, device: torch.device
 ) -> list[DenseModel]:
-    """The chunks of this pipeline stage (one without virtual stages), weights allocated and not yet set."""
+    """The chunks of this pipeline stage (one without virtual stages), weights allocated and not yet set.
+
+    Multi-token-prediction layers of the model are frozen unless the config has `mtp_num_layers`.
+    """
     check_computed(spec)
     rotary, stage = rotary_tables(spec, device), parallel_state.get_pipeline_model_parallel_rank()
     return [_build_chunk(spec, dims, config, rotary, stage, chunk) for chunk in range(dims.chunks)]
@@ -95,18 +139,25 @@ def _build_chunk(
     stage: int,
     chunk: int,
 ) -> DenseModel:
+    is_last = (stage, chunk) == (dims.pp - 1, dims.chunks - 1)
+    vp_stage = chunk if dims.chunks > 1 else None
     model = DenseModel(
         config,
         block_spec(spec, dims.stage_layers(spec.num_layers, stage, chunk), rotary, config),
         vocab_size=padded_vocab_size(spec.vocab_size, dims.tp),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=(stage, chunk) == (0, 0),
-        post_process=(stage, chunk) == (dims.pp - 1, dims.chunks - 1),
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="none",  # the attention layers rotate q and k themselves
-        vp_stage=chunk if dims.chunks > 1 else None,
+        mtp_block_spec=prediction_spec(spec, rotary, config) if is_last and config.mtp_num_layers else None,
+        vp_stage=vp_stage,
     )
+    if is_last and spec.mtp_layers and not config.mtp_num_layers:
+        hold_untrained(model, spec, rotary, config, vp_stage)
+    if model.mtp_process and spec.tied_embeddings:
+        model.output_layer.weight = None  # the embedding, which is here as well, is the output layer's weight
     model.num_real_rows = spec.vocab_size
     model.logit_divisor, model.logit_softcap = spec.logit_divisor, spec.logit_softcap
     _mark_cut_parameters(model)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.converters.rule import MTP_LAYERS
 from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(decoder\.|mtp\.)layers\.(\d+)\.(transformer_layer\.)?(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _RENAMED = {  # the PyTorch layer keeps its norms apart; checkpoints name them as Transformer Engine's fused layer does
     "input_layernorm.weight": tuple(
@@ -48,8 +49,8 @@ class Part:
 class Placed:
     """A parameter (or buffer) and its place. `is_primary`: this rank, and no other of its tensor-parallel group and
 
-    no other pipeline stage, answers for it (replicated parameters and the second copy of a tied embedding are the
-    others'). A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer shares it out.
+    no other pipeline stage, answers for it (replicated parameters and the second copy of an embedding are the
+    others'). What is frozen before adapters are added counts as a buffer. A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer shares it out.
     key: of the global tensor, or of the first one, if checkpoints have the parameter in slices.
     """
 
@@ -65,42 +66,53 @@ class Placed:
 class RankPlace:
     """This rank's place on the axes that cut parameters: (rank, size) of tensor parallelism, and of that of experts.
 
-    first_expert: global number of local expert 0; is_first_replica: data-parallel rank 0.
+    first_expert: global number of local expert 0; is_first_replica: data-parallel rank 0 (of experts: of theirs).
     """
 
     tp: tuple[int, int]
     etp: tuple[int, int] = (0, 1)
     first_expert: int = 0
     is_first_replica: bool = True
+    is_first_expert_replica: bool = True
 
     @staticmethod
     def of(dims: ParallelDims, rank: int, spec: ModelSpec) -> "RankPlace":
         """Of one rank of a layout."""
         num_experts = spec.moe.num_experts if spec.moe else 0
         here, sizes = dims.coordinate(rank), dims.sizes
-        etp, ep = (dims.members(axis, rank).index(rank) for axis in ("etp", "ep"))
-        return RankPlace(
-            (here.tp, dims.tp), (etp, sizes["etp"]), ep * (num_experts // dims.ep), here.dp == 0 and here.cp == 0
-        )
+        etp, ep, edp = (dims.members(axis, rank).index(rank) for axis in ("etp", "ep", "edp"))
+        first_expert, is_first = ep * (num_experts // dims.ep), here.dp == 0 and here.cp == 0
+        return RankPlace((here.tp, dims.tp), (etp, sizes["etp"]), first_expert, is_first, edp == 0)
 
 
 class Name(NamedTuple):
-    """A parameter's name in checkpoints ("decoder.layers." + the rest), its layer and expert, counted in the chunk."""
+    """A parameter's name in checkpoints, `prefix` ("decoder.layers.") + `rest`, its layer and expert in the chunk."""
 
-    key: str
+    prefix: str
+    rest: str
     layer: int | None = None
     expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The whole name, of a layer's parameter without a number."""
+        return self.prefix + self.rest
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it is of a multi-token-prediction layer; these follow the last decoder layer."""
+        return self.prefix.startswith(MTP_LAYERS)
 
 
 def megatron_name(name: str) -> Name:
     """Of a parameter inside a chunk; norms keep the names of the modules."""
     layer = _LAYER.fullmatch(name)
     if layer is None:
-        return Name(name)
-    expert = _EXPERT.fullmatch(layer[2])
+        return Name("", name)
+    prefix, expert = f"{layer[1]}layers.{layer[3] or ''}", _EXPERT.fullmatch(layer[4])
     if expert is None:
-        return Name(f"decoder.layers.{layer[2]}", int(layer[1]))
-    return Name(f"decoder.layers.mlp.experts.experts.{expert[2]}", int(layer[1]), int(expert[1]))
+        return Name(prefix, layer[4], int(layer[2]))
+    return Name(prefix, f"mlp.experts.experts.{expert[2]}", int(layer[2]), int(expert[1]))
 
 
 def place_chunks(chunks: Sequence[nn.Module], table: ModelTable, dims: ParallelDims, rank: int) -> list[Placed]:
@@ -116,11 +128,15 @@ def place_chunks(chunks: Sequence[nn.Module], table: ModelTable, dims: ParallelD
 
 def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, layers: range) -> Iterator[Placed]:
     """Every parameter and buffer of a chunk that holds the global `layers`. To be called before adapters are added."""
+    is_first = getattr(chunk, "pre_process", True)
     for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers()):
         found = megatron_name(name)
-        layer = None if found.layer is None else layers[found.layer]
-        copied = name == OUTPUT and table.spec.tied_embeddings
-        keys = _stored_keys(table, EMBEDDING if copied else found.key, layer)
+        layer = found.layer
+        if layer is not None:
+            layer = table.spec.num_layers + layer if found.is_ahead else layers[layer]
+        is_tied = name == OUTPUT and table.spec.tied_embeddings
+        copied = is_tied or (name == EMBEDDING and not is_first)  # for predictions, on the last stage
+        keys = _stored_keys(table, Name("", EMBEDDING) if is_tied else found, layer)
         expert = None if found.expert is None else place.first_expert + found.expert
         tp_rank, tp_size = place.tp if expert is None else place.etp
         regions = [
@@ -128,18 +144,19 @@ def place_parameters(chunk: nn.Module, table: ModelTable, place: RankPlace, laye
             for key in keys
             for region in table.shard(key, tp_rank, tp_size, layer if table.megatron[key].stacked else None, expert)
         ]
-        is_buffer = not isinstance(parameter, nn.Parameter)
+        is_buffer = not (isinstance(parameter, nn.Parameter) and parameter.requires_grad)
         is_cut = getattr(parameter, "tensor_model_parallel", False)
-        is_primary = not copied and (is_cut or tp_rank == 0) and (place.is_first_replica or not is_buffer)
+        is_first_replica = place.is_first_replica if expert is None else place.is_first_expert_replica
+        is_primary = not copied and (is_cut or tp_rank == 0) and (is_first_replica or not is_buffer)
         parts = _parts(regions, tuple(parameter.shape), table)
         yield Placed(keys[0], parameter, parts, is_primary, is_buffer, expert is not None)
 
 
-def _stored_keys(table: ModelTable, name: str, layer: int | None) -> tuple[str, ...]:
+def _stored_keys(table: ModelTable, name: Name, layer: int | None) -> tuple[str, ...]:
     """The key of the parameter in checkpoints of this model, or those of its slices, whichever name it has there."""
-    rest = name.removeprefix("decoder.layers.")
+    rest = name.rest
     spellings = (rest, *_RENAMED.get(rest, ()), rest.replace("self_attention.", "mixer."))
-    keys = [table.key(name.removesuffix(rest) + spelling, layer) for spelling in spellings]
+    keys = [table.key(name.prefix + spelling, layer) for spelling in spellings]
     found = next((key for key in keys if key in table.megatron or key in table.slices), keys[0])
     return table.slices.get(found, (found,))
 

@@ -6,6 +6,7 @@ tensor-parallel rank, V all of them.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ class StepResult:
     """One finished optimizer step. `seconds`: forward_backward (with gradient reduction) and optimizer.
 
     loss: mean over the global batch, weighted; num_tokens: the sum of weights; grad_norm: global, before clipping.
+    mtp_loss: of the multi-token-prediction layers where they are trained, the mean over them, divided by num_tokens as
+    the loss is; what is minimised is loss + mtp_loss_scaling_factor * mtp_loss.
     updated: False where loss or grad_norm are not finite on some rank; weights and optimizer are then as before.
     """
 
@@ -33,14 +36,22 @@ class StepResult:
     grad_norm: float
     updated: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
+    mtp_loss: float | None = None
 
 
 def run(
     chunks: Sequence[nn.Module], batches: Sequence[RankBatch], device: torch.device, *, forward_only: bool
-) -> float:
-    """Sum of weighted losses of this rank's positions; 0.0 on all pipeline stages but the last."""
-    collected = _schedule(chunks, _weighted_loss, batches, device, forward_only)
-    return sum((float(value) for value in collected), 0.0)
+) -> tuple[float, float]:
+    """Sums of weighted losses of this rank's positions; 0.0 on all pipeline stages but the last.
+
+    The second is that of multi-token prediction, the mean over its layers; 0.0 where batches have no `ahead`.
+    """
+    if not batches[0].ahead:
+        collected = _schedule(chunks, _weighted_loss, batches, device, forward_only)
+        return sum((float(value) for value in collected), 0.0), 0.0
+    scale = get_model_config(chunks[0]).mtp_loss_scaling_factor
+    sums = _schedule(chunks, partial(_with_predictions, scale), batches, device, forward_only)
+    return sum((float(value[0]) for value in sums), 0.0), sum((float(value[1:].mean()) for value in sums), 0.0)
 
 
 def logits(
@@ -108,7 +119,16 @@ def _schedule(
         packed = None if batch.documents is None else documents(batch.documents, device)
         labels = batch.labels.to(device) if with_loss else None
         weights = batch.loss_weights.to(device)
-        output = model(batch.tokens.to(device), None, None, labels=labels, packed_seq_params=packed, loss_mask=weights)
+        further = {"ahead": [_ahead(part, device) for part in batch.ahead]} if batch.ahead else {}
+        output = model(
+            batch.tokens.to(device),
+            None,
+            None,
+            labels=labels,
+            packed_seq_params=packed,
+            loss_mask=weights,
+            **further,
+        )
         return output, finish_with(weights)
 
     def finish_with(weights: Tensor) -> object:
@@ -130,6 +150,16 @@ def _weighted_loss(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Ten
     """Losses [b, s], or their weighted sum -> (what is differentiated, tokens for megatron-core, what is collected)."""
     total = (losses * weights).sum() if losses.dim() else losses
     return total, torch.zeros((), dtype=torch.int, device=losses.device), total.detach()
+
+
+def _with_predictions(scale: float, sums: Tensor, _weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the sums [1 + depths] that a model returns which predicts further ahead."""
+    total = sums[0] + scale * sums[1:].mean()
+    return total, torch.zeros((), dtype=torch.int, device=sums.device), sums.detach()
+
+
+def _ahead(batch: RankBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.tokens.to(device), batch.labels.to(device), batch.loss_weights.to(device)
 
 
 def _keep_output(output: Tensor, _weights: Tensor) -> Tensor:

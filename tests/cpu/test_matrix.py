@@ -17,6 +17,7 @@ SAMPLE = {
     *(("moe", "ep2-etp2", "full"), ("moe", "tp2-sp-etp1", "full"), ("moe", "ep4", "lora")),
     *(("moe", "tp2-sp-pp2-etp1-ep2", "full"), ("mla", "tp2-sp-ep2", "full"), ("mla", "pp2-ep2", "full")),
     *(("mla", "tp4-sp", "lora"), ("dense", "pp2-cp2:packed", "full"), ("moe", "tp2-sp-cp2", "full")),
+    ("mtp", "pp2-dp2-vpp2", "full"),
 }
 CASES = [
     pytest.param(*case, id="-".join(case), marks=[] if case in SAMPLE else [pytest.mark.whole]) for case in product()

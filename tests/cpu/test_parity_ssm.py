@@ -77,7 +77,7 @@ def hub_names(arrays: Mapping[str, Any]) -> Arrays:
 
 
 @torch.no_grad()
-def _weaken_decay(model: torch.nn.Module) -> None:
+def weaken_decay(model: torch.nn.Module) -> None:
     """Less than 1 a step in the exponent: transformers takes differences of its sums, which lose digits as they grow.
 
     Ours does not (`tests/cpu/test_recurrences.py`, against fp64 and at full decay).
@@ -92,7 +92,7 @@ def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(config.json, start weights, what transformers computes)."""
     model = model_of(MODELS[name])
     if name == "qwen3_next":
-        _weaken_decay(model)
+        weaken_decay(model)
     config = {k: v for k, v in model.config.to_dict().items() if v is not None}
     rename = hub_names if config["model_type"] == "nemotron_h" else dict
     start = rename({n: w.copy() for n, w in weights_of(model).items()})

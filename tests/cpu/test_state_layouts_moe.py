@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.family_configs import family_config
 from tests.support.parity import VOCAB, model_of, random_steps
+from tests.support.prediction import predicting_model
 from tests.support.ranks import run_ranks
 from tests.support.spaces import assemble, weights_of
 
@@ -22,7 +23,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def run(family: str, layout: str, state: Any, num_steps: int, **more: Any) -> dict[str, Any]:
     """One engine on a layout; states of all ranks assembled (which asserts that each element comes once)."""
-    model = model_of(family_config(family, vocab_size=VOCAB, num_hidden_layers=2))
+    make = predicting_model if family == "deepseek_v3" else model_of
+    model: Any = make(family_config(family, vocab_size=VOCAB, num_hidden_layers=2))
     weights = {n: w.copy() for n, w in weights_of(model).items()}
     world_size, degrees = LAYOUTS[layout]
     payload = {
@@ -69,3 +71,19 @@ def test_bf16_keeps_fp32_masters_and_buffers() -> None:
     bias = written["last"]["decoder.layers.1.mlp.router.expert_bias"]
     assert bias.any()
     assert np.array_equal(bias, written["weights"]["model.layers.1.mlp.gate.e_score_correction_bias"])  # no bf16
+
+
+@pytest.mark.parametrize("trained", [1, 0])
+def test_state_with_a_prediction_layer_crosses_layouts_and_resumes(trained: int) -> None:
+    """Its weights and optimizer state, or, untrained, its weights alone; the copy of the embedding is not saved."""
+    settings, steps = {"lr": 1e-3, "clip_grad": 1.0, "mtp_num_layers": trained}, random_steps()
+    whole, first = (run("deepseek_v3", "pp2", None, n, settings=settings) for n in (3, 2))
+    rest = run("deepseek_v3", "pp2", first["last"], 1, steps=steps[2:], settings=settings)
+    assert rest["loss"] == whole["loss"][2:]
+    assert rest["last"].keys() == whole["last"].keys()
+    assert all(np.array_equal(value, rest["last"][key]) for key, value in whole["last"].items())
+    ahead = [key for key in whole["last"] if "mtp.layers.0.transformer_layer." in key]
+    assert any(key.startswith("optimizer.exp_avg.") for key in ahead) == bool(trained)
+    other = run("deepseek_v3", "tp2-etp1", first["last"], 1, steps=steps[2:], settings=settings)
+    assert [k for k, v in first["last"].items() if not np.array_equal(v, other["first"][k])] == []
+    assert other["loss"] == pytest.approx(whole["loss"][2:], rel=1e-6)

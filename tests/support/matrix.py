@@ -14,6 +14,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": family_config("qwen3", **SMALL, tie_word_embeddings=True, max_window_layers=2),
     "moe": family_config("qwen2_moe", **SMALL),
     "mla": family_config("deepseek_v3", **SMALL, num_nextn_predict_layers=0),
+    "mtp": family_config("deepseek_v3", **SMALL, num_nextn_predict_layers=1),
 }
 SP = {"sequence_parallel": True}
 OPTIONS: dict[str, dict[str, Any]] = {  # of the ProofJob, for layouts whose name ends so
@@ -65,13 +66,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def product() -> Iterator[tuple[str, str, str]]:
-    """Every (model, layout, tuner) that can be: experts under TP need SP, and only experts have EP and ETP."""
+    """Every (model, layout, tuner) that can be: experts under TP need SP, and only experts have EP and ETP.
+
+    Adapters leave multi-token-prediction layers out.
+    """
     for model in MODELS:
         for name, (_, degrees) in LAYOUTS.items():
             of_experts = "ep" in degrees or "etp" in degrees
             needs_sp = model != "dense" and "tp" in degrees and "sequence_parallel" not in degrees
             if not needs_sp and not (of_experts and model == "dense"):
-                yield from ((model, name, tuner) for tuner in ("full", "lora"))
+                yield from ((model, name, tuner) for tuner in (("full",) if model == "mtp" else ("full", "lora")))
 
 
 def job(model: str, tuner: str, **options: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def megatron_run(
         "world_size": world_size, "layout": dict(layout), "broken": broken,
     }  # fmt: skip
     ranks = run_ranks(world_size, "tests/support/parity.py:on_rank", payload)
-    result = {name: ranks[0][name] for name in ("logits", "loss", "grad_norm", "evaluated")}
+    result = {name: ranks[0][name] for name in ("logits", "loss", "mtp_loss", "grad_norm", "evaluated")}
     assert all(np.array_equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
     result["gradients"] = _hf([rank["gradients"] for rank in ranks], "gradient.", reader)
     result["weights"] = _hf([rank["weights"] for rank in ranks], "", reader)
@@ -149,6 +149,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
                 result["gradients"] = gather(engine.gradients())
         result["loss"] = [r.loss for r in results]
         result["grad_norm"] = [r.grad_norm for r in results]
+        result["mtp_loss"] = [r.mtp_loss for r in results]
         result["weights"] = gather(engine.model_shards())
         result["optimizer"] = gather(engine.optimizer_shards())
         result["copies"] = {

@@ -189,7 +189,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, bytes], dict[str, bytes], str
     "phi3": (family_config("phi3", resid_pdrop=0.1), {}, {}, "'resid_pdrop' is 0.1"),
     "nemotron_h": (family_config("nemotron_h", hidden_dropout=0.1), {}, {}, "'hidden_dropout' is 0.1"),
     "deepseek_v2": (family_config("deepseek_v2", attention_dropout=0.1), {}, {}, "'attention_dropout' is 0.1"),
-    "prediction": (family_config("deepseek_v3"), {}, {}, "does not compute mtp_layers"),
     "bin": (LLAMA, {"pytorch_model.bin": b"no zip"}, {}, "is not a zip file of torch.save"),
     "adapter": (LLAMA, {}, {"hf/adapter_config.json": b"{}"}, "trains an adapter; pass --tuner_type lora"),
     "own weights": (LLAMA, {}, {".metadata": b"x", "hf/config.json": b"{}"}, "checkpoint-5/.metadata: refused"),

@@ -38,7 +38,7 @@ BUDGET_SECONDS = {
     "cpu/test_parity_mtp": 25,
     "cpu/test_parity_moe": 60,
     "cpu/test_convert_m": 40,
-    "cpu/test_state_layouts_moe": 15,
+    "cpu/test_state_layouts_moe": 20,
     "cpu/test_state": 75,
     "cpu/test_train": 180,
     "cpu/test_data": 30,

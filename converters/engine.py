@@ -65,8 +65,8 @@ def plan(src: Path, to: Format, options: SourceOptions | None = None) -> Plan:
             "directory was changed after mswift wrote it; remove the manifest if that was meant"
         )
     dropped = dict(recorded.dropped) if recorded else {}
-    if recorded is None and (source.path / rundir.STATE).is_file():  # a run's checkpoint knows of no copies: as published
-        table = source.table
+    if recorded is None and (source.path / rundir.STATE).is_file():
+        table = source.table  # a run's checkpoint does not say which copies the published files hold
         dropped = {n: DroppedRecord(table.dropped[n].reason, same) for n, same in table.mtp_copies.items()}
     for name, reason in source.dropped.items():
         dropped[name] = DroppedRecord(reason, source.repeats.get(name))

@@ -47,11 +47,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter (or buffer) and its place. `is_primary`: this rank, and no other of its tensor-parallel group and
+    """A parameter (or buffer) and its place.
 
-    no other pipeline stage, answers for it (replicated parameters and the second copy of an embedding are the
-    others'). What is frozen before adapters are added counts as a buffer. A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer shares it out.
-    key: of the global tensor, or of the first one, if checkpoints have the parameter in slices.
+    is_primary: this rank, and no other of its tensor-parallel group and no other pipeline stage, answers for it
+    (replicated parameters and the second copy of an embedding are the others'). What is frozen before adapters are
+    added counts as a buffer. A buffer's primary rank is one of the data-parallel ranks as well, since no optimizer
+    shares it out. key: of the global tensor, or of the first one, if checkpoints have the parameter in slices.
     """
 
     key: str

@@ -6,7 +6,6 @@ written in a temporary sibling, fsynced and renamed, so it is whole or absent. O
 index and offsets are compared. The content hashes in the index, taken while writing, are the fingerprint of the data.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,25 +18,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from mswift.data.batch import Sample
+from mswift.data.hashing import content_hash, file_hash
 from mswift.errors import ConfigError, DataError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _REJECTED = "rejected.jsonl"
 _log = logging.getLogger(__name__)
-
-
-def content_hash(value: Mapping[str, Any]) -> str:
-    """Hex sha256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def default_cache_dir() -> Path:
@@ -68,7 +58,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._stream: IO[bytes] = path.open("wb")
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self.size = 0
 
     def write(self, data: bytes) -> None:
@@ -80,7 +70,7 @@ class _HashedFile:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        return {"size": self.size, "sha256": self._hash.hexdigest()}
+        return {"size": self.size, "blake3": self._hash.hexdigest()}
 
 
 class StoreWriter:
@@ -128,30 +118,44 @@ class StoreWriter:
 
 
 def open_or_build(
-    directory: Path,
+    locate: Callable[[], Path],
     build: Callable[[StoreWriter], Mapping[str, Any]],
     *,
     with_mask: bool,
     is_writer: bool,
     barrier: Callable[[], None],
+    hand_over: Callable[[Path | None], Path | None] | None = None,
 ) -> TokenStore:
-    """The entry at `directory`; the writer builds it where it is missing or damaged, the others wait at `barrier`.
+    """The entry at `locate()`; the writer builds it where it is missing or damaged, the others wait at `barrier`.
 
-    `build` fills the writer and returns the report. An error of the writer is raised there and reaches the others as a
-    DataError, after the barrier: nobody is left waiting.
+    `build` fills the writer and returns the report. `hand_over`, called by all after the barrier, gives each the path
+    that the writer of its machine found (None: the writer failed); without it every process locates the entry by
+    itself. An error of the writer is raised there and reaches the others as a DataError, after the barrier: nobody is
+    left waiting.
     """
+    directory: Path | None = None
     if is_writer:
         try:
+            directory = locate()
             _ensure(directory, build, with_mask)
+        except BaseException:
+            directory = None
+            raise
         finally:
             barrier()
+            if hand_over is not None:
+                hand_over(directory)
     else:
         barrier()
+        directory = locate() if hand_over is None else hand_over(None)
+    failed = "the process of this machine that tokenises the data failed, see its message"
+    if directory is None:
+        raise DataError(failed)
     try:
         return open_store(directory)
     except (FileNotFoundError, DataError) as error:
         raise DataError(
-            "the process of this machine that tokenises the data failed, see its message (if it did not: it writes to "
+            f"{failed} (if it did not: it writes to "
             f"another disk than this one reads, name a common one with --cache_dir; {directory}: {error})"
         ) from None
 
@@ -171,7 +175,7 @@ def open_store(directory: Path) -> TokenStore:
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != entry["size"]:
             raise DataError(f"{name} has {size} bytes, the index says {entry['size']}")
-    if file_hash(directory / "offsets.bin") != index["files"]["offsets.bin"]["sha256"]:
+    if file_hash(directory / "offsets.bin") != index["files"]["offsets.bin"]["blake3"]:
         raise DataError("offsets.bin does not match its checksum")
     mask = np.memmap(directory / "mask.bin", np.bool_, "r") if "mask.bin" in index["files"] else None
     return TokenStore(

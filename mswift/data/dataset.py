@@ -22,11 +22,10 @@ from mswift.data.cache import (
     FORMAT_VERSION,
     StoreWriter,
     TokenStore,
-    content_hash,
     default_cache_dir,
-    file_hash,
     open_or_build,
 )
+from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.report import FileReport
 from mswift.data.selection import Selection, mixture
 from mswift.data.sources import HubSplit, Part, Source, parse_source
@@ -128,11 +127,13 @@ def build_dataset(
     barrier: Callable[[], None],
     progress: bool,
     flag: str = "--dataset",
+    hand_over: Callable[[Path | None], Path | None] | None = None,
 ) -> TokenDataset:
     """The data set of all sources in `specs` (see `sources`), tokenised by the writer unless the cache has it.
 
     Every rank calls it with the same arguments, one of them (on each file system) as the writer; `barrier` returns when
-    all have come. `flag` is what errors call the list. ConfigError and DataError name flag, file or row.
+    all have come; `hand_over` (see `open_or_build`) spares all but the writer the hashes. `flag` is what errors call
+    the list. ConfigError and DataError name flag, file or row.
     """
     if not specs:
         raise ConfigError(f"{flag} names no file: {flag} train.jsonl")
@@ -151,12 +152,19 @@ def build_dataset(
             model_positions=options.model_positions,
         )  # fmt: skip
 
+    def locate() -> Path:
+        hashes = FileHashes(root / "files.json")
+        key = _key(kind, sources, tokenizer, rows, sft, hashes)
+        hashes.save()
+        return root / "tokens" / key
+
     store = open_or_build(
-        root / "tokens" / _key(kind, sources, tokenizer, rows, sft),
+        locate,
         write,
         with_mask=kind == "sft",
         is_writer=is_writer,
         barrier=barrier,
+        hand_over=hand_over,
     )
     if flag == "--dataset" and options.selection.part == "train" and (unused := store.report["unused_columns"]):
         raise ConfigError(
@@ -223,7 +231,14 @@ def _cut(first: int, last: int, max_length: int) -> tuple[NDArray[np.int64], NDA
     return starts, np.minimum(starts + max_length + 1, last)
 
 
-def _key(kind: Kind, sources: Sequence[Source], tokenizer: Tokenizer, rows: RowOptions, sft: SftOptions) -> str:
+def _key(
+    kind: Kind,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    rows: RowOptions,
+    sft: SftOptions,
+    hashes: FileHashes,
+) -> str:
     """Name of the cache entry; a stream of documents does not depend on the options of conversations."""
     selection = rows.selection
     if not selection.split_ratio and all(s.count is None or selection.method == "first" for s in sources):
@@ -231,7 +246,7 @@ def _key(kind: Kind, sources: Sequence[Source], tokenizer: Tokenizer, rows: RowO
     parts = {
         "version": FORMAT_VERSION,
         "kind": kind,
-        "sources": [[[_identity(part) for part in source.parts], source.count] for source in sources],
+        "sources": [[[_identity(part, hashes) for part in source.parts], source.count] for source in sources],
         "selection": asdict(selection),
         "columns": rows.columns,
         "tokenizer": tokenizer_identity(tokenizer),
@@ -240,10 +255,10 @@ def _key(kind: Kind, sources: Sequence[Source], tokenizer: Tokenizer, rows: RowO
     return content_hash(parts)[:40]
 
 
-def _identity(part: Part) -> list[str]:
+def _identity(part: Part, hashes: FileHashes) -> list[str]:
     """What decides the rows of a part, and its name, which the report holds."""
     if isinstance(part, HubSplit):
         from mswift.data.hub import hub_fingerprint
 
         return [str(part), hub_fingerprint(part.name, part.subset, part.flag)]
-    return [part.name, file_hash(part.path)]
+    return [part.name, hashes[part.path]]

@@ -23,7 +23,7 @@ from mswift.refusals import check_schedule, parse_columns, train_dtype
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
-from mswift.train.collective import ended_by, patient_barrier
+from mswift.train.collective import ended_by, from_writer, patient_barrier
 from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.train.new_tokens import RULE, GrownReader
@@ -54,10 +54,12 @@ def build_data(
         strict=config.strict,
     )
 
+    is_writer = info.local_rank == 0
+
     def build(flag: str, specs: tuple[str, ...], options: DataOptions) -> TokenDataset:
         return build_dataset(
-            kind, specs, tokenizer, options, is_writer=info.local_rank == 0, barrier=patient_barrier,
-            progress=info.rank == 0, flag=flag,
+            kind, specs, tokenizer, options, is_writer=is_writer, barrier=patient_barrier, progress=info.rank == 0,
+            flag=flag, hand_over=lambda path: from_writer(path, is_writer),
         )  # fmt: skip
 
     data, val_data = build("--dataset", config.dataset, options), None

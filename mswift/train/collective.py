@@ -1,10 +1,11 @@
 """Agreement between ranks for the loop and the checkpoints: an error on one rank is an error on all, with its text."""
 
 import itertools
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from mswift.converters.io.files import NO_SPACE
 from mswift.errors import CheckpointError, MswiftError
 from mswift.topology import ParallelDims
+
+T = TypeVar("T")
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -72,6 +75,13 @@ def patient_barrier() -> None:
     store.add(name, 1)
     while store.add(name, 0) < dist.get_world_size():
         time.sleep(0.05)
+
+
+def from_writer(value: T | None, is_writer: bool) -> T | None:
+    """On every rank: the value of the writer of its machine (by host name); None where a writer there has none."""
+    host = socket.gethostname()
+    found = [other for name, writes, other in gather_objects((host, is_writer, value)) if name == host and writes]
+    return None if None in found else found[0]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Builder:
 
 
 def _open(directory, build, is_writer=True, barrier=lambda: None):
-    return open_or_build(directory, build, with_mask=True, is_writer=is_writer, barrier=barrier)
+    return open_or_build(lambda: directory, build, with_mask=True, is_writer=is_writer, barrier=barrier)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -144,3 +144,30 @@ def test_the_index_is_plain_json(tmp_path):
     _open(tmp_path / "a", Builder())
     index = json.loads((tmp_path / "a" / "index.json").read_text())["index"]
     assert index["files"]["tokens.bin"]["size"] == 64
+
+
+def test_only_the_writer_locates_the_entry(tmp_path):
+    store = _open(tmp_path / "a", Builder())
+    reader = open_or_build(
+        pytest.fail, pytest.fail, with_mask=True, is_writer=False, barrier=lambda: None,
+        hand_over=lambda path: path or tmp_path / "a",
+    )  # fmt: skip
+    assert reader.fingerprint == store.fingerprint
+
+
+def test_a_writer_that_fails_hands_nothing_over(tmp_path):
+    handed = []
+
+    def locate():
+        raise DataError("the file is gone")
+
+    def run(is_writer):
+        open_or_build(
+            locate, pytest.fail, with_mask=True, is_writer=is_writer, barrier=lambda: None, hand_over=handed.append
+        )
+
+    with pytest.raises(DataError, match="the file is gone"):
+        run(True)
+    with pytest.raises(DataError, match="that tokenises the data failed"):
+        run(False)
+    assert handed == [None, None]

@@ -122,6 +122,20 @@ def test_any_failure_of_one_rank_is_a_failure_of_all(pool: RankPool) -> None:
         assert re.match(r"CheckpointError: saving x failed on rank 1: OSError: .*Input/output error", text)
 
 
+def hand_over(value: str | None) -> str | None:
+    import torch.distributed as dist
+
+    from mswift.train.collective import from_writer
+
+    writes = dist.get_rank() == 0
+    return from_writer(value if writes else "not asked", writes)
+
+
+def test_the_writer_of_a_machine_hands_over(pool: RankPool) -> None:
+    assert pool.run(HERE + "hand_over", "entry", 60) == ["entry", "entry"]
+    assert pool.run(HERE + "hand_over", None, 60) == [None, None]
+
+
 def test_ranks_must_see_the_same_checkpoints(pool: RankPool, tmp_path: Path) -> None:
     partial = rundir.partial_dir(tmp_path, 5)
     partial.mkdir()

@@ -1,8 +1,8 @@
 """Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2) on megatron-core's own layer.
 
 Depth k (from 1) joins the state that predicts one token less, h of position i, with the embedding of token i + k,
-passes both through one decoder layer, and predicts token i + k + 1 with the embedding and the output layer of the model.
-h of depth 0 is the state behind the model's last norm, as megatron-core has it.
+passes both through one decoder layer, and predicts token i + k + 1 with the embedding and the output layer of the
+model. h of depth 0 is the state behind the model's last norm, as megatron-core has it.
 
 megatron-core's layer moves the tokens to the left itself, on each rank, with messages between context-parallel ones;
 here they come moved (`mswift.parallel.batch`), cut by documents, before they are cut for ranks.

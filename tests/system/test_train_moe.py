@@ -35,7 +35,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_experts_are_trained_saved_continued_at_another_layout_and_exported(home: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.cpu.test_train_road import loss_by_transformers
+    from tests.system.test_train_road import loss_by_transformers
 
     val = ["--val_dataset", str(home / "val.jsonl")]
     shared = ["--nproc_per_node", "2", "--expert_model_parallel_size", "2"]

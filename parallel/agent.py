@@ -1,8 +1,9 @@
 """torchrun with an exit status that means something: starts the ranks, hands them our signals, reports how they ended.
 
 Differences from `python -m torch.distributed.run`: SIGINT, SIGTERM and SIGUSR1 go to the ranks and nothing else
-happens, so that they can save (torchrun would kill them 30 s later); a second SIGINT kills them. The status is that of
-the rank that failed first, and 2 when any rank found the command wrong.
+happens, so that they can save (torchrun would kill them 30 s later); a second SIGINT kills them. When a rank fails, the
+others have some seconds to end in their own words, of which one may be the cause. The status is that of the rank that
+failed first, and 2 when any rank found the command wrong.
 """
 
 import ctypes
@@ -10,15 +11,19 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WRONG_COMMAND = 2
+_LAST_WORDS_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,11 +35,28 @@ def main(argv: Sequence[str]) -> int:
     for number in _HANDED_ON:
         signal.signal(number, _hand_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)  # the launcher blocked them until now
+    _let_ranks_speak()
     try:
         run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
         return _status(error)
     return 0
+
+
+def _let_ranks_speak() -> None:
+    """torchrun sends SIGTERM to all ranks when one has failed: let it wait until they have ended, or some seconds."""
+    close = api.SubprocessContext.close
+
+    def patiently(self: api.SubprocessContext, *args: Any, **options: Any) -> None:
+        ranks = [handler.proc for handler in self.subprocess_handlers.values()]
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while any(rank.poll() for rank in ranks) and None in [rank.poll() for rank in ranks]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        close(self, *args, **options)
+
+    api.SubprocessContext.close = patiently  # type: ignore[method-assign, assignment]
 
 
 _interrupts = 0

@@ -481,10 +481,8 @@ def test_an_error_of_all_ranks_and_an_interrupt(home: Path, tmp_path: Path) -> N
     )
     lines = done.stderr.strip().split("\n")
     assert done.returncode == 1, done.stderr
-    # A rank that is still starting when another has failed is ended without a word; none says anything else.
-    assert 1 <= len(lines) <= 2, lines
-    assert {line.partition(":")[0] for line in lines} <= {"mswift sft [rank 0]", "mswift sft [rank 1]"}
-    assert all(f"{rows}, row 1 has no assistant turn" in line for line in lines), lines
+    assert [line.partition(":")[0] for line in sorted(lines)] == ["mswift sft [rank 0]", "mswift sft [rank 1]"]
+    assert f"{rows}, row 1 has no assistant turn" in sorted(lines)[0]
     process = subprocess.Popen([*two, "--train_iters", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     time.sleep(0.7)  # nobody has installed a handler yet, or the launcher just has
     process.send_signal(signal.SIGINT)

@@ -58,9 +58,12 @@ def test_a_run_does_not_inherit_the_collective_of_the_one_before() -> None:
 
 
 def test_every_passed_field_is_tried() -> None:
-    """But where there is nothing to compare: a folder for logs, and shapes that do not vary here."""
+    """But where there is nothing to compare: a folder for logs, and shapes that do not vary here. And elsewhere:
+
+    the share of the prediction layers' loss, in test_parity_mtp.py.
+    """
     tried = {name for case in CASES for name in case[4]}
-    assert tried | {"config_logger_dir", "variable_seq_lengths"} == mcore_fields.PASSED
+    assert tried | {"config_logger_dir", "variable_seq_lengths", "mtp_loss_scaling_factor"} == mcore_fields.PASSED
 
 
 def refusals(_payload: None) -> list[str]:

@@ -97,6 +97,17 @@ def check_recompute(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) ->
             raise LayoutError(f"--recompute_modules {module}: no layer of the model has one; leave it out")
 
 
+def check_four_bit_base(lora: bool, dora: bool) -> None:
+    """ConfigError for what does not go with a base in four bits (`lora`: adapters are what is trained)."""
+    if not lora:
+        raise ConfigError("--quant_method bnb has no effect with --tuner_type full: use --tuner_type lora")
+    if dora:
+        raise ConfigError(
+            "--quant_method bnb with DoRA (--use_dora, or an adapter of --adapters that has it) is not supported: "
+            "leave one of them out"
+        )
+
+
 def check_prediction(mtp_num_layers: int | None, spec: ModelSpec) -> None:
     """ConfigError unless the model has that many multi-token-prediction layers to train; 0 and None train none."""
     if not mtp_num_layers:

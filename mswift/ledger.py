@@ -72,10 +72,12 @@ class Ledger:
     def _add(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, "time": time.time(), **values}) + "\n"
         try:
-            if self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n"):
-                line = "\n" + line  # after a line that a kill left torn
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self._path.open("a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        line = "\n" + line  # after a line that a kill left torn
+                file.write(line.encode())
         except OSError:
             pass  # what needs the disk says so
 

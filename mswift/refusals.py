@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
-from mswift.engine_refusals import check_microbatches, check_prediction, check_recompute, cut_of, engine_flag_refusals
+from mswift.engine_refusals import (
+    check_four_bit_base,
+    check_microbatches,
+    check_prediction,
+    check_recompute,
+    cut_of,
+    engine_flag_refusals,
+)
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
@@ -355,8 +362,10 @@ def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         return
     if config.quant_bits is None:
         yield ConfigError("--quant_method bnb needs the number of bits: --quant_bits 4")
-    if config.use_dora:
-        yield ConfigError("--quant_method bnb with --use_dora is not supported: leave one of them out")
+    try:
+        check_four_bit_base(config.tuner_type == "lora", config.use_dora)
+    except ConfigError as error:
+        yield error
     if config.init_weights != "true":
         yield ConfigError(
             f"--quant_method bnb with --init_weights {config.init_weights}, which starts from the whole weight, is not "

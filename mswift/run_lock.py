@@ -13,6 +13,9 @@ from pathlib import Path
 from mswift.errors import ConfigError
 from mswift.rundir import LOCK
 
+_PATIENCE_SECONDS = 1.0
+"""For which a start waits for a lock: `mswift status` holds it for a moment when it looks whether somebody does."""
+
 _LEASE = "the file server gives its lock back when its lease ends, about 90 s later"
 
 
@@ -27,7 +30,7 @@ def locked(output_dir: Path) -> Iterator[None]:
     descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             raise ConfigError(_refusal(output_dir, os.pread(descriptor, 4096, 0))) from None
         except OSError as error:
@@ -41,6 +44,19 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """BlockingIOError where somebody has the lock and keeps it."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _holder() -> dict[str, object]:

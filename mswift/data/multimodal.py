@@ -2,7 +2,7 @@
 
 The text is the chat template's, with the same spans and the same proof as of text alone. What the template writes for
 an image is found by asking it; the processor says how many image tokens that becomes, and the spans move along. Image
-tokens are never learned. Pixels are made when a sample is read, not stored.
+tokens are never learned. A sample carries its pixels; nothing of them is cached.
 Shapes: n tokens, I images, P patches of all of them, F numbers of a patch.
 """
 
@@ -51,7 +51,7 @@ class ImageSample(Sample):
 
 
 class ImageTemplate:
-    """Chat template and processor of a vision-language model.
+    """Chat template and processor of a vision-language model; the processor's template becomes its tokenizer's.
 
     ConfigError for a processor that cannot say what becomes of an image.
     """

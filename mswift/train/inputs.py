@@ -12,6 +12,7 @@ from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.data.sources import parse_source
+from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
@@ -86,6 +87,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
+    if config.quant_method:
+        check_four_bit_base(lora=True, dora=settings.dora)
     own = {
         "lora_rank": settings.rank,
         "lora_alpha": f"{settings.alpha:g}",

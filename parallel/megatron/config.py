@@ -65,9 +65,7 @@ class EngineConfig:
 
 
 def check_device(config: EngineConfig, device: torch.device) -> None:
-    """ConfigError for what this kind of device, or what is installed on it, or an adapter to continue cannot do."""
-    if config.four_bit_base and config.lora is not None and config.lora.settings.dora:
-        raise ConfigError("--quant_method bnb with DoRA is not supported: leave --quant_method out for this adapter")
+    """ConfigError for what this kind of device, or what is installed on it, cannot do."""
     if device.type == "cpu" and (reason := reason_on_cpu(config.mcore)):
         raise ConfigError(reason)
     if config.gradient_accumulation_fusion and not (device.type == "cuda" and layers._grad_accum_fusion_available):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
-from mswift.engine_refusals import check_prediction, check_prediction_flags
+from mswift.engine_refusals import check_four_bit_base, check_prediction, check_prediction_flags
 from mswift.errors import CheckpointError, LayoutError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
@@ -55,6 +55,8 @@ class MegatronEngine:
         check_context_parallel(dims, config.cp_comm_type, table.spec)
         check_prediction(config.mtp_num_layers, table.spec)
         check_prediction_flags(config.mtp_num_layers, config.lora is not None)
+        if config.four_bit_base:
+            check_four_bit_base(config.lora is not None, config.lora is not None and config.lora.settings.dora)
         check_device(config, device)
         world.enter(dims, config.seed, config.timeout_seconds)
         self.table, self.dims, self.config, self.device = table, dims, config, device

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError
 from tests.support.adapters import load_peft, random_adapter
 from tests.support.lora_parity import mswift_run, peft_steps
@@ -82,6 +83,18 @@ def test_the_whole_base_is_another_function(nf4: dict[str, Any]) -> None:
 def test_parts_that_are_no_whole_blocks_are_refused(nf4: dict[str, Any]) -> None:
     with pytest.raises(Exception, match=r"--quant_bits 4: .* has 32 inputs on a rank"):
         mswift_run(nf4["home"], 4, {"tp": 4}, settings={"four_bit_base": "nf4"})
+
+
+def test_an_adapter_with_magnitudes_is_refused(nf4: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(nf4["home"] / "model")
+    random_adapter(tmp_path / "adapter", tmp_path / "model", ("q_proj",), dora=True)
+    with pytest.raises(Exception, match="--quant_method bnb with DoRA"):
+        mswift_run(tmp_path, 1, {}, settings={"four_bit_base": "nf4"})
+
+
+def test_a_base_that_is_trained_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use --tuner_type lora"):
+        check_four_bit_base(lora=False, dora=False)
 
 
 def test_a_missing_library_is_one_line() -> None:

@@ -26,6 +26,10 @@ if mode == "wait":
         signal.signal(number, stop)
     (here / f"ready{info.rank}").touch()
     time.sleep(60)
+if mode == "cause":
+    time.sleep(0 if info.rank == 1 else 2)
+    print(f"rank {info.rank} says why", file=sys.stderr)
+    os._exit(1)
 if mode.startswith("fail") and info.rank == 1:
     print("rank 1 says why", file=sys.stderr)
     os._exit(int(mode[4:]))
@@ -68,6 +72,11 @@ def test_the_status_and_the_words_of_a_failed_rank_come_through(code: int, tmp_p
     assert status == code
     assert stderr == "rank 1 says why\n"
     assert time.monotonic() - started < 45  # the other rank, asleep for 60 s, was ended
+
+
+def test_a_rank_that_fails_first_does_not_silence_the_one_that_knows_the_cause(tmp_path: Path) -> None:
+    status, stderr = _finish("cause", tmp_path)
+    assert (status, stderr) == (1, "rank 1 says why\nrank 0 says why\n")
 
 
 def test_a_killed_rank_is_reported(tmp_path: Path) -> None:

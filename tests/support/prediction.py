@@ -6,8 +6,10 @@ decoder layer and norm: h'_i = M [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)] for the p
 The loss of depth k is a sum over these positions divided by what the main loss is divided by (the report: by T).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,29 @@ def _losses(model: Any, batch: Sequence[Any]) -> Tensor:
     flat = [x.flatten().split(list(documents[0])) for x in (tokens, labels, weights)]
     parts = [_document_losses(model, *(x[None] for x in one)) for one in zip(*flat, strict=True)]
     return torch.stack([torch.stack(part) for part in parts]).sum(0)
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """Everything that the model computes is fp64 while inside, also where transformers asks for fp32 by name."""
+    convert, softmax = Tensor.to, F.softmax
+
+    def to(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        options = {name: torch.float64 if value is torch.float32 else value for name, value in options.items()}
+        return convert(x, *args, **options)
+
+    def wide_softmax(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return softmax(x, *args, **options | ({"dtype": torch.float64} if "dtype" in options else {}))
+
+    model.double()
+    model.config._experts_implementation = "eager"  # type: ignore[union-attr]  # torch's grouped product has no fp64
+    with (
+        patch.object(Tensor, "float", lambda x: x.double()),
+        patch.object(Tensor, "to", to),
+        patch.object(F, "softmax", wide_softmax),
+    ):
+        yield
 
 
 def reference(

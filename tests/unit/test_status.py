@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,12 @@ def test_looking_does_not_keep_a_run_out(tmp_path: Path) -> None:
     read_status(tmp_path)
     assert not (tmp_path / rundir.LOCK).exists()
     with locked(tmp_path):
-        read_status(tmp_path)
+        assert read_status(tmp_path).state == "running"
     with (tmp_path / rundir.LOCK).open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH)  # as a look does, here a long one
+        threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with locked(tmp_path):
+            assert read_status(tmp_path).state == "running"
 
 
 @pytest.mark.parametrize(

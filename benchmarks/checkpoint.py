@@ -19,25 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train import SEED, SIZES, batches, cpu_name, model_config
+from measure import cpu_name, peak_bytes, resident_bytes
+from train import SEED, SIZES, batches, model_config
 
 KINDS = ("synchronous", "asynchronous", "torch.save")
-
-
-def resident_bytes() -> int:
-    """Resident memory now; its high-water mark starts anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Largest resident memory since `resident_bytes`."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 class Trained:

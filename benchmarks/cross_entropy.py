@@ -12,15 +12,14 @@ from there on memory grows by the hidden states' gradient and no more.
 
 import argparse
 import multiprocessing
-import os
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from measure import cpu_name, peak_bytes, resident_bytes
 
 CONTENDERS = (("plain", 8192), ("fused", 8192), ("fused", 16384), ("fused", 32768))
 _GIB = 2**30
@@ -66,22 +65,12 @@ def measure(kind: str, tokens: int, args: argparse.Namespace, pipe: Connection) 
     labels, weights = torch.randint(0, args.vocab, (tokens, 1)), torch.ones(tokens, 1)
     compute(hidden[:64], weight, labels[:64], weights[:64]).backward()  # libraries are loaded, kernels made
     hidden.grad = weight.grad = None
-    resident = _resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set counts from here on
+    resident = resident_bytes()
     started = time.perf_counter(), time.process_time()
     loss = compute(hidden, weight, labels, weights)
     loss.backward()
     seconds = time.perf_counter() - started[0], time.process_time() - started[1]
-    pipe.send((_highest_bytes() - resident, *seconds, float(loss.detach())))
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _highest_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    pipe.send((peak_bytes() - resident, *seconds, float(loss.detach())))
 
 
 def run(args: argparse.Namespace) -> dict[tuple[str, int], list[tuple[float, ...]]]:
@@ -110,7 +99,7 @@ def report(args: argparse.Namespace, results: dict[tuple[str, int], list[tuple[f
     lines = [
         f"`{command} --rounds {args.rounds} --threads {args.threads}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}; medians of {args.rounds} rounds.",
+        f"{cpu_name()}; torch {torch.__version__}; medians of {args.rounds} rounds.",
         "",
         "| | tokens | peak memory | plain at 8,192 / it | seconds | CPU seconds | per 8,192 tokens / plain |",
         "|---|---|---|---|---|---|---|",

@@ -16,13 +16,14 @@ was built.
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from measure import cpu_name, peak_bytes, resident_bytes
 
 SIZES: dict[str, dict[str, Any]] = {
     "10M": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "vocab_size": 4096},
@@ -31,6 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 HEADS = {"10M": (5, 5), "34M": (8, 4), "100M": (12, 4)}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "router_aux_loss_coef": 0.0}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SEED = 11
 
 
@@ -76,9 +78,6 @@ def transformers_model(args: argparse.Namespace) -> Any:
                               **(experts if args.model == "moe" else {}))
         )  # fmt: skip
     return model
-
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def transformers_step(args: argparse.Namespace, fused: bool) -> Any:
@@ -131,28 +130,13 @@ def run_trainer(args: argparse.Namespace, pipe: Connection) -> None:
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Waits()]).train()
 
 
-def megatron_step(args: argparse.Namespace) -> Any:
-    """A function that makes one step of megatron-core's own parts and returns the loss."""
+def megatron_model(args: argparse.Namespace) -> Any:
+    """megatron-core's GPTModel of its local layer specification, which is the same model."""
     import torch
-
-    from mswift.launchers.environment import RankInfo
-    from mswift.parallel import device, groups
-    from mswift.topology import ParallelDims
-
-    chosen = device.prepare("cpu")
-    groups.init(ParallelDims(), chosen, RankInfo.single())
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(SEED)
     raw, moe = model_config(args.size, args.model), args.model == "moe"
     experts: dict[str, Any] = {}
     if moe:
@@ -173,12 +157,34 @@ def megatron_step(args: argparse.Namespace) -> Any:
         num_experts=MOE["num_experts"] if moe else None, moe_grouped_gemm=False, qk_layernorm=moe,
         normalization="RMSNorm",
     )  # fmt: skip
-    model = GPTModel(
+    return GPTModel(
         config, layers, raw["vocab_size"], 2048, share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )  # fmt: skip
+
+
+def megatron_step(args: argparse.Namespace) -> Any:
+    """A function that makes one step of megatron-core's own parts and returns the loss."""
+    import torch
+
+    from mswift.launchers.environment import RankInfo
+    from mswift.parallel import device, groups
+    from mswift.topology import ParallelDims
+
+    chosen = device.prepare("cpu")
+    groups.init(ParallelDims(), chosen, RankInfo.single())
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(SEED)
+    model = megatron_model(args)
     wrapped = DistributedDataParallel(
-        config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
     )
     settings = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [wrapped])
@@ -206,12 +212,6 @@ def megatron_step(args: argparse.Namespace) -> Any:
         return float(sum(one["loss"] for one in done)) / len(done)
 
     return step
-
-
-def peak_bytes() -> int:
-    """Largest resident memory since the process was asked to forget it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def mswift_step(args: argparse.Namespace) -> Any:
@@ -266,8 +266,7 @@ def contender(name: str, args: argparse.Namespace, pipe: Connection) -> None:
 
         device.prepare("cpu")
         import mswift.parallel.megatron.engine  # noqa: F401
-    Path("/proc/self/clear_refs").write_text("5")
-    pipe.send(peak_bytes())
+    pipe.send(resident_bytes())
     if name == "Trainer":
         return run_trainer(args, pipe)
     if name == "mswift":
@@ -311,13 +310,6 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float, floa
     for pipe in pipes.values():
         pipe.send(None)
     return seconds
-
-
-def cpu_name() -> str:
-    """Model name and number of cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[tuple[float, float, float]]]) -> str:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one sample and which of them are learned."""
+    """Tokens of one sample and how much each of them is learned."""
 
     tokens: NDArray[np.int32]
     """int32 [n]"""
-    loss_mask: NDArray[np.bool_]
-    """bool [n]; loss_mask[t]: token t is a target, predicted from the tokens before it. The first one never is."""
+    loss_weights: NDArray[np.float32]
+    """float32 [n]; what predicting token t from those before it counts in the loss; 0 for the first."""
 
 
 class Batch(NamedTuple):
@@ -41,5 +41,5 @@ def collate(samples: Sequence[Sample], length: int, pad_token_id: int) -> Batch:
             raise ValueError(f"a sample of {positions} positions in a batch of length {length}")
         tokens[row, :positions] = sample.tokens[:-1]
         labels[row, :positions] = sample.tokens[1:]
-        loss_weights[row, :positions] = sample.loss_mask[1:]
+        loss_weights[row, :positions] = sample.loss_weights[1:]
     return Batch(tokens, labels, loss_weights)

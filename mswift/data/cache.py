@@ -1,9 +1,10 @@
 """Token files on disk: written once under the hash of everything that decides them, mapped into memory by every rank.
 
-An entry is a directory: tokens.bin (int32), mask.bin (one byte a token; absent in a plain stream), offsets.bin (int64
-[pieces + 1]: where each sample or document starts, and the end), rejected.jsonl (bad rows) and index.json. It is
-written in a temporary sibling, fsynced and renamed, so it is whole or absent. On opening, sizes and the checksums of
-index and offsets are compared. The content hashes in the index, taken while writing, are the fingerprint of the data.
+An entry is a directory: tokens.bin (int32), mask.bin (one byte a token, the place of its loss weight in the index's
+table of weights; absent in a plain stream), offsets.bin (int64 [pieces + 1]: where each sample or document starts, and
+the end), rejected.jsonl (bad rows) and index.json. It is written in a temporary sibling, fsynced and renamed, so it is
+whole or absent. On opening, sizes and the checksums of index and offsets are compared. The content hashes in the index,
+taken while writing, and the table are the fingerprint of the data.
 """
 
 import json
@@ -25,7 +26,9 @@ from mswift.data.batch import Sample
 from mswift.data.hashing import content_hash, file_hash
 from mswift.errors import ConfigError, DataError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+MOST_WEIGHTS = 256
+"""Distinct loss weights in an entry: a token has a byte for its own."""
 _REJECTED = "rejected.jsonl"
 _log = logging.getLogger(__name__)
 
@@ -41,8 +44,10 @@ class TokenStore:
 
     tokens: NDArray[np.int32]
     """int32 [tokens]"""
-    mask: NDArray[np.bool_] | None
-    """bool [tokens]"""
+    mask: NDArray[np.uint8] | None
+    """uint8 [tokens]: the place of the token's loss weight in `weights`; 0 where nothing is learned."""
+    weights: NDArray[np.float32]
+    """float32 [at most 256]; the first two are 0 and 1."""
     offsets: NDArray[np.int64]
     """int64 [pieces + 1]"""
     largest_token: int
@@ -82,6 +87,7 @@ class StoreWriter:
         self._files = {name: _HashedFile(directory / name) for name in names}
         self.num_tokens, self.num_pieces = 0, 0
         self._largest_token = -1
+        self._places = {0.0: 0, 1.0: 1}
         self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
 
     def add(self, tokens: NDArray[np.int32]) -> None:
@@ -93,9 +99,16 @@ class StoreWriter:
         self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
 
     def add_sample(self, sample: Sample) -> None:
-        """Append a sample."""
+        """Append a sample. DataError: with it there are more distinct loss weights than a byte can name."""
         self.add(sample.tokens)
-        self._files["mask.bin"].write(sample.loss_mask.astype(np.bool_, copy=False).tobytes())
+        weights, which = np.unique(sample.loss_weights.astype(np.float32, copy=False), return_inverse=True)
+        places = [self._places.setdefault(weight, len(self._places)) for weight in weights.tolist()]
+        if len(self._places) > MOST_WEIGHTS:
+            raise DataError(
+                f"the tokens have {len(self._places)} distinct loss weights so far, a data set can have "
+                f"{MOST_WEIGHTS}: round `loss_scale` of the messages to fewer values"
+            )
+        self._files["mask.bin"].write(np.array(places, dtype=np.uint8)[which].tobytes())
 
     def reject(self, line: bytes) -> None:
         """Append the description of a bad row to rejected.jsonl."""
@@ -107,6 +120,7 @@ class StoreWriter:
         index = {
             "version": FORMAT_VERSION,
             "files": files,
+            "weights": list(self._places),
             "largest_token": self._largest_token,
             "report": report,
         }
@@ -177,14 +191,17 @@ def open_store(directory: Path) -> TokenStore:
             raise DataError(f"{name} has {size} bytes, the index says {entry['size']}")
     if file_hash(directory / "offsets.bin") != index["files"]["offsets.bin"]["blake3"]:
         raise DataError("offsets.bin does not match its checksum")
-    mask = np.memmap(directory / "mask.bin", np.bool_, "r") if "mask.bin" in index["files"] else None
+    mask = np.memmap(directory / "mask.bin", np.uint8, "r") if "mask.bin" in index["files"] else None
     return TokenStore(
         tokens=np.memmap(directory / "tokens.bin", np.int32, "r"),
         mask=mask,
+        weights=np.array(index["weights"], dtype=np.float32),
         offsets=np.memmap(directory / "offsets.bin", np.int64, "r"),
         largest_token=index["largest_token"],
         report=index["report"],
-        fingerprint=content_hash({name: entry for name, entry in index["files"].items() if name != _REJECTED}),
+        fingerprint=content_hash(
+            {name: entry for name, entry in index["files"].items() if name != _REJECTED} | {"weights": index["weights"]}
+        ),
         rejected_path=directory / _REJECTED,
     )
 

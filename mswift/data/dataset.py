@@ -78,7 +78,7 @@ class TokenDataset:
     """Samples in a fixed order, read from memory-mapped files; safe to share between processes."""
 
     def __init__(self, store: TokenStore, samples: _Samples) -> None:
-        self._tokens, self._mask = store.tokens, store.mask
+        self._tokens, self._mask, self._weights = store.tokens, store.mask, store.weights
         self._starts, self._ends = samples.starts, samples.ends
         self.fingerprint = samples.fingerprint
         """Hash of the samples: two data sets with the same fingerprint give the same samples under the same ids."""
@@ -103,11 +103,11 @@ class TokenDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         start, end = int(self._starts[index]), int(self._ends[index])
         if self._mask is None:
-            mask = np.ones(end - start, dtype=np.bool_)
+            weights = np.ones(end - start, dtype=np.float32)
         else:
-            mask = np.array(self._mask[start:end])
-        mask[0] = False
-        return Sample(np.array(self._tokens[start:end]), mask)
+            weights = self._weights[self._mask[start:end]]
+        weights[0] = 0.0
+        return Sample(np.array(self._tokens[start:end]), weights)
 
     def _total(self) -> str:
         return (
@@ -219,7 +219,7 @@ def _mixed(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
     lengths = (ends - starts - 1)[ids]
     trained = int(lengths.sum())
     if store.mask is not None:
-        trained = int(np.add.reduceat(store.mask, starts, dtype=np.int64)[ids].sum())
+        trained = int(np.add.reduceat(store.mask != 0, starts, dtype=np.int64)[ids].sum())
     weights = {"weights": list(options.weights), "seed": options.selection.seed, "max_length": options.max_length}
     fingerprint = content_hash({"store": store.fingerprint, **weights})
     return _Samples(starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines))

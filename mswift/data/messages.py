@@ -8,7 +8,6 @@ before the answer as "<think>\\n...\\n</think>\\n\\n"; a picture, film or sound 
 or <audio>. A field that is not known is an error: it might change what is learned.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ ROLES = {
 }  # fmt: skip
 _METADATA = {"id", "timestamp", "created_at", "model", "name", "tool_call_id", "refusal", "annotations", "index"}
 _WEIGHTS = ("loss", "loss_scale", "loss_weight", "weight")
+_LEAST_WEIGHT = 1e-6
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
 _SPOKEN = re.compile(r"\n\n(Human|Assistant):")
@@ -72,7 +72,8 @@ def _append(messages: list[Message], message: Message) -> None:
     """Add a message; calls written as messages of their own belong to the assistant's turn before them."""
     call = message.pop("a_call", False)
     last = messages[-1] if messages else None
-    if call and last is not None and last["role"] == "assistant" and last.get("loss") == message.get("loss"):
+    same_weight = last is not None and all(last.get(name) == message.get(name) for name in ("loss", "loss_scale"))
+    if call and last is not None and last["role"] == "assistant" and same_weight:
         last.setdefault("tool_calls", []).extend(message["tool_calls"])
     else:
         messages.append(message)
@@ -139,8 +140,11 @@ def _weight(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         value = fields.get(name)
         if value is None:
             continue
-        if not isinstance(value, (bool, int, float)) or not 0 <= value < 1e9:
-            raise DataError(f"{where}: `{name}` must be true, false or a number from 0, it is {value!r}")
+        if not isinstance(value, (bool, int, float)) or not (value == 0 or _LEAST_WEIGHT <= value <= 1 / _LEAST_WEIGHT):
+            raise DataError(
+                f"{where}: `{name}` must be true, false or a number from 0, it is {value!r}; "
+                f"0, or from {_LEAST_WEIGHT:g} to {1 / _LEAST_WEIGHT:g}"
+            )
         if name == "loss" and value not in (0, 1):
             raise DataError(f"{where}: `loss` must be true or false, it is {value!r}; a weight is called `loss_scale`")
         if value in (0, 1) and name != "loss_scale":
@@ -165,23 +169,21 @@ def _openai_calls(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]
     return [to_tool_call(call, where) for call in calls]
 
 
+def turn_weight(message: Message) -> float:
+    """What the loss of a message's tokens counts; 0: it is not learned, as no message of others than the assistant."""
+    learned = message["role"] == "assistant" and message.get("loss", True)
+    return float(message.get("loss_scale", 1.0)) if learned else 0.0
+
+
 def learned_turns(messages: Sequence[Message]) -> list[int]:
     """Indices of the assistant's messages that are learned."""
-    return [
-        index
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant" and message.get("loss", True) and message.get("loss_scale", 1.0) > 0
-    ]
+    return [index for index, message in enumerate(messages) if turn_weight(message) > 0]
 
 
 def check_weights(messages: Sequence[Message], where: str) -> None:
-    """DataError for weights that training does not take: a learned turn of somebody else, a weight between 0 and 1."""
+    """DataError for a learned turn of somebody else than the assistant."""
     for number, message in enumerate(messages, start=1):
         if message["role"] != "assistant" and (message.get("loss") or message.get("loss_scale", 0.0) > 0):
             raise DataError(
                 f"{where}, message {number}: `loss` on a {message['role']} message; only assistant turns are learned"
-            )
-        if (scale := message.get("loss_scale")) not in (None, 0.0, 1.0) and message["role"] == "assistant":
-            raise DataError(
-                f"{where}, message {number}: `loss_scale` {json.dumps(scale)}: only 0 and 1 are trained with so far"
             )

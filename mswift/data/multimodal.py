@@ -22,7 +22,7 @@ from mswift.data.batch import Sample
 from mswift.data.blocks import MARKS
 from mswift.data.rows import Conversation
 from mswift.data.spans import tokenize
-from mswift.data.template import ChatTemplate, Rendering, Span
+from mswift.data.template import ChatTemplate, Rendering
 from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError, DataError
 
@@ -93,7 +93,7 @@ class ImageTemplate:
         wanted = int(inputs["image_grid_thw"].prod(axis=1).sum()) // merge if "image_grid_thw" in inputs else found
         if found != wanted:
             raise DataError(f"{where}: {found} image tokens for images of {wanted}")
-        return ImageSample(sample.tokens, sample.loss_mask, inputs=inputs)
+        return ImageSample(sample.tokens, sample.loss_weights, inputs=inputs)
 
     def _pixels(self, images: Sequence[Any]) -> dict[str, NDArray[Any]]:
         if not images:
@@ -120,7 +120,9 @@ class ImageTemplate:
         def moved(place: int) -> int:
             return place + next((added for after, added in reversed(places) if after <= place), 0)
 
-        return Rendering("".join(text), tuple(Span(moved(s.start), moved(s.end)) for s in rendering.spans))
+        return Rendering(
+            "".join(text), tuple(replace(s, start=moved(s.start), end=moved(s.end)) for s in rendering.spans)
+        )
 
     def _written_out(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         content = message["content"]
@@ -173,7 +175,8 @@ def collate_images(samples: Sequence[ImageSample], length: int, pad_token_id: in
     """Padded on the right, as a transformers model takes it.
 
     input_ids, attention_mask, labels int64 [b, length] (labels -100 where nothing is learned; the model shifts them);
-    the images of all samples one after the other. ValueError for a longer sample.
+    the images of all samples one after the other. ValueError for a longer sample, DataError for
+    loss weights other than 0 and 1.
     """
     ids = np.full((len(samples), length), pad_token_id, dtype=np.int64)
     mask, labels = np.zeros_like(ids), np.full_like(ids, -100)
@@ -181,8 +184,10 @@ def collate_images(samples: Sequence[ImageSample], length: int, pad_token_id: in
         size = len(sample.tokens)
         if size > length:
             raise ValueError(f"a sample of {size} tokens in a batch of length {length}")
+        if not np.isin(sample.loss_weights, (0, 1)).all():
+            raise DataError("`loss_scale` other than 0 and 1 with images: labels of transformers have no weights")
         ids[row, :size], mask[row, :size] = sample.tokens, 1
-        labels[row, :size] = np.where(sample.loss_mask, sample.tokens, -100)
+        labels[row, :size] = np.where(sample.loss_weights, sample.tokens, -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, **dict(_joined(samples))}
 
 

@@ -1,4 +1,4 @@
-"""`mswift data show`: rows as training sees them, decoded, with the learned tokens marked."""
+"""`mswift data show`: rows as training sees them, decoded, with the learned tokens and their loss weights marked."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from mswift.data.writers import renamed_row
 from mswift.errors import ConfigError, DataError
 from mswift.refusals import parse_columns
 
-_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_GREEN, _YELLOW, _PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
 def main(config: DataConfig) -> int:
@@ -62,7 +62,7 @@ def _show(
         print(f"-- {record.where}: left out ({reason})\n")
     for number, sample in enumerate(samples, start=1):
         piece = f", sample {number} of {len(samples)}" if len(samples) > 1 else ""
-        learned = int(np.count_nonzero(sample.loss_mask[1:]))
+        learned = int(np.count_nonzero(sample.loss_weights[1:]))
         print(f"-- {record.where}{piece}: {len(sample.tokens):,} tokens, {learned:,} of them learned")
         print(marked_text(tokenizer, sample, color) + "\n")
     if report.ignored_fields:
@@ -81,7 +81,7 @@ def _samples(
     if config.kind == "pt":
         (ids,) = encode(tokenizer, [to_document(row, where)])
         tokens = np.array([*ids, end_token_id(tokenizer)], dtype=np.int32)
-        yield Sample(tokens[: config.max_length], np.ones(len(tokens[: config.max_length]), dtype=np.bool_))
+        yield Sample(tokens[: config.max_length], np.ones(len(tokens[: config.max_length]), dtype=np.float32))
         return
     conversation = to_conversation(row, where, config.system)
     report.ignored_fields = dict.fromkeys(conversation.ignored, 1)
@@ -91,12 +91,16 @@ def _samples(
 
 
 def marked_text(tokenizer: Tokenizer, sample: Sample, color: bool) -> str:
-    """The text of a sample; learned tokens are green, or between ⟦ and ⟧. The first token is never a target."""
-    mask = sample.loss_mask.copy()
-    mask[0] = False
-    before, after = (_GREEN, _PLAIN) if color else ("⟦", "⟧")
+    """The text of a sample; learned tokens are green, or between ⟦ and ⟧. The first token is never a target.
+
+    Where their loss weight is not 1 it is written before them, and they are yellow.
+    """
+    weights = sample.loss_weights.copy()
+    weights[0] = 0.0
     pieces = []
-    for learned, run in groupby(zip(mask.tolist(), sample.tokens.tolist(), strict=True), key=lambda pair: pair[0]):
+    for weight, run in groupby(zip(weights.tolist(), sample.tokens.tolist(), strict=True), key=lambda pair: pair[0]):
         text = str(tokenizer.decode([token for _, token in run]))
-        pieces.append(f"{before}{text}{after}" if learned else text)
+        number = "" if weight == 1.0 else f"{weight:g}× "
+        before, after = (_YELLOW if number else _GREEN, _PLAIN) if color else ("⟦", "⟧")
+        pieces.append(f"{before}{number}{text}{after}" if weight else text)
     return "".join(pieces)

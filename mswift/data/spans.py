@@ -1,4 +1,4 @@
-"""Renderings -> samples: the learned characters become learned tokens, and the token boundaries are proved."""
+"""Renderings -> samples: the weights of characters become those of tokens, and the token boundaries are proved."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -53,7 +53,7 @@ def _sample(
                 f"{where}: the tokenizer joins the end of the prompt with the beginning of the answer in one token, so "
                 "no token boundary separates them; remove white space from the beginning of the answer"
             )
-    mask = np.zeros(len(whole), dtype=np.bool_)
-    for start, end in zip(edges[0:-1:2], edges[1::2], strict=True):
-        mask[start:end] = True
-    return Sample(np.array(whole, dtype=np.int32), mask)
+    weights = np.zeros(len(whole), dtype=np.float32)
+    for span, start, end in zip(rendering.spans, edges[0:-1:2], edges[1::2], strict=True):
+        weights[start:end] = span.weight
+    return Sample(np.array(whole, dtype=np.int32), weights)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mswift.data.messages import Message, learned_turns
+from mswift.data.messages import Message, learned_turns, turn_weight
 from mswift.data.rows import Conversation
 from mswift.data.tokenizer import Tokenizer, render, special_tokens, template_end_token_id
 from mswift.errors import ConfigError, DataError
@@ -25,10 +25,11 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) that are learned."""
+    """Characters [start, end) that are learned, with the loss weight of their tokens."""
 
     start: int
     end: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ChatTemplate:
         if not learned.endswith(self._specials):
             raise DataError(f"{where}: the chat template ends this turn without a special token: {_end(text)}")
         self._check_answer(messages[index], learned, where)
-        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned)))
+        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned), turn_weight(messages[index])))
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool, where: str) -> str:
         try:

@@ -30,7 +30,7 @@ def fit(
         return []
     starts = {"left": [length - max_length], "right": [0], "split": range(0, length - 1, max_length - 1)}[strategy]
     pieces = [_piece(sample, start, max_length) for start in starts]
-    kept = [piece for piece in pieces if piece.loss_mask.any()]
+    kept = [piece for piece in pieces if piece.loss_weights.any()]
     if not kept:
         ends = {"left": f"last {max_length}", "right": f"first {max_length}", "split": str(length)}
         report.leave_out(f"nothing to learn in the {ends[strategy]} tokens", number)
@@ -42,6 +42,6 @@ def fit(
 
 def _piece(sample: Sample, start: int, length: int) -> Sample:
     """Tokens [start, start + length) of a sample; the first of them is no target."""
-    mask = sample.loss_mask[start : start + length].copy()
-    mask[0] = False
-    return Sample(sample.tokens[start : start + length], mask)
+    weights = sample.loss_weights[start : start + length].copy()
+    weights[0] = 0.0
+    return Sample(sample.tokens[start : start + length], weights)

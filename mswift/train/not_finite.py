@@ -67,7 +67,7 @@ def batch_path(output_dir: Path, step: int) -> Path:
 
 
 def save_batch(path: Path, done: FinishedStep, data: TokenDataset) -> None:
-    """First what was computed, then one line a sample of the global batch: id, tokens, 1 for each that is learned."""
+    """First what was computed, then one line a sample of the global batch: id, tokens, their loss weights."""
     head = {
         "step": done.step,
         "loss": str(done.result.loss),
@@ -79,5 +79,5 @@ def save_batch(path: Path, done: FinishedStep, data: TokenDataset) -> None:
         file.write(json.dumps(head) + "\n")
         for number in done.batch.sample_ids:
             sample = data.sample(number)
-            row = {"id": number, "tokens": sample.tokens.tolist(), "learned": sample.loss_mask.astype(int).tolist()}
+            row = {"id": number, "tokens": sample.tokens.tolist(), "loss_weights": sample.loss_weights.tolist()}
             file.write(json.dumps(row) + "\n")

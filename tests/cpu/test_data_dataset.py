@@ -70,8 +70,8 @@ def test_every_conversation_file_loads(build, file):
     samples = _all_samples(dataset)
     assert dataset.lengths.tolist() == [len(s.tokens) - 1 for s in samples]
     assert dataset.num_tokens == sum(len(s.tokens) for s in samples)
-    assert dataset.num_trained_tokens == sum(int(s.loss_mask.sum()) for s in samples)
-    assert all(s.loss_mask.any() and not s.loss_mask[0] for s in samples)
+    assert dataset.num_trained_tokens == sum(int((s.loss_weights > 0).sum()) for s in samples)
+    assert all(s.loss_weights.any() and not s.loss_weights[0] for s in samples)
 
 
 @pytest.mark.parametrize("file", PT_FILES)
@@ -111,14 +111,14 @@ def test_documents_are_joined_and_every_token_is_a_target_once(build, qwen, tmp_
     book.write_text("A line.\n\nAnother line.\n", encoding="utf-8")
     dataset = build("pt", _rows(tmp_path / "a.jsonl", [{"text": t} for t in texts]), book, max_length=max_length)
     samples = _all_samples(dataset)
-    stream = np.concatenate([samples[0].tokens[:1], *(s.tokens[s.loss_mask] for s in samples)])
+    stream = np.concatenate([samples[0].tokens[:1], *(s.tokens[s.loss_weights > 0] for s in samples)])
     documents = [t.removesuffix("<|im_end|>") for t in texts if t] + ["A line.\n\nAnother line.\n"]
     assert qwen.decode(stream) == "".join(t + "<|im_end|>" for t in documents)
     assert len(stream) == dataset.num_tokens == dataset.num_trained_tokens + 1
     for before, after in itertools.pairwise(samples):
         assert len(before.tokens) == max_length + 1
         assert after.tokens[0] == before.tokens[-1]
-        assert not after.loss_mask[0]
+        assert not after.loss_weights[0]
     assert 2 <= len(samples[-1].tokens) <= max_length + 1
     assert "a.jsonl: 5 rows; 1 left out (empty: row 2)" in dataset.summary
 
@@ -197,7 +197,7 @@ def test_right_cuts_the_end(build, tmp_path):
     assert "2 of them cut at the end" in cut.summary
     for a, b in zip(_all_samples(whole), _all_samples(cut), strict=True):
         assert a.tokens[:40].tolist() == b.tokens.tolist()
-        assert a.loss_mask[:40].tolist() == b.loss_mask.tolist()
+        assert a.loss_weights[:40].tolist() == b.loss_weights.tolist()
 
 
 def test_left_cuts_the_beginning(build, tmp_path):
@@ -206,14 +206,14 @@ def test_left_cuts_the_beginning(build, tmp_path):
     assert "2 of them cut at the beginning" in cut.summary
     for a, b in zip(_all_samples(whole), _all_samples(cut), strict=True):
         assert a.tokens[-40:].tolist() == b.tokens.tolist()
-        assert a.loss_mask[-40:].tolist()[1:] == b.loss_mask.tolist()[1:]
+        assert a.loss_weights[-40:].tolist()[1:] == b.loss_weights.tolist()[1:]
 
 
 @pytest.mark.parametrize("max_length", [2, 7, 40])
 def test_split_keeps_every_learned_token_a_target_once(build, tmp_path, max_length):
     path = _long_rows(tmp_path)
     whole, cut = build("sft", path), build("sft", path, max_length=max_length, truncation_strategy="split")
-    learned = [np.concatenate([s.tokens[s.loss_mask] for s in _all_samples(data)]) for data in (whole, cut)]
+    learned = [np.concatenate([s.tokens[s.loss_weights > 0] for s in _all_samples(data)]) for data in (whole, cut)]
     assert learned[0].tolist() == learned[1].tolist()
     assert max(len(sample.tokens) for sample in _all_samples(cut)) <= max_length
     assert "pieces of longer ones" in cut.summary
@@ -354,8 +354,23 @@ def test_loss_of_single_messages(build, qwen, tmp_path):
     turns[1]["loss"] = False
     turns[5]["loss_scale"] = 0
     (sample,) = _all_samples(build("sft", _rows(tmp_path / "a.jsonl", [{"messages": turns}])))
-    assert qwen.decode(sample.tokens[sample.loss_mask]) == "assistant 1<|im_end|>"
+    assert qwen.decode(sample.tokens[sample.loss_weights > 0]) == "assistant 1<|im_end|>"
     assert "assistant 0<|im_end|>" in qwen.decode(sample.tokens)
+
+
+def test_a_message_counts_as_its_loss_scale_says(build, qwen, tmp_path):
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")]
+    turns[1]["loss_scale"], turns[5]["loss_scale"], turns[7]["loss"] = 0.1, 3, False
+    data = build("sft", _rows(tmp_path / "a.jsonl", [{"messages": turns}]))
+    (sample,) = _all_samples(data)
+    assert sample.loss_weights.dtype == np.float32
+    for weight, text in ((0.1, "assistant 0"), (1, "assistant 1"), (3, "assistant 2")):
+        there = sample.loss_weights == np.float32(weight)
+        assert qwen.decode(sample.tokens[there]) == f"{text}<|im_end|>"
+    assert data.num_trained_tokens == np.count_nonzero(sample.loss_weights)
+    turns[5]["loss_scale"] = 4
+    heavier = build("sft", _rows(tmp_path / "b.jsonl", [{"messages": turns}]))
+    assert heavier.fingerprint != data.fingerprint
 
 
 def test_weights_share_out_an_epoch(build, tmp_path):
@@ -372,7 +387,7 @@ def test_weights_share_out_an_epoch(build, tmp_path):
     assert "source 2: weight 3, 30 of 10 samples (3 times)" in mixed.summary
     samples = _all_samples(mixed)
     assert mixed.num_tokens == sum(len(s.tokens) for s in samples)
-    assert mixed.num_trained_tokens == sum(int(s.loss_mask.sum()) for s in samples)
+    assert mixed.num_trained_tokens == sum(int((s.loss_weights > 0).sum()) for s in samples)
     assert mixed.fingerprint not in (plain.fingerprint, build("sft", *paths, weights=(1.0, 2.0)).fingerprint)
 
 

@@ -88,8 +88,8 @@ def test_tokens_and_pixels_are_the_processor_s(processor: Any, template: ImageTe
         for name, value in sample.inputs.items():
             np.testing.assert_array_equal(value, expected[name])
         answers = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
-        assert processor.tokenizer.decode(sample.tokens[sample.loss_mask]) == "".join(answers)
-        assert not (sample.loss_mask & (sample.tokens == processor.image_token_id)).any()
+        assert processor.tokenizer.decode(sample.tokens[sample.loss_weights > 0]) == "".join(answers)
+        assert not ((sample.loss_weights > 0) & (sample.tokens == processor.image_token_id)).any()
 
 
 def test_a_batch_has_the_loss_that_the_model_gives_its_processor_s_input(
@@ -108,7 +108,7 @@ def test_a_batch_has_the_loss_that_the_model_gives_its_processor_s_input(
             logits = model(**given).logits[0]
             targets = torch.from_numpy(sample.tokens).long()
             losses = torch.nn.functional.cross_entropy(logits[: len(targets) - 1], targets[1:], reduction="none")
-            learned = torch.from_numpy(sample.loss_mask[1:])
+            learned = torch.from_numpy(sample.loss_weights[1:] > 0)
             total, count = total + float(losses[learned].sum()), count + int(learned.sum())
             # the pictures matter: another one gives other logits
             other = {**given, "pixel_values": given["pixel_values"] + 1}

@@ -37,6 +37,9 @@ def test_learned_tokens_are_marked(show):
     assert "q3" not in out
     colored = show(ROWS, "--color", "always")[1]
     assert "\x1b[32ma0<|im_end|>\x1b[0m" in colored
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_scale": 0.25}]}]
+    assert re.findall("⟦(.*?)⟧", show(rows)[1]) == ["0.25× a<|im_end|>"]
+    assert "\x1b[33m0.25× a<|im_end|>\x1b[0m" in show(rows, "--color", "always")[1]
 
 
 def test_options(show):

@@ -55,7 +55,7 @@ def _samples(tokenizer, messages, tools=None):
 
 def _learned(tokenizer, sample):
     """Texts of the runs of learned tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(int), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], (sample.loss_weights > 0).astype(int), [0]])))
     return [tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
@@ -72,7 +72,7 @@ def _disagreements(tokenizer, file, break_mask=lambda mask: mask):
         total += 1
         n = len(sample.tokens)  # what follows the last answer is left out
         same = sample.tokens.tolist() == want["input_ids"][:n] and not any(want["assistant_masks"][n:])
-        if not same or break_mask(sample.loss_mask).tolist() != [bool(m) for m in want["assistant_masks"][:n]]:
+        if not same or break_mask(sample.loss_weights > 0).tolist() != [bool(m) for m in want["assistant_masks"][:n]]:
             different.append(number)
     return different, total
 
@@ -123,7 +123,7 @@ def test_without_marks_the_spans_are_the_same(qwen, with_template):
     marked = _samples(qwen, [S, U, A, U2, A2])
     plain = _samples(with_template(chat_templates.PLAIN), [S, U, A, U2, A2])
     assert plain[0].tokens.tolist() == marked[0].tokens.tolist()
-    assert plain[0].loss_mask.tolist() == marked[0].loss_mask.tolist()
+    assert plain[0].loss_weights.tolist() == marked[0].loss_weights.tolist()
 
 
 def test_an_answer_that_starts_with_line_breaks_keeps_the_prompt_of_inference(qwen):
@@ -132,7 +132,7 @@ def test_an_answer_that_starts_with_line_breaks_keeps_the_prompt_of_inference(qw
     (sample,) = _samples(qwen, [U, answer, U2, A2])
     prompt = qwen.apply_chat_template([U], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert sample.tokens[: len(prompt)].tolist() == prompt
-    assert not sample.loss_mask[: len(prompt)].any()
+    assert not sample.loss_weights[: len(prompt)].any()
     assert _learned(qwen, sample) == ["\n\nHello\n" + END, A2["content"] + END]
     whole = qwen.apply_chat_template([U, answer, U2, A2], return_dict=True)["input_ids"]
     assert whole != sample.tokens.tolist()
@@ -149,7 +149,7 @@ def test_a_template_that_strips_earlier_thinking_gives_one_sample_per_version(wi
     for messages, sample in (([U], first), ([U, thought, U2], second)):
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert sample.tokens[: len(prompt)].tolist() == prompt
-        assert sample.loss_mask.tolist().index(True) == len(prompt)
+        assert sample.loss_weights.tolist().index(1.0) == len(prompt)
 
 
 def test_a_template_that_merges_and_trims(with_template):

@@ -185,7 +185,7 @@ def test_a_batch_that_is_not_finite_is_skipped_by_all_ranks_or_stops_them(
     head, *samples = map(json.loads, (skipping / "not-finite-3.jsonl").read_text().splitlines())
     assert (head["step"], head["loss"], len(samples)) == (3, "nan", 8)
     assert [sample["id"] for sample in samples] == head["sample_ids"]
-    assert all(len(sample["tokens"]) == len(sample["learned"]) > 1 for sample in samples)
+    assert all(len(sample["tokens"]) == len(sample["loss_weights"]) > 1 for sample in samples)
 
     flags = ("--save_steps", "1", "--async_save")
     text = forge.run(argv(home, stopping, *flags), 2, status=1, fault=fault)

@@ -65,6 +65,6 @@ def loss(model: torch.nn.Module, home: Path) -> float:
         tokens = torch.from_numpy(sample.tokens).long()[None]
         logits = model(tokens).logits[0, :-1].detach()
         losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-        weights = torch.from_numpy(sample.loss_mask[1:]).float()
+        weights = torch.from_numpy(sample.loss_weights[1:])
         total, count = total + float(losses @ weights), count + float(weights.sum())
     return total / count

@@ -11,14 +11,14 @@ PAD = 999
 
 
 def _sample(tokens, mask):
-    return Sample(np.array(tokens, np.int32), np.array(mask, np.bool_))
+    return Sample(np.array(tokens, np.int32), np.array(mask, np.float32))
 
 
 def test_labels_are_the_next_tokens():
-    batch = collate([_sample([5, 6, 7, 8], [0, 0, 1, 1]), _sample([1, 2], [0, 1])], 4, PAD)
+    batch = collate([_sample([5, 6, 7, 8], [0, 0, 0.25, 1]), _sample([1, 2], [0, 3])], 4, PAD)
     assert batch.tokens.tolist() == [[5, 6, 7, PAD], [1, PAD, PAD, PAD]]
     assert batch.labels.tolist() == [[6, 7, 8, PAD], [2, PAD, PAD, PAD]]
-    assert batch.loss_weights.tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch.loss_weights.tolist() == [[0, 0.25, 1, 0], [3, 0, 0, 0]]
     assert [array.dtype for array in batch] == [np.int64, np.int64, np.float32]
 
 
@@ -33,9 +33,9 @@ def test_the_weights_select_exactly_the_learned_tokens(rows, extra):
     batch = collate(samples, max(len(s.tokens) for s in samples) - 1 + extra, PAD)
     for b, sample in enumerate(samples):
         learned = batch.labels[b][batch.loss_weights[b] > 0]
-        assert learned.tolist() == sample.tokens[sample.loss_mask].tolist()
+        assert learned.tolist() == sample.tokens[sample.loss_weights > 0].tolist()
         before = batch.tokens[b][batch.loss_weights[b] > 0]
-        assert before.tolist() == sample.tokens[np.flatnonzero(sample.loss_mask) - 1].tolist()
+        assert before.tolist() == sample.tokens[np.flatnonzero(sample.loss_weights) - 1].tolist()
 
 
 def test_a_sample_that_does_not_fit_is_a_bug_of_the_caller():

@@ -11,7 +11,7 @@ from mswift.data.batch import Sample
 from mswift.data.cache import open_or_build, open_store
 from mswift.errors import ConfigError, DataError
 
-SAMPLES = [Sample(np.arange(n, dtype=np.int32), np.arange(n) % 2 == 1) for n in (4, 3, 9)]
+SAMPLES = [Sample(np.arange(n, dtype=np.int32), (np.arange(n) % 2).astype(np.float32)) for n in (4, 3, 9)]
 
 
 class Builder:
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path):
     for index, sample in enumerate(SAMPLES):
         cut = slice(store.offsets[index], store.offsets[index + 1])
         assert store.tokens[cut].tolist() == sample.tokens.tolist()
-        assert store.mask[cut].tolist() == sample.loss_mask.tolist()
+        assert store.weights[store.mask[cut]].tolist() == sample.loss_weights.tolist()
     assert isinstance(store.tokens, np.memmap)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -52,6 +52,51 @@ def test_built_once_and_the_fingerprint_is_of_the_content(tmp_path):
         return {"files": []}
 
     assert _open(tmp_path / "c", shorter).fingerprint != first.fingerprint
+
+
+def test_a_byte_a_token_names_its_loss_weight(tmp_path):
+    weights = np.array([0, 0.1, 1, 2.5, 0.1, 0], dtype=np.float32)
+
+    def with_weights(factor):
+        def write(writer):
+            for sample in (SAMPLES[0], Sample(np.arange(6, dtype=np.int32), weights * np.float32(factor))):
+                writer.add_sample(sample)
+            return {"files": []}
+
+        return write
+
+    store = _open(tmp_path / "a", with_weights(1))
+    assert store.weights[store.mask[4:]].tolist() == weights.tolist()
+    assert store.weights[:2].tolist() == [0, 1]
+    assert (tmp_path / "a" / "mask.bin").stat().st_size == 10
+    assert store.mask[:4].tolist() == [0, 1, 0, 1]
+    other = _open(tmp_path / "b", with_weights(3))
+    assert (other.mask == store.mask).sum() < 10  # 1 became 3
+    doubled = np.where(weights > 1, weights * 2, weights)
+
+    def heavier(writer):
+        for sample in (SAMPLES[0], Sample(np.arange(6, dtype=np.int32), doubled)):
+            writer.add_sample(sample)
+        return {"files": []}
+
+    same_bytes = _open(tmp_path / "c", heavier)
+    assert same_bytes.mask.tolist() == store.mask.tolist()
+    assert same_bytes.fingerprint != store.fingerprint
+
+
+@pytest.mark.parametrize("distinct", [256, 257])
+def test_weights_that_a_byte_cannot_name(tmp_path, distinct):
+    def write(writer):
+        writer.add_sample(Sample(np.arange(distinct, dtype=np.int32), np.arange(distinct, dtype=np.float32)))
+        return {"files": []}
+
+    if distinct == 256:
+        assert _open(tmp_path / "a", write).weights.tolist() == list(range(256))
+        return
+    with pytest.raises(
+        DataError, match="257 distinct loss weights so far, a data set can have 256: round `loss_scale`"
+    ):
+        _open(tmp_path / "a", write)
 
 
 def _truncate(path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mswift.data.messages import read_messages
 from mswift.data.rows import read_row, to_conversation, to_document
 from mswift.errors import DataError
 
@@ -259,7 +260,7 @@ def test_a_row_without_an_assistant_turn_names_the_remedies():
         ({"messages": [U, {**A, "loss": False}]}, "`loss` is off on every assistant turn"),
         ({"messages": [U, {**A, "loss": 0.5}]}, "message 2: `loss` must be true or false.*called `loss_scale`"),
         ({"messages": [U, {**A, "loss_scale": -1}]}, "message 2: `loss_scale` must be .* a number from 0, it is -1"),
-        ({"messages": [U, {**A, "loss_scale": 0.5}]}, "message 2: `loss_scale` 0.5: only 0 and 1 are trained with"),
+        ({"messages": [U, {**A, "loss_scale": 1e-7}]}, "a number from 0, it is 1e-07; 0, or from 1e-06 to 1e.06"),
         ({"messages": [{**U, "loss": True}, A]}, "message 1: `loss` on a user message; only assistant turns"),
         ({"messages": [U, {"role": "assistant"}]}, "message 2: needs role and content .*has `role`"),
         ({"messages": [{**U, "role": "robot"}, A]}, "message 1: unknown role 'robot'; accepted: system, user, human"),
@@ -370,3 +371,11 @@ def test_documents():
             to_document(row, WHERE)
     with pytest.raises(DataError, match="`text` must be a string, it is a list"):
         to_document({"text": ["a"]}, WHERE)
+
+
+def test_calls_of_another_weight_than_the_turn_before_are_a_turn_of_their_own():
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    said = {"role": "assistant", "content": "a"}
+    for before, after, turns in ((None, None, 1), (2.0, 2.0, 1), (2.0, None, 2), (None, 0.5, 2), (1.0, 2.0, 2)):
+        messages = [said | ({"loss_scale": before} if before else {}), call | ({"loss_scale": after} if after else {})]
+        assert len(read_messages(messages, "row", {})) == turns

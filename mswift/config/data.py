@@ -24,6 +24,9 @@ class DataConfig:
     """Tokens in a sample."""
     truncation_strategy: Literal["delete", "left", "right", "split", "raise"] = "delete"
     """What becomes of a longer one."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a .jinja file, a .json file that holds one, or the
+    name of one of the tokenizer's."""
     system: str | None = None
     """System message for rows that have none."""
     columns: str | None = None

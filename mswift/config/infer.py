@@ -31,6 +31,9 @@ class InferConfig:
     """Rows answered together."""
     system: str | None = None
     """System message for conversations that have none."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a .jinja file, a .json file that holds one, or the
+    name of one of the tokenizer's."""
     use_chat_template: bool = True
     """false: continue prompts and questions as plain text."""
 

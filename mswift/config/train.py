@@ -88,6 +88,9 @@ class TrainConfig:
     """Share of the rows of dataset that is not trained on but evaluated on; in place of val_dataset."""
     columns: str | None = None
     """Columns with other names, as JSON: '{"my_question": "query", "my_answer": "response"}'."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own, saved with the model: a .jinja file, a .json file that holds one,
+    or the name of one of the tokenizer's."""
     strict: bool = False
     """The first bad row is an error. Default: bad rows are left out, counted, and written to rejected.jsonl."""
     max_length: int = 2048

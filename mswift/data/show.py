@@ -9,6 +9,7 @@ import numpy as np
 
 from mswift.config.data import DataConfig
 from mswift.data.batch import Sample
+from mswift.data.chat_template import use_chat_template
 from mswift.data.formats import Record, required_row
 from mswift.data.report import FileReport
 from mswift.data.rows import to_conversation, to_document
@@ -32,6 +33,7 @@ def main(config: DataConfig) -> int:
     if config.max_length < 2:
         raise ConfigError(f"--max_length {config.max_length}: a sample needs at least 2 tokens, --max_length 2048")
     tokenizer = load_tokenizer(Path(config.model))
+    use_chat_template(tokenizer, config.chat_template)
     sources = [parse_source(spec) for spec in config.dataset]
     columns = parse_columns(config.columns)
     color = config.color == "always" or (config.color == "auto" and sys.stdout.isatty())

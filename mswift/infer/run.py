@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mswift.config.infer import InferConfig
+from mswift.data.chat_template import read_chat_template, use_chat_template
+from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError
 from mswift.infer.chat import Chat, show
 from mswift.infer.model_dir import check_model_dir
@@ -55,6 +57,11 @@ def _check(config: InferConfig) -> None:
             f"--result_path {config.result_path} is a folder; name a file: "
             f"--result_path {Path(config.result_path) / 'results.jsonl'}"
         )
+    if config.chat_template is not None and not config.use_chat_template:
+        raise ConfigError(
+            f"--chat_template {config.chat_template} with --use_chat_template false, which does without: leave one out"
+        )
+    read_chat_template(config.chat_template)
     if config.max_batch_size < 1:
         raise ConfigError(f"--max_batch_size {config.max_batch_size}: at least 1; try 8")
 
@@ -69,6 +76,7 @@ def _load(config: InferConfig) -> "TransformersEngine":
     logging.set_verbosity_error()  # its load report is our error
     model_dir = Path(config.model)
     tokenizer = load_tokenizer(model_dir)
+    use_chat_template(cast(Tokenizer, tokenizer), config.chat_template)
     model = load_model(model_dir, config.torch_dtype, pick_device(config.device))
     for adapter in config.adapters:
         model = load_adapter(model, Path(adapter))
@@ -125,6 +133,8 @@ def _dataset(
     requests = [to_request(row, sampling, index, template) for index, row in enumerate(rows)]
     path = Path(config.result_path or "")
     model = fingerprint(Path(directory) for directory in (config.model, *config.adapters))
+    if config.chat_template is not None:
+        model = f"{model} {engine.tokenizer.chat_template}"
     with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: quiet where stderr is no terminal
         kept, new = answer_rows(rows, requests, engine.generate, path, model, config.max_batch_size, bar.update)
     print(f"{path}: {len(rows)} rows" + (f" ({kept} were there, {new} answered now)" if kept else ""))

@@ -12,6 +12,7 @@ from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
+from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
@@ -35,12 +36,13 @@ from mswift.tuners.lora import LoraConfig
 
 
 def build_data(
-    kind: Kind, config: TrainConfig, reader: WeightReader, info: RankInfo
+    kind: Kind, config: TrainConfig, reader: WeightReader, info: RankInfo, *, resumed: bool
 ) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
     """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared."""
     tokenizer = load_tokenizer(reader.hf_files)
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
+    use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and config.tuner_type == "full")
     selection = Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio)
     options = DataOptions(
         max_length=config.max_length,

@@ -12,6 +12,8 @@ from mswift import rundir
 from mswift.converters.layout import Piece, Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.converters.reader import WeightReader
+from mswift.data.chat_template import TEMPLATE_FILE, read_chat_template
+from mswift.data.tokenizer import Tokenizer, load_tokenizer
 from mswift.errors import ConfigError
 from mswift.tuners.peft_config import CONFIG_FILE
 
@@ -62,6 +64,22 @@ def check_base(then: Mapping[str, str], now: Mapping[str, str], model: str, star
         raise ConfigError(
             f"--model {model}: its {different[0]} is not that of the model this run was started from "
             f"({started_from}); pass that model as it was then, {_ANOTHER_RUN}"
+        )
+
+
+def check_chat_template(checkpoint: Path, now: str | None, then: str | None, tokenizer: Tokenizer) -> None:
+    """ConfigError unless --chat_template means the template that the checkpoint holds, wherever its file lies by now.
+
+    now, then: the flag of the command, and of the run before.
+    """
+    if now is None and then is None:
+        return
+    other_name = now not in (None, then) and read_chat_template(now) is None
+    if other_name or load_tokenizer(checkpoint / rundir.HF_FILES).chat_template != tokenizer.chat_template:
+        there, here = (f"--chat_template {flag}" if flag else "the tokenizer's own" for flag in (then, now))
+        raise ConfigError(
+            f"--chat_template: the run of this --output_dir has another chat template ({there}) than the command "
+            f"means ({here}); pass the one in {checkpoint / rundir.HF_FILES / TEMPLATE_FILE}, {_ANOTHER_RUN}"
         )
 
 

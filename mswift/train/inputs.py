@@ -11,6 +11,7 @@ from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
+from mswift.data.chat_template import read_chat_template
 from mswift.data.sources import parse_source
 from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError, MswiftError
@@ -29,6 +30,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: train_dtype(config, stored_dtype),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
+        lambda: read_chat_template(config.chat_template),
         *(partial(parse_source, spec, "--dataset") for spec in config.dataset),
         *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
         lambda: start_of(config),

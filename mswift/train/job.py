@@ -9,7 +9,9 @@ import torch
 
 from mswift import rundir
 from mswift.config.loader import dump, to_dict
+from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
+from mswift.data.tokenizer import Tokenizer
 from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
 from mswift.parallel import groups
@@ -20,7 +22,7 @@ from mswift.train.collective import agreed, ended_by, largest, lost_ranks_in_wor
 from mswift.train.entry import enter_run_directory
 from mswift.train.flops import step_flops
 from mswift.train.hang import HangWatch, collective_timeout
-from mswift.train.identity import base_fingerprint, check_adapter, check_base
+from mswift.train.identity import base_fingerprint, check_adapter, check_base, check_chat_template
 from mswift.train.inputs import open_model
 from mswift.train.loop import FinishedStep, evaluate, train
 from mswift.train.metrics import (
@@ -63,17 +65,19 @@ def run_job(start: Start, device: torch.device) -> int:
 def _run(start: Start, device: torch.device) -> int:
     """Build the parts, continue where there is something to continue, train."""
     config, info, dims, reader, point = start.config, start.info, start.dims, start.reader, start.point
-    data, val_data, tokenizer = build_data(start.kind, config, reader, info)
+    data, val_data, tokenizer = build_data(start.kind, config, reader, info, resumed=start.resume is not None)
     last_step = num_steps(config, len(data))
     output_dir = Path(config.output_dir)
     with built_engine(config, reader, dims, device, resumed=start.resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
         files = side_files(reader, engine.config, config.model)
         files |= tokenizer_files(tokenizer) if config.new_special_tokens else {}
+        if config.chat_template is not None:
+            files = with_chat_template(files, tokenizer.chat_template)
         watch = HangWatch(output_dir, info.rank, dims.world_size, config.distributed_timeout_minutes * 60)
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step, output_dir, files,
                   watch)  # fmt: skip
-        state = _continue(run, point) if point else None
+        state = _continue(run, point, tokenizer) if point else None
         parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
         held = [f"{name} {part}" for name, part in zip(("frozen", "trained"), engine.held_bytes(), strict=True)]
         with agreed(f"opening {config.output_dir}"):
@@ -86,10 +90,10 @@ def _run(start: Start, device: torch.device) -> int:
             return _train(run, state, request)
 
 
-def _continue(run: Run, point: ResumePoint) -> checkpoint.RunState | None:
+def _continue(run: Run, point: ResumePoint, tokenizer: Tokenizer) -> checkpoint.RunState | None:
     """What a checkpoint brings: everything, or the weights alone, which a full run has from it already."""
     if not point.weights_only:
-        return _resume(run, point.checkpoint)
+        return _resume(run, point.checkpoint, tokenizer)
     if run.engine.config.lora is not None:
         with agreed(f"starting from {point.checkpoint}"):
             check_adapter(point.checkpoint, run.hf_files[CONFIG_FILE])
@@ -97,11 +101,12 @@ def _continue(run: Run, point: ResumePoint) -> checkpoint.RunState | None:
     return None
 
 
-def _resume(run: Run, path: Path) -> checkpoint.RunState:
-    """Load the checkpoint at `path` after proving that data, adapter, dtype and base are the same."""
+def _resume(run: Run, path: Path, tokenizer: Tokenizer) -> checkpoint.RunState:
+    """Load the checkpoint at `path` after proving that data, chat template, adapter, dtype and base are the same."""
     with agreed(f"continuing {path}"):
         state, config = checkpoint.read_state(path), to_dict(run.config)
         checkpoint.check_same_data(state, run.data.fingerprint, len(run.data), {name: config[name] for name in _FIXED})
+        check_chat_template(path, run.config.chat_template, state.config.get("chat_template"), tokenizer)
         checkpoint.check_same_dtype(state, run.engine.config.dtype)
         if run.engine.config.lora is not None:
             check_adapter(path, run.hf_files[CONFIG_FILE])

@@ -92,9 +92,9 @@ def read_rows(source: TorchDistSource, name: str, region: Region, out: memoryvie
 
 
 def _tokenizer_files(checkpoint: Path) -> dict[str, bytes]:
-    """Of a run with new tokens: the adapter means nothing without their ids. {} for others."""
+    """Of a run with new tokens or another chat template: the adapter means nothing without them. {} for others."""
     run = json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))
-    if not run.get("config", {}).get("new_special_tokens"):
+    if not any(run.get("config", {}).get(flag) for flag in ("new_special_tokens", "chat_template")):
         return {}
     files = sorted((checkpoint / rundir.HF_FILES).iterdir())
     left_out = (CONFIG_FILE, "config.json", "generation_config.json")

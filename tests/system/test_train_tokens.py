@@ -7,6 +7,7 @@ import torch
 
 from tests.support.commands import command, make_home, mswift, run
 from tests.support.runs import log
+from tests.support.tiny import CHAT_TEMPLATE
 
 NEW = ("<think>", "</think>", "<tool>")
 YARN = '{"rope_type": "yarn", "factor": 4}'
@@ -21,7 +22,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_run_saves_tokenizer_and_rows_and_continues(home: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    flags = ["--new_special_tokens", *NEW, "--save_steps", "2", "--rope_scaling", YARN]
+    template, other = home / "a.jinja", home / "b.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("message.role == 'assistant'", "'assistant' == message.role"))
+    other.write_text(CHAT_TEMPLATE.replace("<|im_end|>{% end", "!<|im_end|>{% end"))
+    own = ["--chat_template", str(template)]
+    flags = [*own, "--new_special_tokens", *NEW, "--save_steps", "2", "--rope_scaling", YARN]
     layout = ["--nproc_per_node", "2", "--tensor_model_parallel_size", "2", "--sequence_parallel"]
     said = run(command(home, "sft", home / "full", *flags, *layout, "--train_iters", "4"))
     assert "ids 259 to 261 of 300 rows" in said
@@ -29,8 +34,12 @@ def test_a_full_run_saves_tokenizer_and_rows_and_continues(home: Path) -> None:
     run(command(home, "sft", home / "half", *flags, *layout, "--train_iters", "2"))
     run(command(home, "sft", home / "half", *flags, *layout, "--train_iters", "4"))
     assert log(home / "half") == log(home / "full")
+    changed = [*flags[2:], "--chat_template", str(other)]
+    refused = command(home, "sft", home / "half", *changed, "--train_iters", "6")
+    assert "the tokenised data differs" in run(refused, status=2)
     mswift("export", "--model", home / "full", "--output_dir", home / "full-hf")
     tokenizer = AutoTokenizer.from_pretrained(home / "full-hf")
+    assert tokenizer.chat_template == template.read_text()
     assert tokenizer.convert_tokens_to_ids(list(NEW)) == [259, 260, 261]
     assert tokenizer("a<think>b", add_special_tokens=False)["input_ids"][1] == 259
     model = AutoModelForCausalLM.from_pretrained(home / "full-hf", dtype=torch.float32)

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError
 
 if TYPE_CHECKING:
     from jinja2.ext import Extension
     from jinja2.nodes import Node
     from jinja2.parser import Parser
+
+    from mswift.data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 _FLAG = "--chat_template"
@@ -41,7 +42,7 @@ def read_chat_template(value: str | None) -> str | None:
     return template
 
 
-def use_chat_template(tokenizer: Tokenizer, value: str | None, *, chosen_before: bool = False) -> None:
+def use_chat_template(tokenizer: "Tokenizer", value: str | None, *, chosen_before: bool = False) -> None:
     """Give the tokenizer the template that --chat_template means; nothing for None.
 
     chosen_before: the tokenizer comes from a checkpoint of a run with this flag, so that of a name the template is the

@@ -29,6 +29,8 @@ class DataConfig:
     name of one of the tokenizer's."""
     system: str | None = None
     """System message for rows that have none."""
+    loss_scale: str = "default"
+    """Which turns are learned and what their tokens count, as --loss_scale of sft."""
     columns: str | None = None
     """Columns with other names, as JSON: '{"my_question": "query"}'."""
     dataset_sampling: Literal["without_replacement", "with_replacement", "first"] = "without_replacement"

@@ -245,3 +245,6 @@ class SftConfig(TrainConfig):
     """A sample longer than max_length: leave it out, cut its beginning or its end, split it, or stop. All counted."""
     system: str | None = None
     """System message for rows that have none."""
+    loss_scale: str = "default"
+    """What is learned: default (assistant turns), last_round (those after the user's last message), all (every token);
+    and tables of weights (react, hermes, ignore_empty_think, ..., or file.json), joined: last_round+react."""

@@ -26,6 +26,7 @@ from mswift.data.cache import (
     open_or_build,
 )
 from mswift.data.hashing import FileHashes, content_hash
+from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.report import FileReport
 from mswift.data.selection import Selection, mixture
 from mswift.data.sources import HubSplit, Part, Source, parse_source
@@ -46,6 +47,8 @@ class DataOptions:
     """sft: what becomes of a sample of more than max_length tokens."""
     system: str | None = None
     """sft: system message of rows that have none."""
+    loss_scale: LossScale = PLAIN
+    """sft: which turns are learned, with what weights."""
     model_positions: int | None = None
     """Longest sample that the model takes; it decides no token, only what errors propose."""
     cache_dir: str | Path | None = None
@@ -141,7 +144,7 @@ def build_dataset(
         raise ConfigError(f"--max_length {options.max_length}: a sample needs at least 2 tokens, --max_length 2048")
     sources = [parse_source(spec, flag) for spec in specs]
     rows = RowOptions(options.selection, options.columns)
-    sft = SftOptions(options.max_length, options.truncation_strategy, options.system)
+    sft = SftOptions(options.max_length, options.truncation_strategy, options.system, options.loss_scale)
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
 
     def write(writer: StoreWriter) -> Mapping[str, Any]:

@@ -140,7 +140,7 @@ def _weight(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         value = fields.get(name)
         if value is None:
             continue
-        if not isinstance(value, (bool, int, float)) or not (value == 0 or _LEAST_WEIGHT <= value <= 1 / _LEAST_WEIGHT):
+        if not is_weight(value):
             raise DataError(
                 f"{where}: `{name}` must be true, false or a number from 0, it is {value!r}; "
                 f"0, or from {_LEAST_WEIGHT:g} to {1 / _LEAST_WEIGHT:g}"
@@ -167,6 +167,11 @@ def _openai_calls(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]
     if call := fields.get("function_call"):
         calls.append(json_value(call, "`function_call`", where) if isinstance(call, str) else call)
     return [to_tool_call(call, where) for call in calls]
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is true, false, 0 or a number from 1e-6 to 1e6."""
+    return isinstance(value, (bool, int, float)) and (value == 0 or _LEAST_WEIGHT <= value <= 1 / _LEAST_WEIGHT)
 
 
 def turn_weight(message: Message) -> float:

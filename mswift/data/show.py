@@ -11,6 +11,7 @@ from mswift.config.data import DataConfig
 from mswift.data.batch import Sample
 from mswift.data.chat_template import use_chat_template
 from mswift.data.formats import Record, required_row
+from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.report import FileReport
 from mswift.data.rows import to_conversation, to_document
 from mswift.data.selection import Selection, selected_parts
@@ -87,7 +88,7 @@ def _samples(
         return
     conversation = to_conversation(row, where, config.system)
     report.ignored_fields = dict.fromkeys(conversation.ignored, 1)
-    renderings = ChatTemplate(tokenizer).render(conversation, where)
+    renderings = ChatTemplate(tokenizer, parse_loss_scale(config.loss_scale)).render(conversation, where)
     for sample in tokenize(tokenizer, renderings, [where] * len(renderings)):
         yield from fit(sample, config.max_length, config.truncation_strategy, report, record.number, where)
 

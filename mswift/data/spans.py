@@ -1,13 +1,14 @@
 """Renderings -> samples: the weights of characters become those of tokens, and the token boundaries are proved."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from mswift.data.batch import Sample
 from mswift.data.template import Rendering
-from mswift.data.tokenizer import Tokenizer, encode
+from mswift.data.tokenizer import Tokenizer, encode, token_starts
 from mswift.errors import DataError
 
 
@@ -15,7 +16,8 @@ def tokenize(tokenizer: Tokenizer, renderings: Sequence[Rendering], places: Sequ
     """One sample per rendering; `places` (file and row) name them in errors.
 
     The tokens are those of the whole text. It is cut at both ends of every span, and the pieces encoded one by one must
-    give the same tokens: then the tokens up to a span are those of the prompt at inference.
+    give the same tokens: then the tokens up to a span are those of the prompt at inference. Weights that change inside
+    a span move no boundary: a token has the weight of its first character.
     """
     cuts = [_cuts(rendering) for rendering in renderings]
     texts = [rendering.text for rendering in renderings]
@@ -53,7 +55,29 @@ def _sample(
                 f"{where}: the tokenizer joins the end of the prompt with the beginning of the answer in one token, so "
                 "no token boundary separates them; remove white space from the beginning of the answer"
             )
-    weights = np.zeros(len(whole), dtype=np.float32)
+    weights = np.full(len(whole), rendering.outside, dtype=np.float32)
+    first_characters: list[int] | None = None
     for span, start, end in zip(rendering.spans, edges[0:-1:2], edges[1::2], strict=True):
-        weights[start:end] = span.weight
+        if len(span.pieces) > 1 and first_characters is None:
+            first_characters = _first_characters(tokenizer, rendering, whole, where)
+        weights[start:end] = span.pieces[0][1]
+        for place, weight in span.pieces[1:]:
+            assert first_characters is not None
+            weights[bisect_left(first_characters, span.start + place, start, end) : end] = weight
     return Sample(np.array(whole, dtype=np.int32), weights)
+
+
+def _first_characters(tokenizer: Tokenizer, rendering: Rendering, tokens: list[int], where: str) -> list[int]:
+    """Of each token the place in the text where it begins."""
+    text = rendering.text
+    found = token_starts(tokenizer, text)
+    if [token for token, _ in found] != tokens:  # they are those of the pieces
+        edges = [0, *_cuts(rendering)]
+        found = [
+            (token, start + place)
+            for start, end in pairwise(edges)
+            for token, place in token_starts(tokenizer, text[start:end])
+        ]
+    if [token for token, _ in found] != tokens:
+        raise DataError(f"{where}: the tokenizer does not say where in the text its tokens begin")
+    return [place for _, place in found]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mswift.data.messages import Message, learned_turns, turn_weight
+from mswift.data.loss_scale import PLAIN, LossScale, Pieces
+from mswift.data.messages import Message
 from mswift.data.rows import Conversation
 from mswift.data.tokenizer import Tokenizer, render, special_tokens, template_end_token_id
 from mswift.errors import ConfigError, DataError
@@ -25,11 +26,12 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) that are learned, with the loss weight of their tokens."""
+    """Characters [start, end) that are learned, with their loss weights."""
 
     start: int
     end: int
-    weight: float = 1.0
+    pieces: Pieces = ((0, 1.0),)
+    """(character counted from `start`, weight from there on)"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Rendering:
 
     text: str
     spans: tuple[Span, ...]
+    outside: float = 0.0
+    """Loss weight of what is in no span."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class _Turn:
 class ChatTemplate:
     """The chat template of one tokenizer; ConfigError when it has none or writes no end-of-turn token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, loss_scale: LossScale = PLAIN) -> None:
+        self._tokenizer, self._loss_scale = tokenizer, loss_scale
         name = tokenizer.name_or_path
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -73,12 +77,19 @@ class ChatTemplate:
         Messages after the last assistant turn that is learned teach nothing and are left out.
         """
         messages, tools = conversation.messages, conversation.tools
-        indices = learned_turns(messages)
-        turns = [self._turn(messages, index, tools, where) for index in indices]
-        if tools and turns[0].text == self._render(messages[: indices[0] + 1], None, False, where):
+        weights = self._loss_scale.turn_weights(messages)
+        if not weights:
+            raise DataError(
+                f"{where}: no assistant turn after the user's last message, so --loss_scale "
+                f"{self._loss_scale.strategy} leaves nothing to learn; remove the row"
+            )
+        turns = [self._turn(messages, index, weight, tools, where) for index, weight in weights.items()]
+        if tools and turns[0].text == self._render(messages[: turns[0].index + 1], None, False, where):
             raise DataError(
                 f"{where} has `tools`, which the chat template ignores; remove the field or use a template with tools"
             )
+        if self._loss_scale.strategy == "all":
+            return [self._whole(messages, turns, tools, where)]
         renderings = []
         while turns:
             last = turns[-1]
@@ -89,7 +100,26 @@ class ChatTemplate:
             turns = [turn for turn in turns if turn not in kept]
         return renderings[::-1]
 
-    def _turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None, where: str) -> _Turn:
+    def _whole(
+        self, messages: Sequence[Message], turns: Sequence[_Turn], tools: list[Any] | None, where: str
+    ) -> Rendering:
+        """All messages in one text, every token of which is learned; turns with weights must stand in it as proved."""
+        text = self._render(messages, tools, False, where)
+        self._check_messages(messages, text, where)
+        spans = []
+        for turn in turns:
+            if text.startswith(turn.text[: turn.span.end]):
+                spans.append(turn.span)
+            elif turn.span.pieces != ((0, 1.0),):
+                raise DataError(
+                    f"{where}, message {turn.index + 1}: --loss_scale all: the chat template writes this turn in "
+                    "another way once others follow, so its weights have no place; use --loss_scale default"
+                )
+        return Rendering(text, tuple(spans), outside=1.0)
+
+    def _turn(
+        self, messages: Sequence[Message], index: int, weight: float, tools: list[Any] | None, where: str
+    ) -> _Turn:
         where = f"{where}, message {index + 1}"
         prompt = self._render(messages[:index], tools, True, where)
         text = self._render(messages[: index + 1], tools, False, where)
@@ -103,7 +133,9 @@ class ChatTemplate:
         if not learned.endswith(self._specials):
             raise DataError(f"{where}: the chat template ends this turn without a special token: {_end(text)}")
         self._check_answer(messages[index], learned, where)
-        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned), turn_weight(messages[index])))
+        end = len(learned) - len(next(token for token in self._specials if learned.endswith(token)))
+        pieces = self._loss_scale.pieces(messages[:index], learned, end, weight)
+        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned), pieces))
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool, where: str) -> str:
         try:

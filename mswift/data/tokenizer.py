@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
     special_tokens_map: dict[str, Any]
     added_tokens_decoder: dict[int, Any]
 
+    is_fast: bool
+
     def __len__(self) -> int: ...
     def get_vocab(self) -> dict[str, int]: ...
     def __call__(self, text: list[str], **options: Any) -> Any: ...
@@ -89,6 +91,25 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
     return cast(list[list[int]], encoded["input_ids"])
+
+
+def token_starts(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+    """(token, character of `text` where it begins) as `encode`; ConfigError for a tokenizer that cannot say.
+
+    A space that a tokenizer counts out of its offsets belongs to the token after it; bytes of one character all begin
+    at the character.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"--loss_scale: the tokenizer of {tokenizer.name_or_path} has no tokenizer.json, and only those tell where "
+            "in a text a token begins; save it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained)"
+        )
+    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found, end = [], 0
+    for token, (start, stop) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
+        found.append((token, min(start, end)))
+        end = stop
+    return found
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

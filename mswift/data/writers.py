@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mswift.data.batch import Sample
 from mswift.data.cache import StoreWriter
 from mswift.data.formats import Record, Row, required_row
+from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.report import FileReport, rejection
 from mswift.data.rows import Conversation, to_conversation, to_document
 from mswift.data.selection import Selection, selected_parts
@@ -42,6 +43,7 @@ class SftOptions:
     max_length: int
     truncation_strategy: Strategy
     system: str | None
+    loss_scale: LossScale = PLAIN
 
 
 class _Rows:
@@ -148,7 +150,7 @@ def write_conversations(
     model_positions: int | None = None,
 ) -> Mapping[str, Any]:
     """One sample per rendering of each row, cut or left out by `sft.truncation_strategy`."""
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, sft.loss_scale)
     rows = _Rows(writer, sources, options, strict, progress)
     shortest: int | None = None
     for report, batch in rows.batches():

@@ -14,6 +14,7 @@ from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
+from mswift.data.loss_scale import PLAIN, parse_loss_scale
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
@@ -48,6 +49,7 @@ def build_data(
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
         system=config.system if isinstance(config, SftConfig) else None,
+        loss_scale=parse_loss_scale(config.loss_scale) if isinstance(config, SftConfig) else PLAIN,
         model_positions=reader.table.spec.max_position_embeddings,
         cache_dir=config.cache_dir,
         selection=selection,

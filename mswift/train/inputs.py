@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mswift import rundir
-from mswift.config.train import TrainConfig
+from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
+from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.sources import parse_source
 from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError, MswiftError
@@ -33,6 +34,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: read_chat_template(config.chat_template),
         *(partial(parse_source, spec, "--dataset") for spec in config.dataset),
         *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
+        *([partial(parse_loss_scale, config.loss_scale)] if isinstance(config, SftConfig) else []),
         lambda: start_of(config),
     ]
     refusals = []

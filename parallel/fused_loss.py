@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mswift.config.loss import piece_tokens
 from mswift.parallel.loss import logit_gradient, num_real_columns, token_losses
-from mswift.parallel.megatron.cpu_linear import has_onednn, product
+from mswift.parallel.megatron.cpu_linear import prefers_onednn, product
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _store_hidden_gradient(out: Tensor, grad: Tensor, layer: OutputLayer) -> Non
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, k] @ weight [m, k]^T -> [n, m], as the model's linears compute it on this device."""
-    if x.device.type == "cpu" and weight.numel() and has_onednn():
+    if x.device.type == "cpu" and weight.numel() and prefers_onednn():
         return product(x, weight)
     return torch.matmul(x, weight.t())
 

@@ -1,13 +1,15 @@
-"""megatron-core's two linear functions with oneDNN's fp32 matrix product, for x86 CPUs.
+"""megatron-core's two linear functions with oneDNN's fp32 matrix product, for AMD processors.
 
 torch's own product is MKL's, which leaves half of the speed of an AMD processor unused: 100 against 220 GFLOP/s on
-one core of an EPYC (`benchmarks/gemm.py`). Both compute in IEEE fp32. Communication is megatron-core's: input gathered
+one core of an EPYC (`benchmarks/gemm.py`); on an Intel Xeon it is the faster one. The maker of the processor decides,
+not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. Communication is megatron-core's: input gathered
 again in backward under sequence parallelism, reduction of the input gradient beside the weight's product.
 
 Shapes: n tokens of this rank's input (n * tp after the gather), i in, o out.
 """
 
-import platform
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def has_onednn() -> bool:
-    """Whether this torch can be asked for oneDNN's product on this processor."""
-    known = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+@cache
+def prefers_onednn() -> bool:
+    """Whether this torch can be asked for oneDNN's product, and this processor is one on which it is the faster."""
+    known = _is_amd() and torch.backends.mkldnn.is_available()
     return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_amd() -> bool:
+    """Whether Linux says that an x86 processor of AMD is at work."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,8 +107,8 @@ class CpuFrozenLinear(torch.autograd.Function):
 
 
 def replace_linears(layers: ModuleType) -> None:
-    """Put them into megatron.core.tensor_parallel.layers, where there is oneDNN."""
-    if has_onednn():
+    """Put them into megatron.core.tensor_parallel.layers, where oneDNN is the better."""
+    if prefers_onednn():
         replaced: dict[str, Any] = {
             "LinearWithGradAccumulationAndAsyncCommunication": CpuLinear,
             "LinearWithFrozenWeight": CpuFrozenLinear,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mswift.errors import ConfigError, LayoutError
-from mswift.parallel.megatron.cpu_linear import has_onednn, product
+from mswift.parallel.megatron.cpu_linear import prefers_onednn, product
 from mswift.parallel.megatron.linears import DuplicatedLinear
 
 Kind = Literal["nf4", "fp4"]
@@ -167,7 +167,7 @@ def _pack(linear: nn.Module, kind: Kind) -> None:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] @ weight [m, k]^T -> [..., m]."""
-    return product(x, weight) if x.device.type == "cpu" and has_onednn() else torch.matmul(x, weight.t())
+    return product(x, weight) if x.device.type == "cpu" and prefers_onednn() else torch.matmul(x, weight.t())
 
 
 def _library() -> Any:

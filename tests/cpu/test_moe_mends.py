@@ -102,7 +102,7 @@ def an_expert_without_tokens(_payload: object) -> tuple[str, float]:
 
     x, weight = torch.empty(0, 4), torch.ones(3, 4)
     try:
-        if cpu_linear.has_onednn():
+        if cpu_linear.prefers_onednn():
             torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         error = ""
     except RuntimeError as caught:
@@ -115,3 +115,26 @@ def an_expert_without_tokens(_payload: object) -> tuple[str, float]:
 def test_an_expert_without_tokens_is_computed() -> None:
     ((_, total),) = run_ranks(1, an_expert_without_tokens)
     assert total == 24.0
+
+
+def onednn_linear(_payload: object) -> list[float]:
+    """Largest differences of output and gradients between CpuLinear and torch's linear."""
+    join(1)
+    import torch
+    import torch.distributed as dist
+
+    from mswift.parallel.megatron.cpu_linear import CpuLinear
+
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((5, 2, 8), (6, 8), (6,))]
+    ours = CpuLinear.apply(*leaves, False, True, False, None, 0, dist.group.WORLD)
+    theirs = torch.nn.functional.linear(*leaves)
+    weights = torch.randn(theirs.shape, generator=generator)
+    gradients = [torch.autograd.grad((out * weights).sum(), leaves) for out in (ours, theirs)]
+    pairs = [(ours, theirs), *zip(*gradients, strict=True)]
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+
+
+def test_onednn_s_linear_is_torch_s_on_any_processor() -> None:
+    (differences,) = run_ranks(1, onednn_linear)
+    assert max(differences) < 1e-6

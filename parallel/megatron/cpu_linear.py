@@ -2,8 +2,8 @@
 
 torch's own product is MKL's, which leaves half of the speed of an AMD processor unused: 100 against 220 GFLOP/s on
 one core of an EPYC (`benchmarks/gemm.py`); on an Intel Xeon it is the faster one. The maker of the processor decides,
-not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. Communication is megatron-core's: input gathered
-again in backward under sequence parallelism, reduction of the input gradient beside the weight's product.
+not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. Communication is megatron-core's: input
+gathered again in backward under sequence parallelism, reduction of the input gradient beside the weight's product.
 
 Shapes: n tokens of this rank's input (n * tp after the gather), i in, o out.
 """

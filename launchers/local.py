@@ -1,43 +1,15 @@
-"""Start a command as several ranks on this machine: a typed job -> argv and environment -> its exit status."""
+"""Run a job's part on this machine to its end: its ranks, their signals, its exit status."""
 
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
-from mswift.errors import ConfigError
+from mswift.launchers.job import Job
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class Job:
-    """`module` is run as `python -m module arguments...` by every rank."""
-
-    num_processes: int
-    module: str
-    arguments: tuple[str, ...] = ()
-
-    def argv(self) -> list[str]:
-        """The command line of the agent that starts the ranks; it meets its ranks on the loopback interface."""
-        torchrun = ["--standalone", f"--nproc_per_node={self.num_processes}", "--module", self.module]
-        return [sys.executable, "-m", "mswift.parallel.agent", *torchrun, *self.arguments]
-
-    def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """`environ`, with this machine's cores shared out among the ranks unless OMP_NUM_THREADS is set."""
-        cores = len(os.sched_getaffinity(0))
-        return {"OMP_NUM_THREADS": str(max(1, cores // self.num_processes)), **environ}
-
-
-def mswift_job(num_processes: int, command: str, arguments: list[str]) -> Job:
-    """The job that runs `mswift command arguments...` as `num_processes` ranks."""
-    if num_processes < 1:
-        raise ConfigError(f"--nproc_per_node {num_processes}: at least one process is needed; use --nproc_per_node 1")
-    return Job(num_processes, "mswift.cli.main", (command, *arguments))
 
 
 def run(job: Job) -> int:

@@ -30,6 +30,12 @@ COMMANDS = {
         example="mswift sft --model Qwen3-0.6B --dataset chats.jsonl --tuner_type lora --lora_rank 16 "
         "--lr 1e-4 --num_train_epochs 1 --output_dir runs/sft",
     ),
+    "launch": Command(
+        summary="a recipe here, on several machines, or on a SLURM cluster",
+        config="mswift.config.launch:LaunchConfig",
+        run="mswift.cli.launch:main",
+        example="mswift launch slurm recipe.yaml --nodes 2 --site site.yaml --output_dir runs/sft --dry_run",
+    ),
     "status": Command(
         summary="what a run is doing: step, loss, speed, time left, checkpoint, goodput",
         config="mswift.config.status:StatusConfig",

@@ -69,10 +69,13 @@ def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         values.update(read_recipe(Path(recipe), config_class))
     values.update(flags)
     fields_given = {name: values.pop(name) for name in list(values) if field_of(options, name)}
+    others = {o.name: tuple(values.pop(o.name, ())) for o in options.values() if o.for_others}
     missing = [option for option in options.values() if option.required and not values.get(option.name)]
     if missing:
         raise ConfigError(f"--{missing[0].name} is required ({missing[0].accepted}); --help says what it is")
     config = _typed(config_class, options, values)
+    if others:
+        config = replace(config, **others)  # type: ignore[type-var]
     return _with_fields(config, options, fields_given) if fields_given else config
 
 
@@ -101,6 +104,7 @@ def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str
     positionals: list[str] = []
     flags: dict[str, list[str]] = {}
     spellings: dict[str, str] = {}
+    for_others = next((option.name for option in options.values() if option.for_others), None)
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -112,7 +116,10 @@ def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str
             flags[f"{found[0].name}.{found[1]}"] = _take_field(found[1], [attached] if equals else [], rest)
             continue
         option = find(options, spelled[2:])
-        if option is None or option.positional:
+        if option is None and for_others is not None:
+            flags.setdefault(for_others, []).extend([argument, *_until_flag(rest)])
+            continue
+        if option is None or option.positional or option.for_others:
             raise ConfigError(f"unknown flag {spelled}{_flag_hint(options, spelled[2:])}")
         if option.holds_fields:
             raise ConfigError(f"{spelled} takes one field a flag: {spelled}.FIELD VALUE")
@@ -123,6 +130,14 @@ def _split(options: Mapping[str, Option], argv: Sequence[str]) -> tuple[list[str
         else:
             flags[option.name] = [attached, *(_take(option, spelled, rest) if option.many else [])]
     return positionals, flags
+
+
+def _until_flag(rest: list[str]) -> list[str]:
+    """Remove what stands before the next flag from the front of `rest`."""
+    taken: list[str] = []
+    while rest and not _FLAG.match(rest[0]):
+        taken.append(rest.pop(0))
+    return taken
 
 
 def _take(option: Option, spelled: str, rest: list[str]) -> list[str]:

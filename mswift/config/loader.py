@@ -14,6 +14,8 @@ from mswift.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 
+COMMAND = "command"
+"""Key of a recipe that says which command it is for; a config class says so with an attribute of that name."""
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
 _LIST = "tag:yaml.org,2002:seq"
 _NULL = "tag:yaml.org,2002:null"
@@ -39,6 +41,10 @@ def read_recipe(path: Path, config_class: type) -> dict[str, list[str]]:
     for key, node in root.value:
         where = f"recipe {path}, line {key.start_mark.line + 1}"
         option = find(options, str(key.value))
+        if option is None and key.value == COMMAND and (own := getattr(config_class, COMMAND, None)):
+            if _texts(node, f"{where}: {COMMAND}") != [own]:
+                raise ConfigError(f"{where}: the recipe is for `mswift {node.value}`, not for `mswift {own}`")
+            continue
         if option is None:
             raise ConfigError(f"{where}: unknown key {key.value}{nearest(str(key.value), names(options))}")
         if option.name in values:
@@ -48,6 +54,16 @@ def read_recipe(path: Path, config_class: type) -> dict[str, list[str]]:
         else:
             values[option.name] = _texts(node, f"{where}: {key.value}")
     return values
+
+
+def recipe_command(path: Path) -> str | None:
+    """The command that a recipe names (`command: sft`), or None. ConfigError for a file that is no recipe."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    command = recipe.get(COMMAND) if isinstance(recipe, dict) else None
+    return None if command is None else str(command)
 
 
 def _fields(name: str, node: yaml.Node, where: str) -> dict[str, list[str]]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 NONE_SPELLINGS = ("none", "null")
+FOR_OTHERS = "flags for others"
+"""Metadata of the one field that takes the flags which the dataclass does not have, as they were given."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Option:
     aliases: tuple[str, ...]
     positional: bool
     required: bool
+    for_others: bool = False
 
     @property
     def alternatives(self) -> tuple[Any, ...]:
@@ -79,6 +82,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
         kind=kind,
         aliases=tuple(canonical(alias.lstrip("-")) for alias in aliases),
         positional=tyro.conf.Positional in metadata,
+        for_others=FOR_OTHERS in metadata,
         required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
     )
 
@@ -96,7 +100,8 @@ def find(options: Mapping[str, Option], name: str) -> Option | None:
 
 def names(options: Mapping[str, Option]) -> list[str]:
     """Every name and alias that is not positional."""
-    return [name for o in options.values() if not o.positional for name in (o.name, *o.aliases)]
+    own = [o for o in options.values() if not (o.positional or o.for_others)]
+    return [name for o in own for name in (o.name, *o.aliases)]
 
 
 def field_of(options: Mapping[str, Option], name: str) -> tuple[Option, str] | None:

@@ -6,7 +6,7 @@ No field has a side effect; relations between fields are checked by `mswift.refu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -236,10 +236,16 @@ class TrainConfig:
 class PtConfig(TrainConfig):
     """Continued pretraining on plain text: documents are joined and cut to max_length."""
 
+    command: ClassVar[str] = "pt"
+    """What a recipe says that is for it: `command: pt`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(TrainConfig):
     """Supervised fine-tuning on conversations: the model's chat template, loss on assistant turns."""
+
+    command: ClassVar[str] = "sft"
+    """What a recipe says that is for it: `command: sft`."""
 
     truncation_strategy: Literal["delete", "left", "right", "split", "raise"] = "delete"
     """A sample longer than max_length: leave it out, cut its beginning or its end, split it, or stop. All counted."""

@@ -20,6 +20,7 @@ from mswift.converters.catalog import read_config
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError, LayoutError
 from mswift.launchers import local
+from mswift.launchers.job import Job
 from mswift.refusals import dims_of, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.memory import lora_config
@@ -100,7 +101,7 @@ def _run(home: Path, jobs: Sequence[ProofJob], device: str, dims: ParallelDims) 
     (home / JOBS).write_text(json.dumps(payload))
     ranks = f"{dims.world_size} rank{'s' * (dims.world_size > 1)}"
     print(f"running    on {ranks}", flush=True)
-    if status := local.run(local.Job(dims.world_size, "mswift.train.doctor_rank", (str(home),))):
+    if status := local.run(Job(dims.world_size, "mswift.train.doctor_rank", (str(home),))):
         print(f"\nnot proved: the job on {ranks} ended with status {status}")
         return []
     results = []

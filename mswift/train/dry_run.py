@@ -49,6 +49,12 @@ def dry_run(config: TrainConfig) -> int:
     return ConfigError.exit_status if refusals else 0
 
 
+def launch_refusals(config: TrainConfig, world_size: int) -> list[MswiftError]:
+    """Every reason why a launch of `config` on `world_size` ranks would be refused, as a dry run prints them."""
+    table, stored, _ = _model(config, _weights_of(config))
+    return _refusals(config, table, stored, world_size)
+
+
 def _weights_of(config: TrainConfig) -> Path:
     """The directory that a launch reads; --model where it would not start, which is among the refusals."""
     try:

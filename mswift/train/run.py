@@ -11,6 +11,7 @@ from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
 from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
+from mswift.launchers.job import mswift_job
 from mswift.refusals import check_train
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, open_model
@@ -54,7 +55,7 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     info = current()
     if info is None and config.nproc_per_node is not None:
         prepare(kind, config, replace(RankInfo.single(), world_size=config.nproc_per_node))  # refuse before starting
-        return local.run(local.mswift_job(config.nproc_per_node, kind, to_arguments(config)))
+        return local.run(mswift_job(config.nproc_per_node, kind, to_arguments(config)))
     start = prepare(kind, config, info or RankInfo.single())
     from mswift.parallel import device
 

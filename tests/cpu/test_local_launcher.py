@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mswift.launchers.local import Job
+from mswift.launchers.job import Job
 
 RANK_PROGRAM = """
 import os, signal, sys, time
@@ -41,7 +41,8 @@ if mode != "fine":
 
 LAUNCHER = """
 import sys
-from mswift.launchers.local import Job, run
+from mswift.launchers.job import Job
+from mswift.launchers.local import run
 assert "torch" not in sys.modules
 sys.exit(run(Job(2, "rank_program", tuple(sys.argv[1:]))))
 """

@@ -23,7 +23,7 @@ def _modules(folder: Path) -> set[str]:
 def test_the_wheel_holds_the_tree_and_nothing_generic(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("mswift", *FOLDERS):
+    for name in ("mswift", "slurm", *FOLDERS):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -35,6 +35,9 @@ def test_the_wheel_holds_the_tree_and_nothing_generic(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mswift"}
     assert "mswift/py.typed" in names
     assert "mswift/converters/families/llama.py" in names
+    assert {name for name in names if name.startswith("mswift/slurm/")} == {
+        f"mswift/slurm/{path.name}" for path in (ROOT / "slurm").iterdir()
+    }
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

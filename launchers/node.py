@@ -1,0 +1,42 @@
+"""One task of srun on each node starts its ranks: `python -m mswift.launchers.node --nproc_per_node=8 sft recipe.yaml`.
+
+Which node this is, and where all meet, SLURM's variables say. The process becomes the agent, so that signals and the
+exit status are its own.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from mswift.errors import MswiftError
+from mswift.launchers.environment import current
+from mswift.launchers.job import COMMAND_LINE, Job, Meeting
+
+_FLAG = "--nproc_per_node="
+
+
+def job_here(nproc_per_node: int, arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, int]:
+    """The job of `mswift arguments...` on the nodes of this step, and the number of this node in it."""
+    info = current(environ)
+    if info is None:
+        return Job(nproc_per_node, COMMAND_LINE, tuple(arguments)), 0
+    number = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+    meeting = Meeting(info.master_addr, info.master_port, number)
+    return Job(nproc_per_node, COMMAND_LINE, tuple(arguments), info.world_size, meeting), info.rank
+
+
+def main(argv: Sequence[str]) -> int:
+    """Become the agent of this node."""
+    first, *arguments = argv
+    assert first.startswith(_FLAG), argv
+    try:
+        job, rank = job_here(int(first.removeprefix(_FLAG)), arguments, os.environ)
+    except MswiftError as error:
+        print(f"mswift launch on {os.uname().nodename}: {error}", file=sys.stderr)
+        return error.exit_status
+    command = job.argv(rank)
+    os.execve(command[0], command, job.environment(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

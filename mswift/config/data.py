@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mswift.config.agents import AgentTemplate
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -27,6 +29,8 @@ class DataConfig:
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: a .jinja file, a .json file that holds one, or the
     name of one of the tokenizer's."""
+    agent_template: AgentTemplate | None = None
+    """How rows with tools, calls and results become text. Default: by the chat template, which gets the tools."""
     system: str | None = None
     """System message for rows that have none."""
     loss_scale: str = "default"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mswift.config.agents import AgentTemplate
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
@@ -34,6 +36,9 @@ class InferConfig:
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: a .jinja file, a .json file that holds one, or the
     name of one of the tokenizer's."""
+    agent_template: AgentTemplate | None = None
+    """How rows with tools, calls and results become text. Default: by the chat template, which gets the tools.
+    With it the results of val_dataset hold the calls of each answer."""
     use_chat_template: bool = True
     """false: continue prompts and questions as plain text."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from mswift.config.agents import AgentTemplate
 from mswift.config.loss import LossFusion
 
 _alias = tyro.conf.arg
@@ -247,6 +248,8 @@ class SftConfig(TrainConfig):
     command: ClassVar[str] = "sft"
     """What a recipe says that is for it: `command: sft`."""
 
+    agent_template: AgentTemplate | None = None
+    """How rows with tools, calls and results become text. Default: by the chat template, which gets the tools."""
     truncation_strategy: Literal["delete", "left", "right", "split", "raise"] = "delete"
     """A sample longer than max_length: leave it out, cut its beginning or its end, split it, or stop. All counted."""
     system: str | None = None

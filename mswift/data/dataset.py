@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mswift.config.agents import AgentTemplate
 from mswift.data.batch import Sample
 from mswift.data.cache import (
     FORMAT_VERSION,
@@ -48,6 +49,8 @@ class DataOptions:
     system: str | None = None
     """sft: system message of rows that have none."""
     loss_scale: LossScale = PLAIN
+    agent_template: AgentTemplate | None = None
+    """sft: how tools, calls and results become text; None: by the chat template."""
     """sft: which turns are learned, with what weights."""
     model_positions: int | None = None
     """Longest sample that the model takes; it decides no token, only what errors propose."""
@@ -144,7 +147,9 @@ def build_dataset(
         raise ConfigError(f"--max_length {options.max_length}: a sample needs at least 2 tokens, --max_length 2048")
     sources = [parse_source(spec, flag) for spec in specs]
     rows = RowOptions(options.selection, options.columns)
-    sft = SftOptions(options.max_length, options.truncation_strategy, options.system, options.loss_scale)
+    sft = SftOptions(
+        options.max_length, options.truncation_strategy, options.system, options.loss_scale, options.agent_template
+    )
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
 
     def write(writer: StoreWriter) -> Mapping[str, Any]:

@@ -88,7 +88,7 @@ class LossScale:
 
         A message with `loss: true` or a `loss_scale` of its own is learned whatever the strategy says.
         """
-        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        users = [index for index, message in enumerate(messages) if _asks(message)]
         first = users[-1] if users and self.strategy == "last_round" else -1
         weights = {
             index: turn_weight(message)
@@ -101,7 +101,7 @@ class LossScale:
         """Weights of `text`, what is learned of a turn after `messages`; its end-of-turn token is at `end`."""
         if not self.tables:
             return ((0, weight),)
-        query = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+        query = next((message["content"] for message in reversed(messages) if _asks(message)), "")
         pieces: Pieces = ((0, weight),)
         for table in self.tables:
             pieces = _product(pieces, table.pieces(query, text[:end]))
@@ -185,6 +185,11 @@ def _numbers(key: str, value: Any, lengths: tuple[int, ...], where: str) -> tupl
             f"from 1e-6 to 1e6; {_SHAPES}"
         )
     return tuple(float(number) for number in numbers)
+
+
+def _asks(message: Message) -> bool:
+    """Whether it is the user's; results that an agent template puts into the user's mouth are not."""
+    return message["role"] == "user" and not message.get("of_tool")
 
 
 def _match(pattern: re.Pattern[str], text: str, place: int) -> re.Match[str] | None:

@@ -5,9 +5,11 @@ learned is a DataError that names the row. Columns that play no part are kept in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mswift.agent.conversation import as_text
+from mswift.agent.format import AgentFormat
 from mswift.data import toolbench
 from mswift.data.blocks import read_content
 from mswift.data.fields import json_value, names, text_of, to_tools
@@ -61,9 +63,16 @@ def to_document(row: Mapping[str, Any], where: str) -> str:
 
 
 def to_conversation(
-    row: Mapping[str, Any], where: str, default_system: str | None = None, *, for_training: bool = True
+    row: Mapping[str, Any],
+    where: str,
+    default_system: str | None = None,
+    *,
+    for_training: bool = True,
+    agent: AgentFormat | None = None,
 ) -> Conversation:
     """Normalise a row of any accepted shape; DataError starts with `where` (file and row).
+
+    agent: tools, calls and results become text by it, else the chat template's business.
 
     `for_training`: it is fine-tuned on, so there must be assistant turns, with something to learn in each, and no
     media.
@@ -78,7 +87,18 @@ def to_conversation(
     if for_training:
         _check_turns(messages, where)
         check_weights(messages, where)
-    return conversation
+    return conversation if agent is None else _as_text(conversation, agent, where)
+
+
+def _as_text(conversation: Conversation, agent: AgentFormat, where: str) -> Conversation:
+    """The conversation without tools, calls and results; what the assistant is not to learn is in `parts`."""
+    tools, rejected = conversation.tools, conversation.rejected_messages
+    return replace(
+        conversation,
+        messages=as_text(conversation.messages, tools, agent, where),
+        tools=None,
+        rejected_messages=None if rejected is None else as_text(rejected, tools, agent, where),
+    )
 
 
 def read_row(row: Mapping[str, Any], where: str) -> Conversation:

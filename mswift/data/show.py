@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mswift.agent.formats import FORMATS
 from mswift.config.data import DataConfig
 from mswift.data.batch import Sample
 from mswift.data.chat_template import use_chat_template
@@ -86,7 +87,8 @@ def _samples(
         tokens = np.array([*ids, end_token_id(tokenizer)], dtype=np.int32)
         yield Sample(tokens[: config.max_length], np.ones(len(tokens[: config.max_length]), dtype=np.float32))
         return
-    conversation = to_conversation(row, where, config.system)
+    agent = FORMATS[config.agent_template] if config.agent_template else None
+    conversation = to_conversation(row, where, config.system, agent=agent)
     report.ignored_fields = dict.fromkeys(conversation.ignored, 1)
     renderings = ChatTemplate(tokenizer, parse_loss_scale(config.loss_scale)).render(conversation, where)
     for sample in tokenize(tokenizer, renderings, [where] * len(renderings)):

@@ -10,9 +10,11 @@ turn differently once others follow (Qwen3 strips the thinking of earlier turns)
 turn is learned once, in a text that starts with its own prompt. A template whose prompt is no prefix is refused.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 from mswift.data.loss_scale import PLAIN, LossScale, Pieces
@@ -21,6 +23,7 @@ from mswift.data.rows import Conversation
 from mswift.data.tokenizer import Tokenizer, render, special_tokens, template_end_token_id
 from mswift.errors import ConfigError, DataError
 
+_THINK = "<think>"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -50,7 +53,11 @@ class _Turn:
     """Of the assistant message."""
     text: str
     """Rendering of the messages up to it."""
-    span: Span
+    start: int
+    end: int
+    """Characters of the turn, from the end of its prompt to the end-of-turn token."""
+    spans: tuple[Span, ...]
+    """What is learned of them: each part that the assistant writes without being given anything."""
 
 
 class ChatTemplate:
@@ -93,10 +100,10 @@ class ChatTemplate:
         renderings = []
         while turns:
             last = turns[-1]
-            kept = [turn for turn in turns if last.text.startswith(turn.text[: turn.span.end])]
+            kept = [turn for turn in turns if last.text.startswith(turn.text[: turn.end])]
             self._check_messages(messages[: last.index + 1], last.text, where)
             self._check_marks(messages[: last.index + 1], tools, last.text, kept, where)
-            renderings.append(Rendering(last.text, tuple(turn.span for turn in kept)))
+            renderings.append(Rendering(last.text, tuple(span for turn in kept for span in turn.spans)))
             turns = [turn for turn in turns if turn not in kept]
         return renderings[::-1]
 
@@ -106,11 +113,11 @@ class ChatTemplate:
         """All messages in one text, every token of which is learned; turns with weights must stand in it as proved."""
         text = self._render(messages, tools, False, where)
         self._check_messages(messages, text, where)
-        spans = []
+        spans: list[Span] = []
         for turn in turns:
-            if text.startswith(turn.text[: turn.span.end]):
-                spans.append(turn.span)
-            elif turn.span.pieces != ((0, 1.0),):
+            if text.startswith(turn.text[: turn.end]):
+                spans += turn.spans
+            elif any(span.pieces != ((0, 1.0),) for span in turn.spans):
                 raise DataError(
                     f"{where}, message {turn.index + 1}: --loss_scale all: the chat template writes this turn in "
                     "another way once others follow, so its weights have no place; use --loss_scale default"
@@ -132,10 +139,14 @@ class ChatTemplate:
         learned = text[len(prompt) :].rstrip()
         if not learned.endswith(self._specials):
             raise DataError(f"{where}: the chat template ends this turn without a special token: {_end(text)}")
-        self._check_answer(messages[index], learned, where)
-        end = len(learned) - len(next(token for token in self._specials if learned.endswith(token)))
-        pieces = self._loss_scale.pieces(messages[:index], learned, end, weight)
-        return _Turn(index, text, Span(len(prompt), len(prompt) + len(learned), pieces))
+        self._check_answer(messages[index], learned, prompt, where)
+        last = len(learned) - len(next(token for token in self._specials if learned.endswith(token)))
+        spans = []
+        for start, end, own in learned_parts(messages[index], learned, where):
+            said = learned[start:end]
+            pieces = self._loss_scale.pieces(messages[:index], said, min(last - start, len(said)), weight * own)
+            spans.append(Span(len(prompt) + start, len(prompt) + end, pieces))
+        return _Turn(index, text, len(prompt), len(prompt) + len(learned), tuple(spans))
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool, where: str) -> str:
         try:
@@ -148,21 +159,29 @@ class ChatTemplate:
             ) from error
 
     @staticmethod
-    def _check_answer(message: Message, learned: str, where: str) -> None:
-        """What the row teaches is in the span, but for white space: no template may drop a part of it."""
+    def _check_answer(message: Message, learned: str, prompt: str, where: str) -> None:
+        """What the row teaches is in the span, but for white space: no template may drop a part of it.
+
+        Thinking that the prompt itself opens (DeepSeek-R1) is not part of it: the model never writes <think>.
+        """
+        opened = _THINK if prompt.rstrip().endswith(_THINK) and not learned.lstrip().startswith(_THINK) else ""
         wanted = [message["content"], *(call["function"]["name"] for call in message.get("tool_calls", ()))]
         for text in wanted:
-            if _squeeze(text) not in _squeeze(learned):
+            if _squeeze(text) not in _squeeze(opened + learned):
                 raise DataError(
                     f"{where}: the chat template does not write all of the turn: {_end(text)} became {_end(learned)}"
                 )
 
     @staticmethod
     def _check_messages(messages: Sequence[Message], text: str, where: str) -> None:
-        """A template that leaves out a system or user message is refused (some ignore the system role)."""
+        """A template that leaves out a message is refused (some ignore the system role, or results)."""
         squeezed = _squeeze(text)
         for number, message in enumerate(messages, start=1):
-            if message["role"] in ("system", "user") and _squeeze(message["content"]) not in squeezed:
+            content = message["content"]
+            if message["role"] == "assistant" or _squeeze(content) in squeezed:
+                continue
+            as_json = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+            if message["role"] != "tool" or not any(_squeeze(text) in squeezed for text in as_json):
                 raise DataError(
                     f"{where}, message {number}: the chat template leaves out this {message['role']} message; remove it"
                 )
@@ -188,8 +207,8 @@ class ChatTemplate:
                 "assistant turns; mend the marks, one pair around what the assistant writes"
             )
         for turn in turns:
-            learned = text[turn.span.start : turn.span.end]
-            if marked.get(turn.span.start) != self._core(learned):
+            learned = text[turn.start : turn.end]
+            if marked.get(turn.start) != self._core(learned):
                 raise DataError(
                     f"{where}, message {turn.index + 1}: the {{% generation %}} marks of the chat template disagree "
                     f"with its generation prompt about what is learned, {learned!r}; mend the marks"
@@ -200,6 +219,27 @@ class ChatTemplate:
         learned = learned.rstrip()
         end = next((token for token in self._specials if learned.endswith(token)), "")
         return learned.removesuffix(end).rstrip()
+
+
+def learned_parts(message: Message, learned: str, where: str) -> list[tuple[int, int, float]]:
+    """(first character, end, weight) of the parts of `learned`, the turn of `message`, that are not given to it.
+
+    A message has `parts` where an agent template puts results into the assistant's turn. What the chat template adds to
+    the content belongs to the first part and to the last. DataError for a content that it changes.
+    """
+    if "parts" not in message:
+        return [(0, len(learned), 1.0)]
+    content = message["content"]
+    if (place := learned.find(content.strip())) < 0:
+        raise DataError(
+            f"{where}: the chat template changes the text of this turn, so that the results in it cannot be found: "
+            "use a template that writes it as it is, or an --agent_template with results in turns of their own (hermes)"
+        )
+    place -= len(content) - len(content.lstrip())
+    ends = [place + end for end in accumulate(len(text) for text, _ in message["parts"])]
+    edges = [0, *(min(max(end, 0), len(learned)) for end in ends[:-1]), len(learned)]
+    parts = zip(pairwise(edges), message["parts"], strict=True)
+    return [(start, end, weight) for (start, end), (_, weight) in parts if weight and start < end]
 
 
 def _squeeze(text: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mswift.agent.formats import FORMATS
+from mswift.config.agents import AgentTemplate
 from mswift.data.batch import Sample
 from mswift.data.cache import StoreWriter
 from mswift.data.formats import Record, Row, required_row
@@ -44,6 +46,7 @@ class SftOptions:
     truncation_strategy: Strategy
     system: str | None
     loss_scale: LossScale = PLAIN
+    agent_template: AgentTemplate | None = None
 
 
 class _Rows:
@@ -151,13 +154,14 @@ def write_conversations(
 ) -> Mapping[str, Any]:
     """One sample per rendering of each row, cut or left out by `sft.truncation_strategy`."""
     template = ChatTemplate(tokenizer, sft.loss_scale)
+    agent = FORMATS[sft.agent_template] if sft.agent_template else None
     rows = _Rows(writer, sources, options, strict, progress)
     shortest: int | None = None
     for report, batch in rows.batches():
         rendered: list[tuple[Record, list[Rendering]]] = []
         for record in batch:
             with rows.rejecting(report, record):
-                conversation = to_conversation(record.row or {}, record.where, sft.system)
+                conversation = to_conversation(record.row or {}, record.where, sft.system, agent=agent)
                 rendered.append((record, template.render(conversation, record.where)))
                 _count_ignored(report, conversation)
         for record, samples in _tokenized(rows, report, tokenizer, rendered):

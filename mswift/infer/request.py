@@ -45,6 +45,8 @@ class Request:
     prompt: str | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     """Function descriptions for the chat template."""
+    opening: str = ""
+    """With messages: what the answer, of which it is no part, goes on from (an agent template's call and result)."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mswift.agent.conversation import read_reply
 from mswift.errors import ConfigError
 from mswift.infer.request import Completion, Request
 from mswift.infer.rows import Row
@@ -25,7 +26,8 @@ def fingerprint(directories: Iterable[Path]) -> str:
 
 def request_hash(request: Request, model: str) -> str:
     """What an answer depends on: the question, the sampling and the model's fingerprint (16 hex digits)."""
-    content = json.dumps({"request": asdict(request), "model": model}, sort_keys=True, ensure_ascii=False)
+    asked = {name: value for name, value in asdict(request).items() if name != "opening" or value}
+    content = json.dumps({"request": asked, "model": model}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -63,11 +65,14 @@ def _hash_of(line: bytes) -> Any:
 def to_json(row: Row, request: Request, completion: Completion, row_hash: str) -> str:
     """The line of one answered row, with its end."""
     question: dict[str, Any] = {"prompt": row.prompt} if row.messages is None else {"messages": list(row.messages)}
+    if row.opening:
+        question["messages"].append({"role": "assistant", "content": row.opening})
     if row.tools:
         question["tools"] = list(row.tools)
     value = {
         **question,
         "response": completion.text,
+        **_read(row, completion.text),
         **({"label": row.label} if row.label is not None else {}),
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
@@ -75,6 +80,16 @@ def to_json(row: Row, request: Request, completion: Completion, row_hash: str) -
         "hash": row_hash,
     }
     return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _read(row: Row, text: str) -> dict[str, Any]:
+    """Words and calls of an answer to a row with tools, or why what looks like a call is none."""
+    if row.agent is None:
+        return {}
+    reply = read_reply(text, row.agent, behind_results=bool(row.opening))
+    calls = [{"name": call.name, "arguments": call.arguments} for call in reply.calls]
+    problem = {} if reply.problem is None else {"tool_call_problem": reply.problem}
+    return {"content": reply.content, "tool_calls": calls, **problem}
 
 
 def answer_rows(

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mswift.agent.conversation import as_text, opening, write_reply
+from mswift.agent.format import AgentFormat
 from mswift.data.formats import required_row
 from mswift.data.rows import to_conversation
 from mswift.data.selection import Selection, selected_parts
@@ -22,9 +24,13 @@ class Row:
     prompt: str | None
     tools: tuple[dict[str, Any], ...] | None
     label: str | None
+    agent: AgentFormat | None = None
+    """The agent template by which tools, calls and results of this row have become text."""
+    opening: str = ""
+    """What the answer goes on from, in the same turn."""
 
 
-def read_dataset(specs: Iterable[str], system: str | None) -> list[Row]:
+def read_dataset(specs: Iterable[str], system: str | None, agent: AgentFormat | None = None) -> list[Row]:
     """Rows of `--val_dataset`, in order: `text` alone is continued, else the last assistant turn is the label.
 
     Raises ConfigError (no such file) and DataError (a row that cannot be read or asks nothing, or no row at all).
@@ -33,22 +39,30 @@ def read_dataset(specs: Iterable[str], system: str | None) -> list[Row]:
     for spec in specs:
         source = parse_source(spec, "--val_dataset")
         for _, _, records in selected_parts(source, 0, Selection()):
-            rows += [_to_row(required_row(record), record.where, system) for record in records]
+            rows += [_to_row(required_row(record), record.where, system, agent) for record in records]
     if not rows:
         raise DataError(f"--val_dataset {' '.join(specs)}: no rows, nothing to answer")
     return rows
 
 
-def _to_row(fields: dict[str, Any], where: str, system: str | None) -> Row:
+def _to_row(fields: dict[str, Any], where: str, system: str | None, agent: AgentFormat | None) -> Row:
     if set(fields) == {"text"} and isinstance(fields["text"], str):
         return Row(where, None, fields["text"], None, None)
     conversation = to_conversation(fields, where, system, for_training=False)
     messages, label = list(conversation.messages), None
+    if not (conversation.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages)):
+        agent = None
     if messages and messages[-1]["role"] == "assistant":
-        label = str(messages.pop()["content"])
+        last = messages.pop()
+        label = str(last["content"]) if agent is None else write_reply(last, agent, where)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise DataError(f"{where}: no question to answer; its last message (before the answer) must be the user's")
-    return Row(where, tuple(messages), None, tuple(conversation.tools) if conversation.tools else None, label)
+    if agent is None:
+        return Row(where, tuple(messages), None, tuple(conversation.tools) if conversation.tools else None, label)
+    written = as_text(messages, conversation.tools, agent, where)
+    begun = opening(written)
+    plain = tuple({"role": message["role"], "content": message["content"]} for message in written)
+    return Row(where, plain, None, None, label, agent, begun)
 
 
 def user_turn(text: str, system: str | None) -> tuple[Message, ...]:
@@ -63,7 +77,10 @@ def to_request(row: Row, sampling: Sampling, index: int, chat_template: bool) ->
     if row.prompt is not None:
         return Request(prompt=row.prompt, sampling=sampling)
     if chat_template:
-        return Request(messages=row.messages, tools=row.tools, sampling=sampling)
+        stop = (*sampling.stop, *(row.agent.stop if row.agent else ()))
+        return Request(
+            messages=row.messages, tools=row.tools, sampling=replace(sampling, stop=stop), opening=row.opening
+        )
     return Request(prompt=plain_text(row.messages or (), row.where), sampling=sampling)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mswift.agent.formats import FORMATS
 from mswift.config.infer import InferConfig
 from mswift.data.chat_template import read_chat_template, use_chat_template
 from mswift.data.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def main(config: InferConfig) -> int:
     """Run `mswift infer`; returns the exit status. What needs no model is refused before loading."""
     _check(config)
-    rows = read_dataset(config.val_dataset, config.system) if config.val_dataset else []
+    agent = FORMATS[config.agent_template] if config.agent_template else None
+    rows = read_dataset(config.val_dataset, config.system, agent) if config.val_dataset else []
     engine = _load(config)
     sampling = _sampling(config, engine)
     template = config.use_chat_template and bool(engine.tokenizer.chat_template)
@@ -62,6 +64,11 @@ def _check(config: InferConfig) -> None:
             f"--chat_template {config.chat_template} with --use_chat_template false, which does without: leave one out"
         )
     read_chat_template(config.chat_template)
+    if config.agent_template is not None and not (config.val_dataset and config.use_chat_template):
+        raise ConfigError(
+            f"--agent_template {config.agent_template} is for the tools of rows that a chat template writes: it needs "
+            "--val_dataset, and does not go with --use_chat_template false"
+        )
     if config.max_batch_size < 1:
         raise ConfigError(f"--max_batch_size {config.max_batch_size}: at least 1; try 8")
 

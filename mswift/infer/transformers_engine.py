@@ -65,19 +65,18 @@ class TransformersEngine:
             return list(self.tokenizer(request.prompt)["input_ids"])
         messages = [dict(message) for message in request.messages or ()]
         try:
-            encoded: Any = self.tokenizer.apply_chat_template(
+            text: Any = self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(request.tools) if request.tools else None,
-                tokenize=True,
+                tokenize=False,
                 add_generation_prompt=True,
-                return_dict=True,
             )
         except Exception as error:  # whatever a template raises: jinja errors and any of Python's
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(
                 f"the chat template refuses messages of {roles}: {error}; --use_chat_template false does without"
             ) from error
-        return list(encoded["input_ids"])
+        return list(self.tokenizer(text + request.opening, add_special_tokens=False)["input_ids"])
 
     def _answer(self, request: Request) -> "_Answer":
         prompt = self.prompt_tokens(request)

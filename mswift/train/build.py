@@ -50,6 +50,7 @@ def build_data(
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
         system=config.system if isinstance(config, SftConfig) else None,
         loss_scale=parse_loss_scale(config.loss_scale) if isinstance(config, SftConfig) else PLAIN,
+        agent_template=config.agent_template if isinstance(config, SftConfig) else None,
         model_positions=reader.table.spec.max_position_embeddings,
         cache_dir=config.cache_dir,
         selection=selection,

@@ -23,6 +23,7 @@ from mswift import rundir
 from mswift.config.train import TrainConfig
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
+from mswift.data.order import ORDER_VERSION
 from mswift.errors import CheckpointError, ConfigError
 from mswift.parallel.megatron.engine import SOURCE_DTYPES, MegatronEngine
 from mswift.train.collective import agreed, barrier, gather_objects
@@ -35,7 +36,7 @@ class RunState:
     """Where a run stands, beside its tensors.
 
     dtype: "F32" or "BF16", what it computes in; base: fingerprint of the model it was started from;
-    skipped_steps: those without an update (--nan_policy skip).
+    skipped_steps: those without an update (--nan_policy skip); order_version: of `mswift.data.order`.
     """
 
     step: int
@@ -49,6 +50,7 @@ class RunState:
     dtype: str = "F32"
     base: Mapping[str, str] = field(default_factory=dict)
     skipped_steps: int = 0
+    order_version: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -140,6 +142,13 @@ def engine_layout(engine: MegatronEngine) -> dict[str, int]:
 
 def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: Mapping[str, Any]) -> None:
     """Refuse to continue on other data or another order: the position would mean other samples."""
+    if state.order_version != ORDER_VERSION:
+        raise ConfigError(
+            f"--resume: the run of this --output_dir has its samples in order {state.order_version}, this mswift draws "
+            f"order {ORDER_VERSION}, so that its position would mean other samples; continue it with the version of "
+            "mswift that it was started with, or start a new run with another --output_dir and "
+            "--resume_from_checkpoint CHECKPOINT --load_weights_only"
+        )
     if state.data_fingerprint != fingerprint:
         raise ConfigError(
             f"--dataset: the tokenised data differs from that of step {state.step} ({state.num_samples} samples "

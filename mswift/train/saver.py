@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mswift.config.loader import to_dict
+from mswift.data.order import ORDER_VERSION
 from mswift.train.checkpoint import RunState, engine_layout
 from mswift.train.loop import FinishedStep
 from mswift.train.parts import Run
@@ -79,4 +80,5 @@ class Saver:
             dtype=run.engine.config.dtype,
             base=run.base,
             skipped_steps=run.skipped_steps,
+            order_version=ORDER_VERSION,
         )

@@ -1,4 +1,4 @@
-"""What the engine cannot do of recomputation, multi-token prediction, overlap, fusion and megatron-core's own fields.
+"""What the engine cannot do of recomputation, packing, multi-token prediction, overlap, fusion, megatron-core's fields.
 
 For `mswift.refusals`.
 """
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from mswift.config.mcore_fields import reason_on_cpu
-from mswift.config.train import TrainConfig
+from mswift.config.train import PtConfig, TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import Cut
@@ -31,6 +31,7 @@ def cut_of(config: TrainConfig) -> Cut:
 def engine_flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     """Those that the flags alone tell."""
     yield from _recompute_refusals(config)
+    yield from packing_refusals(config)
     try:
         scale = config.mcore.get("mtp_loss_scaling_factor")
         check_prediction_flags(config.mtp_num_layers, config.tuner_type == "lora", scale)
@@ -52,6 +53,49 @@ def engine_flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         reason = reason_on_cpu(config.mcore)
         if reason:
             yield ConfigError(reason)
+
+
+def packing_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """What --packing does not go with, as far as the flags tell."""
+    if not config.packing:
+        for name in ("packing_strategy", "packing_length"):
+            value = getattr(config, name)
+            if value != type(config).__dataclass_fields__[name].default:
+                yield ConfigError(f"--{name} {value} has no effect without --packing: add --packing, or leave it out")
+        return
+    if isinstance(config, PtConfig):
+        yield ConfigError(
+            "--packing with pt: it joins all documents and cuts them every --max_length tokens, so that its rows are "
+            "full already: leave it out"
+        )
+    length = config.packing_length
+    if length is not None and length < config.max_length:
+        yield ConfigError(
+            f"--packing_length {length} is below --max_length {config.max_length}, and no sample is cut to be packed: "
+            f"use --packing_length {config.max_length} or more"
+        )
+    if config.lora_dropout:
+        yield ConfigError(dropout_with_packing(f"--lora_dropout {config.lora_dropout:g}"))
+
+
+def dropout_with_packing(flag: str) -> str:
+    """Why the two do not go together."""
+    return f"{flag} with --packing is not supported (dropout counts positions by rows): leave out one of them"
+
+
+def check_packing(config: TrainConfig, spec: ModelSpec) -> None:
+    """LayoutError for a model whose layers cannot keep the samples of a row apart."""
+    recurrent = recurrent_mixers(spec)
+    if config.packing and recurrent:
+        raise LayoutError(
+            f"--packing: model_type {spec.model_type!r} has {' and '.join(recurrent)} layers, whose state would pass "
+            "from each sample of a row to the next: leave it out"
+        )
+
+
+def recurrent_mixers(spec: ModelSpec) -> list[str]:
+    """Kinds of layers in the model whose state passes from each position to the next."""
+    return sorted({spec.layer(n).mixer for n in range(spec.num_layers)} & {"mamba", "delta"})
 
 
 def _recompute_refusals(config: TrainConfig) -> Iterator[ConfigError]:

@@ -16,10 +16,12 @@ from mswift.converters.spec import ModelSpec
 from mswift.engine_refusals import (
     check_four_bit_base,
     check_microbatches,
+    check_packing,
     check_prediction,
     check_recompute,
     cut_of,
     engine_flag_refusals,
+    recurrent_mixers,
 )
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
@@ -55,6 +57,7 @@ _AT_LEAST_ONE = (
         "world_size",
         "lora_rank",
         "recompute_num_layers",
+        "packing_length",
     ),
     "max_model_len",
 )
@@ -102,6 +105,7 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, spec)
         check_recompute(config, spec, dims)
+        check_packing(config, spec)
         check_batch(config, dims)
     except LayoutError as error:
         refusals.append(error)
@@ -158,7 +162,7 @@ def check_context_parallel(dims: ParallelDims, kind: str, spec: ModelSpec) -> No
     """LayoutError unless ranks can share this model's sequences with this `cp_comm_type`."""
     if dims.cp == 1:
         return
-    recurrent = sorted({spec.layer(n).mixer for n in range(spec.num_layers)} & {"mamba", "delta"})
+    recurrent = recurrent_mixers(spec)
     if recurrent:
         raise LayoutError(
             f"{FLAGS['cp']} {dims.cp}: model_type {spec.model_type!r} has {' and '.join(recurrent)} layers, whose "

@@ -96,6 +96,12 @@ class TrainConfig:
     """The first bad row is an error. Default: bad rows are left out, counted, and written to rejected.jsonl."""
     max_length: int = 2048
     """Tokens in a sample."""
+    packing: bool = False
+    """sft: rows of several samples, none of them cut, that do not see each other; a batch then counts in such packs."""
+    packing_strategy: Literal["bestfit", "sequential"] = "bestfit"
+    """Which samples share a row: the best fit, longest first (least padding), or the next ones in file order."""
+    packing_length: int | None = None
+    """Positions of a packed row. Default: max_length."""
     cache_dir: str | None = None
     """Where tokenised data sets are kept. Default: $MSWIFT_CACHE or ~/.cache/mswift."""
 
@@ -231,6 +237,11 @@ class TrainConfig:
     """Print layout, batch arithmetic and memory; start nothing."""
     world_size: int | None = None
     """dry_run: pretend this many ranks."""
+
+    @property
+    def row_length(self) -> int:
+        """Most positions of a row of a batch."""
+        return self.packing_length or self.max_length
 
 
 @dataclass(frozen=True, kw_only=True)

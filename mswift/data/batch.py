@@ -31,15 +31,29 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample], length: int, pad_token_id: int) -> Batch:
     """Pad samples on the right to `length` positions; padding is never a target."""
-    shape = (len(samples), length)
+    return collate_packs([[sample] for sample in samples], length, pad_token_id)[0]
+
+
+def collate_packs(packs: Sequence[Sequence[Sample]], length: int, pad_token_id: int) -> tuple[Batch, tuple[int, ...]]:
+    """Rows of samples side by side, each row padded on the right to `length` positions.
+
+    Also the positions of every sample, row by row; the padding of a row counts as one more.
+    """
+    shape = (len(packs), length)
     tokens = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, pad_token_id, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
-    for row, sample in enumerate(samples):
-        positions = len(sample.tokens) - 1  # the last token is only a target
-        if positions > length:
-            raise ValueError(f"a sample of {positions} positions in a batch of length {length}")
-        tokens[row, :positions] = sample.tokens[:-1]
-        labels[row, :positions] = sample.tokens[1:]
-        loss_weights[row, :positions] = sample.loss_weights[1:]
-    return Batch(tokens, labels, loss_weights)
+    documents = []
+    for row, samples in enumerate(packs):
+        end = 0
+        for sample in samples:
+            start, end = end, end + len(sample.tokens) - 1  # the last token is only a target
+            if end > length:
+                raise ValueError(f"samples of {end} positions in rows of {length}")
+            tokens[row, start:end] = sample.tokens[:-1]
+            labels[row, start:end] = sample.tokens[1:]
+            loss_weights[row, start:end] = sample.loss_weights[1:]
+            documents.append(end - start)
+        if end < length:
+            documents.append(length - end)
+    return Batch(tokens, labels, loss_weights), tuple(documents)

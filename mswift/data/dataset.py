@@ -115,6 +115,10 @@ class TokenDataset:
         weights[0] = 0.0
         return Sample(np.array(self._tokens[start:end]), weights)
 
+    def row(self, index: int) -> dict[int, Sample]:
+        """The samples, by their ids, of row `index` of a batch: that one."""
+        return {index: self.sample(index)}
+
     def _total(self) -> str:
         return (
             f"{len(self):,} samples, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of them learned, "

@@ -17,7 +17,11 @@ ORDER_VERSION = 2
 """Goes up when a position comes to mean another sample; 1 sorted the random words of a whole epoch."""
 
 _WORD = 2**64
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64 (G. Steele et al., OOPSLA 2014)
+_SPLITMIX = (  # shifts and factors of splitmix64 (G. Steele et al., OOPSLA 2014)
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+_UPPER_BIT = np.uint64(63)
 
 
 def sample_ids(num_samples: int, seed: int, start: int, count: int) -> NDArray[np.int64]:
@@ -54,7 +58,7 @@ def _shuffled(positions: NDArray[np.uint64], num_samples: int, rounds: list[list
     """Samples at these positions of the epoch that `rounds` shuffle."""
     for distance, key in rounds:
         partners = (distance + num_samples) - positions
-        partners = np.where(partners >= num_samples, partners - num_samples, partners)
+        partners = np.minimum(partners, partners - num_samples)  # below zero wraps round to more
         swapped = _hashed_bit(np.maximum(positions, partners) + key)
         positions = np.where(swapped, partners, positions)
     return positions
@@ -62,6 +66,6 @@ def _shuffled(positions: NDArray[np.uint64], num_samples: int, rounds: list[list
 
 def _hashed_bit(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The upper bit of splitmix64, which depends on all bits: 0 or 1."""
-    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+    for shift, factor in _SPLITMIX:
         words = (words ^ (words >> shift)) * factor
-    return words >> 63
+    return words >> _UPPER_BIT

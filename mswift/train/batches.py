@@ -1,7 +1,7 @@
 """From a position in the data to the microbatches of one rank. The position of a run is `consumed_samples`.
 
 Which samples form a step depends on (seed, consumed_samples, global_batch_size) alone; a layout only decides
-who computes which of them. B: microbatch size, S: padded sequence length.
+who computes which of them. With packing, packs are counted in place of samples. B: microbatch size, S: row length.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from mswift.data.batch import collate
-from mswift.data.dataset import TokenDataset
+from mswift.data.batch import collate_packs
 from mswift.data.order import sample_ids
+from mswift.data.packed import Dataset, PackedDataset, squared_lengths
 from mswift.parallel.megatron.engine import Microbatch
 
 
@@ -34,51 +35,73 @@ class StepBatch:
 
     microbatches: list[Microbatch]
     sample_ids: list[int]
-    seq_length: int
+    """Of packs, where samples are packed."""
     tokens: int
+    squared_lengths: int
+    """Sum over all samples of the square of their positions."""
     padding_tokens: int
 
 
-def training_batch(dataset: TokenDataset, plan: BatchPlan, seed: int, consumed_samples: int) -> StepBatch:
+def training_batch(data: Dataset, plan: BatchPlan, seed: int, consumed_samples: int) -> StepBatch:
     """The batch that follows `consumed_samples` samples of the endless shuffled order."""
-    ids = sample_ids(len(dataset), seed, consumed_samples, plan.global_batch_size)
-    return assemble(dataset, plan, [int(i) for i in ids])
+    ids = sample_ids(len(data), seed, consumed_samples, plan.global_batch_size)
+    return assemble(data, plan, [int(i) for i in ids])
 
 
-def evaluation_batches(dataset: TokenDataset, plan: BatchPlan) -> list[list[int]]:
-    """The whole data set in its own order, in global batches; the last is filled up with -1 (a sample of padding)."""
+def evaluation_batches(data: Dataset, plan: BatchPlan) -> list[list[int]]:
+    """The whole data set in its own order, in global batches; the last is filled up with -1 (a row of padding)."""
     size = plan.global_batch_size
-    ids = list(range(len(dataset)))
+    ids = list(range(len(data)))
     ids += [-1] * (-len(ids) % size)
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def assemble(dataset: TokenDataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
-    """Microbatches of this data-parallel rank out of the global batch `ids`, all padded to one length.
+def assemble(data: Dataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
+    """Microbatches of this data-parallel rank out of the global batch `ids`, all rows padded to one length.
 
-    The length is that of the longest sample of the *global* batch, so every rank computes the same one without
-    asking; microbatch m of rank d takes the ids m x B x dp + d x B onwards.
+    The length is that of the longest row of the *global* batch, so every rank computes the same one without asking.
     """
-    lengths = [int(dataset.lengths[i]) for i in ids if i >= 0]  # positions: the last token is only a target
-    longest = max(max(lengths, default=1), 1)
+    real = [i for i in ids if i >= 0]
+    lengths = data.lengths[real]  # positions: the last token of a sample is only a target
+    longest = max(int(lengths.max(initial=1)), 1)
     seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
+    rows = dealt(ids, data.squares, plan) if isinstance(data, PackedDataset) else _by_rank(ids, plan)
+    microbatches = [_microbatch(data, row_ids, seq_length, plan) for row_ids in rows]
+    tokens = int(lengths.sum())
+    squares = int(squared_lengths(data, real).sum())
+    return StepBatch(microbatches, list(ids), tokens, squares, len(ids) * seq_length - tokens)
+
+
+def _by_rank(ids: Sequence[int], plan: BatchPlan) -> list[list[int]]:
+    """Microbatch m of rank d has the ids m x B x dp + d x B onwards."""
     stride = plan.micro_batch_size * plan.dp_size
-    microbatches = []
-    for start in range(0, len(ids), stride):
-        first = start + plan.dp_rank * plan.micro_batch_size
-        microbatches.append(_microbatch(dataset, ids[first : first + plan.micro_batch_size], seq_length, plan))
-    tokens = sum(lengths)
-    return StepBatch(microbatches, list(ids), seq_length, tokens, len(ids) * seq_length - tokens)
+    first = plan.dp_rank * plan.micro_batch_size
+    return [list(ids[at + first :][: plan.micro_batch_size]) for at in range(0, len(ids), stride)]
 
 
-def _microbatch(dataset: TokenDataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> Microbatch:
-    """Collate samples; id -1 is a row of padding without loss. Tensors [B, S] on the CPU."""
-    samples = [dataset.sample(i) for i in ids if i >= 0]
-    tokens, labels, weights = collate(samples, seq_length, plan.pad_token_id)
-    missing = len(ids) - len(samples)
-    if missing:
-        tokens, labels, weights = (
-            np.concatenate([a, np.full((missing, seq_length), fill, a.dtype)])
-            for a, fill in ((tokens, plan.pad_token_id), (labels, 0), (weights, 0))
-        )
-    return Microbatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(weights))
+def dealt(ids: Sequence[int], costs: NDArray[np.int64], plan: BatchPlan) -> list[list[int]]:
+    """The packs of each microbatch of this rank, such that ranks have equally much to compute in every microbatch.
+
+    Dealt to and fro from the dearest on: packs to microbatches of the global batch, then those to ranks. `costs` by id.
+    """
+    slots = len(ids) // plan.micro_batch_size
+    price = np.array([costs[i] if i >= 0 else 0 for i in ids])
+    hands = _to_and_fro(np.argsort(-price, kind="stable").reshape(plan.micro_batch_size, slots))
+    dearest = np.argsort(-price[hands].sum(axis=0), kind="stable").reshape(-1, plan.dp_size)
+    mine = _to_and_fro(dearest)[:, plan.dp_rank]
+    return [[ids[place] for place in hands[:, slot]] for slot in mine]
+
+
+def _to_and_fro(rounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every second round in the other direction."""
+    rounds = rounds.copy()
+    rounds[1::2] = rounds[1::2, ::-1]
+    return rounds
+
+
+def _microbatch(data: Dataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> Microbatch:
+    """Rows of samples or packs; id -1 is a row of padding without loss. Tensors [B, S] on the CPU."""
+    rows = [list(data.row(i).values()) if i >= 0 else [] for i in ids]
+    batch, documents = collate_packs(rows, seq_length, plan.pad_token_id)
+    tokens, labels, weights = (torch.from_numpy(array) for array in batch)
+    return Microbatch(tokens, labels, weights, documents if isinstance(data, PackedDataset) else None)

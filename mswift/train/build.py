@@ -15,6 +15,7 @@ from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.loss_scale import PLAIN, parse_loss_scale
+from mswift.data.packed import Dataset, PackedDataset
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
@@ -38,8 +39,11 @@ from mswift.tuners.lora import LoraConfig
 
 def build_data(
     kind: Kind, config: TrainConfig, reader: WeightReader, info: RankInfo, *, resumed: bool
-) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
-    """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared."""
+) -> tuple[Dataset, Dataset | None, Tokenizer]:
+    """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared.
+
+    With --packing each rank finds the packs itself, the same ones.
+    """
     tokenizer = load_tokenizer(reader.hf_files)
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
@@ -76,6 +80,10 @@ def build_data(
     for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
         if some is not None:
             _check_fits(flag, some, reader.table.spec, tokenizer)
+    if config.packing:
+        length, strategy = config.row_length, config.packing_strategy
+        packed_val = None if val_data is None else PackedDataset(val_data, length, strategy)
+        return PackedDataset(data, length, strategy), packed_val, tokenizer
     return data, val_data, tokenizer
 
 
@@ -214,8 +222,8 @@ def print_banner(
     dtype: str,
     parameters: tuple[int, int],
     held: Sequence[str],
-    data: TokenDataset,
-    val_data: TokenDataset | None,
+    data: Dataset,
+    val_data: Dataset | None,
     last_step: int,
 ) -> None:
     """Say what will happen before it does. `parameters`: (of the model, trained); `held`: bytes of either kind."""
@@ -232,7 +240,7 @@ def print_banner(
         **_token_lines(reader),
         "layout": dims.describe(),
         **_stage_lines(dims, reader.table.spec.num_layers),
-        "batch": f"{config.global_batch_size} samples = {microbatches}",
+        "batch": f"{config.global_batch_size} {'packs' if config.packing else 'samples'} = {microbatches}",
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",
         "steps": f"{last_step}" + (f", continuing after step {start.resume.step}" if start.resume else ""),

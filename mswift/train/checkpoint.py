@@ -149,20 +149,21 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
             "mswift that it was started with, or start a new run with another --output_dir and "
             "--resume_from_checkpoint CHECKPOINT --load_weights_only"
         )
+    for name, value in fixed.items():
+        then = state.config.get(name, TrainConfig.__dataclass_fields__[name].default)  # a flag of later than the run
+        then, value = (list(v) if isinstance(v, (list, tuple)) else v for v in (then, value))
+        if then != value:
+            remedy = "leave it out" if then is None else f"pass {then}"
+            raise ConfigError(
+                f"--{name}: the run of this --output_dir has {then}, the command says {value}; {remedy}, or start "
+                "a new run with another --output_dir"
+            )
     if state.data_fingerprint != fingerprint:
         raise ConfigError(
             f"--dataset: the tokenised data differs from that of step {state.step} ({state.num_samples} samples "
             f"then, {num_samples} now); pass the same --dataset, --max_length and tokenizer, or start a new run "
             "with another --output_dir"
         )
-    for name, value in fixed.items():
-        then = state.config.get(name, TrainConfig.__dataclass_fields__[name].default)  # a flag of later than the run
-        then, value = (list(v) if isinstance(v, (list, tuple)) else v for v in (then, value))
-        if then != value:
-            raise ConfigError(
-                f"--{name}: the run of this --output_dir has {then}, the command says {value}; pass {then}, or start "
-                "a new run with another --output_dir"
-            )
 
 
 def check_same_dtype(state: RunState, dtype: str) -> None:

@@ -181,8 +181,9 @@ def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, 
     num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
     yield (
         "batch",
-        f"{config.global_batch_size} samples a step = {num_microbatches} microbatches x {config.micro_batch_size} "
-        f"x DP {dims.dp}; at most {config.global_batch_size * config.max_length:,} tokens a step",
+        f"{config.global_batch_size} {'packs' if config.packing else 'samples'} a step = {num_microbatches} "
+        f"microbatches x {config.micro_batch_size} x DP {dims.dp}; at most "
+        f"{config.global_batch_size * config.row_length:,} tokens a step",
     )
     if dims.pp > 1:
         idle = (dims.pp - 1) / (num_microbatches * dims.chunks + dims.pp - 1)

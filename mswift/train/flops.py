@@ -41,8 +41,10 @@ def _attention_parameters(spec: ModelSpec) -> int:
     return from_query + latent + up + heads * mla.v_head_dim * hidden
 
 
-def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base: bool, num_ahead: int = 0) -> float:
-    """FLOPs of forward and backward for `num_tokens` tokens in sequences of `seq_length`.
+def step_flops(
+    spec: ModelSpec, num_tokens: int, squared_lengths: int, *, frozen_base: bool, num_ahead: int = 0
+) -> float:
+    """FLOPs of forward and backward for `num_tokens` tokens, the squares of whose sequences' lengths sum up so.
 
     A product of a token with an [out, in] matrix is 2 x out x in FLOPs; the backward has one such product for
     the input and, unless the base is frozen (LoRA), one for the weight (Kaplan et al. 2020, section 2.1).
@@ -50,5 +52,5 @@ def step_flops(spec: ModelSpec, num_tokens: int, seq_length: int, *, frozen_base
     weights = (4 if frozen_base else 6) * matmul_parameters(spec, num_ahead)
     num_attention = sum(spec.layer(n).mixer == "attention" for n in range(spec.num_layers + num_ahead))
     width = spec.head_dim if spec.mla is None else (spec.mla.qk_head_dim + spec.mla.v_head_dim) / 2
-    scores = num_attention * spec.num_attention_heads * width * seq_length  # QK^T and PV, half of each
-    return float(num_tokens) * (weights + 6 * scores)
+    scores = num_attention * spec.num_attention_heads * width  # of a pair of tokens: QK^T and PV, half of each
+    return float(num_tokens) * weights + 6 * scores * squared_lengths

@@ -14,7 +14,7 @@ from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.sources import parse_source
-from mswift.engine_refusals import check_four_bit_base
+from mswift.engine_refusals import check_four_bit_base, dropout_with_packing
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
@@ -91,6 +91,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
+    if config.packing and settings.dropout:
+        raise ConfigError(dropout_with_packing(f"--adapters {path}, which has lora_dropout {settings.dropout:g},"))
     if config.quant_method:
         check_four_bit_base(lora=True, dora=settings.dora)
     own = {

@@ -11,6 +11,7 @@ from mswift import rundir
 from mswift.config.loader import dump, to_dict
 from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
+from mswift.data.packed import samples_of
 from mswift.data.tokenizer import Tokenizer
 from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
@@ -49,7 +50,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
           "mtp_num_layers",
-          "new_special_tokens")  # fmt: skip
+          "new_special_tokens", "packing", "packing_strategy", "packing_length")  # fmt: skip
 
 
 def run_job(start: Start, device: torch.device) -> int:
@@ -127,7 +128,8 @@ def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
     """The configuration for people to read, the bad rows, and the metrics cut back to where the run continues."""
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
-    write_rejected(run.output_dir / rundir.REJECTED, [run.data, *([run.val_data] if run.val_data else [])])
+    data = [samples_of(data) for data in (run.data, run.val_data) if data is not None]
+    write_rejected(run.output_dir / rundir.REJECTED, data)
     Ledger(run.output_dir).start(state.step if state else 0, run.last_step, run.dims.world_size)
 
 
@@ -201,7 +203,8 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: 
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
     ahead = run.engine.config.mtp_num_layers
-    flops = step_flops(run.reader.table.spec, tokens, done.batch.seq_length, frozen_base=frozen, num_ahead=ahead)
+    squares, spec = done.batch.squared_lengths, run.reader.table.spec
+    flops = step_flops(spec, tokens, squares, frozen_base=frozen, num_ahead=ahead)
     per_device = flops / done.seconds / world_size
     peak = devices.peak_flops(run.device, run.engine.config.dtype)
     return StepRecord(

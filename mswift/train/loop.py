@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mswift.data.dataset import TokenDataset
+from mswift.data.packed import Dataset
 from mswift.parallel.megatron.engine import MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.schedule import LearningRate
@@ -49,17 +49,15 @@ def train(
         yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
 
 
-def evaluate(
-    engine: MegatronEngine, dataset: TokenDataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
-) -> float:
+def evaluate(engine: MegatronEngine, data: Dataset, plan: BatchPlan, note: Callable[[], None] = lambda: None) -> float:
     """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move.
 
     `note` is called before each batch.
     """
     loss_sum, weight_sum = 0.0, 0.0
-    for ids in evaluation_batches(dataset, plan):
+    for ids in evaluation_batches(data, plan):
         note()
-        loss, weight = engine.evaluate(assemble(dataset, plan, ids).microbatches)
+        loss, weight = engine.evaluate(assemble(data, plan, ids).microbatches)
         loss_sum += loss
         weight_sum += weight
     return loss_sum / weight_sum

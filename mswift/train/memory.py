@@ -156,7 +156,7 @@ def stage_memory(
 
 def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
     spec = table.spec
-    tokens = -(-config.micro_batch_size * config.max_length // dims.cp)
+    tokens = -(-config.micro_batch_size * config.row_length // dims.cp)
     in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp

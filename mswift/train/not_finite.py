@@ -6,7 +6,7 @@ The engine has made no update then, on any rank, and all ranks were told the sam
 import json
 from pathlib import Path
 
-from mswift.data.dataset import TokenDataset
+from mswift.data.packed import Dataset
 from mswift.errors import MswiftError
 from mswift.train.collective import agreed
 from mswift.train.loop import FinishedStep
@@ -66,8 +66,11 @@ def batch_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"not-finite-{step}.jsonl"
 
 
-def save_batch(path: Path, done: FinishedStep, data: TokenDataset) -> None:
-    """First what was computed, then one line a sample of the global batch: id, tokens, their loss weights."""
+def save_batch(path: Path, done: FinishedStep, data: Dataset) -> None:
+    """First what was computed, then one line a sample of the global batch: id, tokens, their loss weights.
+
+    Where samples are packed, sample_ids are those of packs.
+    """
     head = {
         "step": done.step,
         "loss": str(done.result.loss),
@@ -77,7 +80,7 @@ def save_batch(path: Path, done: FinishedStep, data: TokenDataset) -> None:
     }
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head) + "\n")
-        for number in done.batch.sample_ids:
-            sample = data.sample(number)
-            row = {"id": number, "tokens": sample.tokens.tolist(), "loss_weights": sample.loss_weights.tolist()}
-            file.write(json.dumps(row) + "\n")
+        for index in done.batch.sample_ids:
+            for number, sample in data.row(index).items():
+                row = {"id": number, "tokens": sample.tokens.tolist(), "loss_weights": sample.loss_weights.tolist()}
+                file.write(json.dumps(row) + "\n")

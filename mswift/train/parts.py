@@ -7,7 +7,7 @@ import torch
 
 from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
-from mswift.data.dataset import TokenDataset
+from mswift.data.packed import Dataset
 from mswift.parallel.megatron.engine import MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
@@ -25,8 +25,8 @@ class Run:
     reader: WeightReader
     engine: MegatronEngine
     plan: BatchPlan
-    data: TokenDataset
-    val_data: TokenDataset | None
+    data: Dataset
+    val_data: Dataset | None
     last_step: int
     output_dir: Path
     hf_files: dict[str, bytes]

@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-cp2": (4, {"tp": 2, "cp": 2}),
     "tp2-sp-cp2": (4, {"tp": 2, "cp": 2, "sequence_parallel": True}),
     "cp2-pp2": (4, {"cp": 2, "pp": 2}),
+    "pp2": (2, {"pp": 2}),
 }
 DENSE, LATENT = "llama-4-groups", "latent experts"
 DOCUMENTS = ((5, 11, 1, 7), (24,), (9, 15), (2, 2, 20))
@@ -148,7 +149,7 @@ def test_packed_documents_equal_each_document_alone(name: str) -> None:
     assert {n: d for n, d in differences(found, apart, what).items() if not d <= TOLERANCE} == {}
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("one", "p2p"), *(("cp2", kind) for kind in KINDS)])
+@pytest.mark.parametrize(("layout", "kind"), [("one", "p2p"), ("pp2", "p2p"), *(("cp2", kind) for kind in KINDS)])
 def test_a_changed_document_moves_no_gradient_of_another(layout: str, kind: str) -> None:
     """The documents have no token in common, so that rows of the embedding's gradient belong to one of them."""
     lengths, where = (7, 12, 5), slice(7, 19)

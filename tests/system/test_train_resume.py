@@ -19,6 +19,8 @@ CASES = {
                              "--sequence_parallel"]),
     "pt-full-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2", "--micro_batch_size", "2"]),
     "sft-full-dp2-bf16": ("sft", ["--nproc_per_node", "2", "--torch_dtype", "bfloat16"]),
+    "sft-packed-dp2": ("sft", ["--nproc_per_node", "2", "--packing", "--packing_length", "100",
+                               "--micro_batch_size", "2"]),
 }  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def test_refused_starts(home: Path, tmp_path: Path) -> None:
     assert "nothing to do: the run is at step 2 and its length is 2 steps" in run(base)
     assert "--resume auto" in run([*base, "--resume", "false"], status=2)
     assert "--seed" in run([*base, "--seed", "7"], status=2)
+    packed = run([*base, "--packing"], status=2)
+    assert "--packing: the run of this --output_dir has False, the command says True; pass False" in packed
     other = run([*base, "--dataset", str(home / "val.jsonl")], status=2)
     assert "--dataset" in other
     assert "20 samples then, 7 now" in other

@@ -39,5 +39,5 @@ def test_the_weights_select_exactly_the_learned_tokens(rows, extra):
 
 
 def test_a_sample_that_does_not_fit_is_a_bug_of_the_caller():
-    with pytest.raises(ValueError, match="3 positions in a batch of length 2"):
+    with pytest.raises(ValueError, match="3 positions in rows of 2"):
         collate([_sample([1, 2, 3, 4], [0, 1, 1, 1])], 2, PAD)

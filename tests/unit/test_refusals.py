@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mswift.config.train import SftConfig
+from mswift.config.train import PtConfig, SftConfig
 from mswift.converters.spec import DeltaSpec, LayerSpec, ModelSpec, RopeSpec
 from mswift.errors import ConfigError, LayoutError
 from mswift.refusals import check_schedule, check_train, train_dtype, train_refusals
@@ -150,6 +150,24 @@ def test_the_remedy_of_a_message_works(change: dict[str, Any], world_size: int, 
             dict(split_dataset_ratio=0.01),
             "add --val_dataset FILE or --split_dataset_ratio",
         ),
+        (
+            dict(packing_strategy="sequential"),
+            dict(packing=True),
+            "--packing_strategy sequential has no effect without --packing: add --packing",
+        ),
+        (dict(packing_length=8192), dict(packing=True), "--packing_length 8192 has no effect without --packing"),
+        (
+            dict(packing=True, packing_length=1024),
+            dict(packing_length=2048),
+            "--packing_length 1024 is below --max_length 2048, and no sample is cut to be packed: use --packing_length "
+            "2048 or more",
+        ),
+        (dict(packing=True, packing_length=0), dict(packing_length=None), "--packing_length 0 must be at least 1"),
+        (
+            dict(packing=True, tuner_type="lora", lora_dropout=0.05),
+            dict(packing=False),
+            "--lora_dropout 0.05 with --packing is not supported",
+        ),
         (dict(columns="a=b"), dict(columns='{"a": "b"}'), "--columns a=b: it takes a JSON object of names"),
         (dict(columns='{"a": "q", "b": "q"}'), dict(columns='{"a": "q"}'), "two columns cannot have one name"),
         (dict(eval_steps=5), dict(val_dataset=("f",)), "--eval_steps 5 has nothing to evaluate: add --val_dataset"),
@@ -204,6 +222,22 @@ def test_recurrent_layers_do_not_share_sequences() -> None:
     assert "--context_parallel_size 2: model_type 'llama' has delta layers" in message
     for text in _remedies(message, "context_parallel_size"):
         check_train(dataclasses.replace(config, context_parallel_size=int(text)), spec, 2)
+
+
+def test_recurrent_layers_do_not_keep_samples_of_a_row_apart() -> None:
+    delta = DeltaSpec(num_key_heads=4, num_value_heads=4, key_head_dim=8, value_head_dim=8, conv_kernel=4)
+    spec = dataclasses.replace(SPEC, delta=delta, layers=(LayerSpec(mixer="delta"), *[LayerSpec()] * 5))
+    message = _refused(dataclasses.replace(FINE, packing=True), 1, spec)
+    assert message.startswith("--packing: model_type 'llama' has delta layers")
+    check_train(FINE, spec, 1)
+    check_train(dataclasses.replace(FINE, packing=True), SPEC, 1)
+
+
+def test_documents_of_pretraining_are_joined_and_not_packed() -> None:
+    config = PtConfig(model="m", dataset=("a.txt",), train_iters=10, packing=True)
+    with pytest.raises(ConfigError, match="--packing with pt: .* rows are full already: leave it out"):
+        check_train(config, SPEC, 1)
+    check_train(dataclasses.replace(config, packing=False), SPEC, 1)
 
 
 def test_float16_is_not_trained_in() -> None:

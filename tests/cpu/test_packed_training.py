@@ -1,0 +1,182 @@
+"""Packing changes how rows are laid out and nothing else: loss and gradients are those of each sample by itself.
+
+fp32; at most 1e-5 from transformers and 5e-6 from one unpacked Megatron rank (max|a - b| / max|b| per tensor).
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mswift.data.dataset import DataOptions, build_dataset
+from mswift.data.packed import Dataset, PackedDataset
+from mswift.train.batches import BatchPlan, StepBatch, assemble, dealt, evaluation_batches, training_batch
+from tests.support.parity import Batch, differences, megatron_run, random_model, reference
+from tests.support.spaces import weights_of
+from tests.support.tiny import tiny_tokenizer
+
+SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "clip_grad": 1.0}
+WHAT = ("loss", "grad_norm", "gradients", "weights")
+CAPACITY = 160
+MODEL = "qwen3"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2-sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "cp2": (2, {"cp": 2}),
+    "pp2": (2, {"pp": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """30 conversations of uneven length, one with weights of its own."""
+    home = tmp_path_factory.mktemp("packed")
+    rows: list[Any] = [{"query": f"say {i}", "response": "x" * (1 + i * 7 % 23) + str(i)} for i in range(29)]
+    turns = [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "well", "loss_scale": 0.25}]
+    rows.append({"messages": [*turns, {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]})
+    (home / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(max_length=64, cache_dir=home / "cache")
+    return build_dataset("sft", [str(home / "chat.jsonl")], tiny_tokenizer(home), options, is_writer=True,
+                         barrier=lambda: None, progress=False)  # fmt: skip
+
+
+def plan(dp_size: int = 1, micro_batch_size: int = 1, dp_rank: int = 0, global_batch_size: int = 8) -> BatchPlan:
+    return BatchPlan(micro_batch_size, global_batch_size, dp_rank, dp_size, seq_multiple=8, pad_token_id=0)
+
+
+def whole_set(data: Dataset, dp_size: int = 1, micro_batch_size: int = 1) -> list[StepBatch]:
+    """The data set as one global batch, by rank."""
+    unit = dp_size * micro_batch_size
+    size = -(-len(data) // unit) * unit
+    plans = [plan(dp_size, micro_batch_size, rank, size) for rank in range(dp_size)]
+    (ids,) = evaluation_batches(data, plans[0])
+    return [assemble(data, each, ids) for each in plans]
+
+
+def as_steps(ranks: Sequence[StepBatch]) -> Any:
+    """One step for `megatron_run`: microbatch m of rank d of n at place m * n + d."""
+    together = zip(*(rank.microbatches for rank in ranks), strict=True)
+    return [[(b.tokens, b.labels, b.loss_weights, b.documents) for batches in together for b in batches]]
+
+
+@cache
+def start() -> tuple[dict[str, Any], Any]:
+    model = random_model(MODEL)
+    return {k: v for k, v in model.config.to_dict().items() if v is not None}, {
+        name: weight.copy() for name, weight in weights_of(model).items()
+    }
+
+
+def run(data: Dataset, layout: str, micro_batch_size: int = 1, **settings: Any) -> dict[str, Any]:
+    """One step over the whole data set."""
+    world_size, degrees = LAYOUTS[layout]
+    steps = as_steps(whole_set(data, 2 if layout == "dp2" else 1, micro_batch_size))
+    return megatron_run(*start(), steps, SGD | settings, world_size, degrees)
+
+
+@pytest.fixture(scope="module")
+def unpacked(samples: Any) -> dict[str, Any]:
+    return run(samples, "one", micro_batch_size=5)
+
+
+CASES = [
+    ("one", 1, "bestfit"),
+    ("one", 3, "sequential"),
+    *((layout, 1, "bestfit") for layout in LAYOUTS if layout != "one"),
+]
+
+
+@pytest.mark.parametrize(("layout", "micro_batch_size", "strategy"), CASES)
+def test_packed_equals_unpacked(
+    samples: Any, unpacked: dict[str, Any], layout: str, micro_batch_size: int, strategy: Any
+) -> None:
+    packs = PackedDataset(samples, CAPACITY, strategy)
+    assert 4 < len(packs) < len(samples) / 2
+    found = run(packs, layout, micro_batch_size)
+    assert {name: d for name, d in differences(found, unpacked, WHAT).items() if not d <= 5e-6} == {}
+    assert found["evaluated"] == pytest.approx(unpacked["evaluated"], rel=1e-6)
+
+
+def test_recomputed_and_fused_packs_equal_unpacked_samples(samples: Any, unpacked: dict[str, Any]) -> None:
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    found = run(PackedDataset(samples, CAPACITY, "bestfit"), "cp2", 2, **again, loss_fusion="true")
+    assert {name: d for name, d in differences(found, unpacked, WHAT).items() if not d <= 5e-6} == {}
+
+
+def test_packed_equals_transformers_on_each_sample_by_itself(samples: Any) -> None:
+    import torch
+
+    alone: list[Batch] = []
+    for number in range(len(samples)):
+        sample = samples.sample(number)
+        tokens = torch.from_numpy(sample.tokens).long()[None]
+        alone.append((tokens[:, :-1], tokens[:, 1:], torch.from_numpy(sample.loss_weights)[None, 1:]))
+    truth = reference(random_model(MODEL), [alone], SGD)
+    found = run(PackedDataset(samples, CAPACITY, "bestfit"), "one", 2)
+    assert {name: d for name, d in differences(found, truth, WHAT).items() if not d <= 1e-5} == {}
+
+
+def read_back(ranks: Sequence[StepBatch]) -> list[tuple[list[int], list[int], list[float]]]:
+    """(tokens, labels, weights) of every document of a step in which something is learned."""
+    found = []
+    for rank in ranks:
+        for batch in rank.microbatches:
+            tensors = (batch.tokens, batch.labels, batch.loss_weights)
+            parts = zip(*(x.flatten().split(batch.documents) for x in tensors), strict=True)
+            found += [tuple(x.tolist() for x in part) for part in parts if part[2].any()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("strategy", ["bestfit", "sequential"])
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (2, 1), (2, 3), (4, 2)])
+def test_every_sample_lies_in_one_row_as_it_is(
+    samples: Any, strategy: Any, dp_size: int, micro_batch_size: int
+) -> None:
+    packs = PackedDataset(samples, CAPACITY, strategy)
+    expected = []
+    for sample in map(samples.sample, range(len(samples))):
+        expected.append((sample.tokens[:-1].tolist(), sample.tokens[1:].tolist(), sample.loss_weights[1:].tolist()))
+    ranks = whole_set(packs, dp_size, micro_batch_size)
+    assert read_back(ranks) == sorted(expected)
+    assert {rank.tokens for rank in ranks} == {int(samples.lengths.sum())}
+    assert {rank.squared_lengths for rank in ranks} == {int((samples.lengths**2).sum())}
+    positions = sum(batch.tokens.numel() for rank in ranks for batch in rank.microbatches)
+    assert {rank.tokens + rank.padding_tokens for rank in ranks} == {positions}
+
+
+def test_a_step_has_the_same_packs_at_every_layout(samples: Any) -> None:
+    packs = PackedDataset(samples, CAPACITY, "bestfit")
+    for consumed in (0, 8, 24):
+        steps = [
+            [training_batch(packs, plan(dp_size, size, rank), 1, consumed) for rank in range(dp_size)]
+            for dp_size, size in ((1, 1), (2, 1), (2, 4), (4, 2))
+        ]
+        assert len({tuple(rank.sample_ids) for ranks in steps for rank in ranks}) == 1
+        assert all(read_back(ranks) == read_back(steps[0]) for ranks in steps)
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(1, 10**6), min_size=64, max_size=64)
+)
+def test_ranks_have_equally_much_to_attend_to(
+    dp_size: int, micro_batch_size: int, num_microbatches: int, costs: list[int]
+) -> None:
+    """Every pack once; whole shares differ by no more than one microbatch does from another."""
+    size = dp_size * micro_batch_size * num_microbatches
+    ids = list(range(size))[::-1]
+    ranks = [dealt(ids, np.array(costs), plan(dp_size, micro_batch_size, rank, size)) for rank in range(dp_size)]
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == sorted(ids)
+    assert {(len(rank), *map(len, rank)) for rank in ranks} == {
+        (num_microbatches, *[micro_batch_size] * num_microbatches)
+    }
+    prices = [[sum(costs[i] for i in batch) for batch in rank] for rank in ranks]
+    totals, single = [sum(rank) for rank in prices], [price for rank in prices for price in rank]
+    assert max(totals) - min(totals) <= max(single) - min(single)
+    for one, two in zip(zip(*prices, strict=True), list(zip(*prices, strict=True))[1:], strict=False):
+        assert min(one) >= max(two)  # microbatch by microbatch, ranks have what is next in price

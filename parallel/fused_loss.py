@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mswift.config.loss import piece_tokens
 from mswift.parallel.loss import logit_gradient, num_real_columns, token_losses
-from mswift.parallel.megatron.cpu_linear import prefers_onednn, product
+from mswift.parallel.megatron.cpu_linear import product
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             loss_sum, grad = _piece(states, weight[:num_real], rows, weights, layer, any(wanted))
             sums.append(loss_sum)
             if grad_weight is not None:
-                grad_weight[:num_real] += _product(grad.t(), states.t())
+                grad_weight[:num_real] += product(grad.t(), states.t())
             if grad_hidden is not None:
-                _store_hidden_gradient(grad_hidden[part], _product(grad, weight[:num_real].t()), layer)
+                _store_hidden_gradient(grad_hidden[part], product(grad, weight[:num_real].t()), layer)
         if grad_hidden is not None and not layer.sequence_parallel and layer.group.size() > 1:
             dist.all_reduce(grad_hidden, group=layer.group)
         ctx.gradients = (
@@ -95,7 +95,7 @@ def _piece(
     states: Tensor, weight: Tensor, rows: Tensor, weights: Tensor, layer: OutputLayer, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss of a piece, and its gradient with respect to states @ weight^T [n, v] in the states' dtype."""
-    logits = scaled_logits(_product(states, weight), layer.divisor, layer.softcap).float()
+    logits = scaled_logits(product(states, weight), layer.divisor, layer.softcap).float()
     scaled, total, losses = token_losses(logits, rows, layer.group)
     loss_sum = (losses * weights).sum()
     if not differentiate:
@@ -126,13 +126,6 @@ def _store_hidden_gradient(out: Tensor, grad: Tensor, layer: OutputLayer) -> Non
         dist.reduce_scatter_tensor(out, grad.contiguous(), group=layer.group)
     else:
         out.copy_(grad)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, k] @ weight [m, k]^T -> [n, m], as the model's linears compute it on this device."""
-    if x.device.type == "cpu" and weight.numel() and prefers_onednn():
-        return product(x, weight)
-    return torch.matmul(x, weight.t())
 
 
 def fused_linear_cross_entropy(

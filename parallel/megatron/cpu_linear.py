@@ -1,9 +1,11 @@
-"""megatron-core's two linear functions with oneDNN's fp32 matrix product, for AMD processors.
+"""megatron-core's two linear functions for CPUs: the faster fp32 matrix product, and no passing gradients of weights.
 
 torch's own product is MKL's, which leaves half of the speed of an AMD processor unused: 100 against 220 GFLOP/s on
 one core of an EPYC (`benchmarks/gemm.py`); on an Intel Xeon it is the faster one. The maker of the processor decides,
-not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. Communication is megatron-core's: input
-gathered again in backward under sequence parallelism, reduction of the input gradient beside the weight's product.
+not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. oneDNN compiles a kernel for every shape
+(2 to 4 ms and 1 MiB, 1024 of them kept): `experts.py`, whose numbers of rows change with every batch, has torch's.
+Communication is megatron-core's: input gathered again in backward under sequence parallelism, reduction of the input
+gradient beside the weight's product.
 
 Shapes: n tokens of this rank's input (n * tp after the gather), i in, o out.
 """
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mswift.parallel.megatron.weight_gradients import add_weight_gradient
 
 
 @cache
@@ -34,10 +38,18 @@ def _is_amd() -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., k] @ weight [m, k]^T -> [..., m]; oneDNN in fp32, torch's own in other dtypes."""
-    if x.dtype != torch.float32 or not x.numel():  # an expert may get no token, of which oneDNN makes no product
-        return torch.matmul(x, weight.t())
+    """x [..., k] @ weight [m, k]^T -> [..., m], on any device; of fp32 the faster one."""
+    return onednn_product(x, weight) if _by_onednn(x, weight) else torch.matmul(x, weight.t())
+
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """The same by oneDNN: fp32, on a CPU, of at least one element each."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and weight.numel() > 0
+    return fits and prefers_onednn()
 
 
 class CpuLinear(torch.autograd.Function):
@@ -76,7 +88,11 @@ class CpuLinear(torch.autograd.Function):
         elif ctx.allreduce:
             waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         flat = gradient.reshape(-1, gradient.shape[-1])
-        grad_weight = product(flat.t(), total.reshape(-1, total.shape[-1]).t())
+        total = total.reshape(-1, total.shape[-1])
+        if _by_onednn(flat, total):
+            grad_weight = product(flat.t(), total.t())
+        else:
+            grad_weight = add_weight_gradient(weight, flat, total)
         grad_bias = flat.sum(dim=0) if ctx.has_bias else None
         if waiting is not None:
             waiting.wait()
@@ -107,14 +123,13 @@ class CpuFrozenLinear(torch.autograd.Function):
 
 
 def replace_linears(layers: ModuleType) -> None:
-    """Put them into megatron.core.tensor_parallel.layers, where oneDNN is the better."""
-    if prefers_onednn():
-        replaced: dict[str, Any] = {
-            "LinearWithGradAccumulationAndAsyncCommunication": CpuLinear,
-            "LinearWithFrozenWeight": CpuFrozenLinear,
-        }
-        for name, function in replaced.items():
-            setattr(layers, name, function)
+    """Put them into megatron.core.tensor_parallel.layers."""
+    replaced: dict[str, Any] = {
+        "LinearWithGradAccumulationAndAsyncCommunication": CpuLinear,
+        "LinearWithFrozenWeight": CpuFrozenLinear,
+    }
+    for name, function in replaced.items():
+        setattr(layers, name, function)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mswift.errors import ConfigError, LayoutError
-from mswift.parallel.megatron.cpu_linear import prefers_onednn, product
+from mswift.parallel.megatron.cpu_linear import product
 from mswift.parallel.megatron.linears import DuplicatedLinear
 
 Kind = Literal["nf4", "fp4"]
@@ -78,13 +78,13 @@ class FourBitLinear(torch.autograd.Function):
     ) -> Tensor:
         """x [n, b, i] -> [n, b, o]."""
         ctx.packed, ctx.allreduce, ctx.group = packed, allreduce, group
-        out = _product(x, packed.whole())
+        out = product(x, packed.whole())
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         """Gradient of x."""
-        grad_x = _product(gradient, ctx.packed.whole().t())
+        grad_x = product(gradient, ctx.packed.whole().t())
         if ctx.allreduce:
             dist.all_reduce(grad_x, group=ctx.group)
         return grad_x, None, None, None, None
@@ -163,11 +163,6 @@ def _pack(linear: nn.Module, kind: Kind) -> None:
         return out
 
     linear._forward_impl = multiply  # type: ignore[assignment]
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., k] @ weight [m, k]^T -> [..., m]."""
-    return product(x, weight) if x.device.type == "cpu" and prefers_onednn() else torch.matmul(x, weight.t())
 
 
 def _library() -> Any:

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from mswift.config.loss import LossFusion, is_fused
@@ -23,9 +24,10 @@ from mswift.converters.spec import ModelSpec
 from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 from mswift.parallel.megatron.ends import scale_ends
-from mswift.parallel.megatron.moe import mark_experts
+from mswift.parallel.megatron.moe import keep_tokens_local, mark_experts
 from mswift.parallel.megatron.prediction import hold_untrained, prediction_spec
 from mswift.parallel.megatron.spec import block_spec, rotary_tables
+from mswift.parallel.megatron.weight_gradients import IS_ADDED
 from mswift.parallel.rotary import RotaryTable
 from mswift.refusals import check_computed
 from mswift.topology import ParallelDims
@@ -162,6 +164,8 @@ def _build_chunk(
     model.logit_divisor, model.logit_softcap = spec.logit_divisor, spec.logit_softcap
     _mark_cut_parameters(model)
     mark_experts(model)
+    keep_tokens_local(model)
+    _mark_linears(model)
     scale_ends(model, spec)
     return model
 
@@ -179,3 +183,14 @@ def _mark_cut_parameters(model: torch.nn.Module) -> None:
         dim = 1 if isinstance(module, RowParallelLinear) else 0
         if not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def _mark_linears(model: torch.nn.Module) -> None:
+    """Mark the weights of linears in layers: nothing but their linear differentiates them.
+
+    The output layer is none of them: its weight may be the embedding's, or the fused loss's.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, TransformerLayer)):
+        for module in layer.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                setattr(module.weight, IS_ADDED, True)

@@ -1,7 +1,7 @@
 """A mixture of experts in place of the MLP for megatron-core: its MoELayer with a router of ours, on PyTorch alone.
 
-Experts are computed one after the other; tokens travel by all-to-all over expert-parallel ranks and are gathered
-over expert-tensor-parallel ones. No auxiliary loss. Shapes: s sequence, b batch, n tokens of this rank, e experts.
+Tokens travel by all-to-all over expert-parallel ranks and are gathered over expert-tensor-parallel ones; the experts
+themselves are in `experts.py`. No auxiliary loss. Shapes: s sequence, b batch, n tokens of this rank, e experts.
 """
 
 from functools import partial
@@ -15,7 +15,6 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import Router
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from mswift.converters.spec import ModelSpec, MoeSpec
 from mswift.parallel.activations import activation_class
+from mswift.parallel.megatron.experts import Experts, LocalDispatcher
 from mswift.parallel.megatron.linears import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from mswift.parallel.routing import route
 
@@ -100,7 +100,7 @@ def moe_mlp_spec(spec: ModelSpec) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(column, activation, row)),
+            experts=ModuleSpec(module=Experts, submodules=MLPSubmodules(column, activation, row)),
             shared_experts=ModuleSpec(module=SharedExpert, submodules=shared),
             router=partial(ExpertRouter, moe=spec.moe),
         ),
@@ -133,9 +133,16 @@ def mark_experts(model: nn.Module) -> None:
     unsummed where expert tensor parallelism differs from that of the dense layers: expert data parallelism is then
     another group. Nor is a bias of the second linear one that sequence parallelism has to sum.
     """
-    for experts in (module for module in model.modules() if isinstance(module, SequentialMLP)):
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
         for parameter in experts.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
             if not hasattr(parameter, "tensor_model_parallel"):  # one expert's, not a copy of another rank's
                 set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+
+def keep_tokens_local(model: nn.Module) -> None:
+    """Where no token leaves its rank, nothing is made ready for sending."""
+    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+        if LocalDispatcher.fits(layer.config, layer.token_dispatcher):
+            layer.token_dispatcher = LocalDispatcher(layer.config.moe_router_topk)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from tests.support.ranks import join, run_ranks
 
 
@@ -93,48 +95,53 @@ def test_parts_of_unequal_length_are_gathered_and_reduced() -> None:
     assert first["mine"] + second["mine"] == [[2 * a, 2 * b] for a, b in rows]
 
 
-def an_expert_without_tokens(_payload: object) -> tuple[str, float]:
-    """oneDNN's error for no rows, and the sum of our product's result."""
+def no_rows(_payload: object) -> tuple[str, float]:
+    """oneDNN's error for no rows, and the sum of our products of no rows and of some."""
     join(1)
+    from unittest.mock import patch
+
     import torch
 
     from mswift.parallel.megatron import cpu_linear
 
     x, weight = torch.empty(0, 4), torch.ones(3, 4)
     try:
-        if cpu_linear.prefers_onednn():
-            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        cpu_linear.onednn_product(x, weight)
         error = ""
     except RuntimeError as caught:
         error = str(caught)
-    return error, float(cpu_linear.product(x, weight).sum()) + float(
-        cpu_linear.product(weight.t(), x.new_ones(2, 3)).sum()
-    )
+    with patch.object(cpu_linear, "prefers_onednn", lambda: True):
+        products = cpu_linear.product(x, weight), cpu_linear.product(weight.t(), x.new_ones(2, 3))
+    return error, sum(float(product.sum()) for product in products)
 
 
-def test_an_expert_without_tokens_is_computed() -> None:
-    ((_, total),) = run_ranks(1, an_expert_without_tokens)
+def test_the_product_of_no_rows_is_torch_s() -> None:
+    ((_, total),) = run_ranks(1, no_rows)
     assert total == 24.0
 
 
-def onednn_linear(_payload: object) -> list[float]:
-    """Largest differences of output and gradients between CpuLinear and torch's linear."""
+def cpu_linear(onednn: bool) -> list[float]:
+    """Largest differences of output and gradients between CpuLinear, by either product, and torch's linear."""
     join(1)
+    from unittest.mock import patch
+
     import torch
     import torch.distributed as dist
 
-    from mswift.parallel.megatron.cpu_linear import CpuLinear
+    from mswift.parallel.megatron import cpu_linear
 
     generator = torch.Generator().manual_seed(1)
     leaves = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((5, 2, 8), (6, 8), (6,))]
-    ours = CpuLinear.apply(*leaves, False, True, False, None, 0, dist.group.WORLD)
     theirs = torch.nn.functional.linear(*leaves)
     weights = torch.randn(theirs.shape, generator=generator)
-    gradients = [torch.autograd.grad((out * weights).sum(), leaves) for out in (ours, theirs)]
+    with patch.object(cpu_linear, "prefers_onednn", lambda: onednn):
+        ours = cpu_linear.CpuLinear.apply(*leaves, False, True, False, None, 0, dist.group.WORLD)
+        gradients = [torch.autograd.grad((out * weights).sum(), leaves) for out in (ours, theirs)]
     pairs = [(ours, theirs), *zip(*gradients, strict=True)]
     return [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
 
 
-def test_onednn_s_linear_is_torch_s_on_any_processor() -> None:
-    (differences,) = run_ranks(1, onednn_linear)
+@pytest.mark.parametrize("onednn", [False, True])
+def test_the_linear_is_torch_s_on_any_processor(onednn: bool) -> None:
+    (differences,) = run_ranks(1, cpu_linear, onednn)
     assert max(differences) < 1e-6

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from mswift.parallel.megatron.cpu_linear import onednn_product
+from mswift.parallel.megatron.cpu_linear import onednn_product as onednn
 
 
 def rate(function: Callable[[], object], flops: float, rounds: int = 15) -> float:
@@ -28,13 +28,13 @@ def main() -> None:
     for n, i, o in ((512, 512, 512), (512, 512, 3072), (512, 512, 8192)):
         x, weight, gradient = torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "forward": (lambda x=x, w=weight: x @ w.t(), lambda x=x, w=weight: onednn_product(x, w)),
-            "input gradient": (lambda g=gradient, w=weight: g @ w, lambda g=gradient, w=weight: onednn_product(g, w.t())),
-            "weight gradient": (lambda g=gradient, x=x: g.t() @ x, lambda g=gradient, x=x: onednn_product(g.t(), x.t())),
+            "forward": (lambda x=x, w=weight: x @ w.t(), lambda x=x, w=weight: onednn(x, w)),
+            "input gradient": (lambda g=gradient, w=weight: g @ w, lambda g=gradient, w=weight: onednn(g, w.t())),
+            "weight gradient": (lambda g=gradient, x=x: g.t() @ x, lambda g=gradient, x=x: onednn(g.t(), x.t())),
         }
         for name, functions in pairs.items():
-            mkl, onednn = (rate(function, 2.0 * n * i * o) for function in functions)
-            print(f"{n} x {i} x {o} {name:16s} torch {mkl:4.0f}  oneDNN {onednn:4.0f} GFLOP/s  {onednn / mkl:.2f}x")
+            mkl, other = (rate(function, 2.0 * n * i * o) for function in functions)
+            print(f"{n} x {i} x {o} {name:16s} torch {mkl:4.0f}  oneDNN {other:4.0f} GFLOP/s  {other / mkl:.2f}x")
 
 
 if __name__ == "__main__":

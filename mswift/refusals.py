@@ -58,6 +58,7 @@ _AT_LEAST_ONE = (
         "lora_rank",
         "recompute_num_layers",
         "packing_length",
+        "dataset_num_proc",
     ),
     "max_model_len",
 )

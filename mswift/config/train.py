@@ -102,6 +102,8 @@ class TrainConfig:
     """Which samples share a row: the best fit, longest first (least padding), or the next ones in file order."""
     packing_length: int | None = None
     """Positions of a packed row. Default: max_length."""
+    dataset_num_proc: int | None = None
+    """Processes that tokenise; decides no token. Default: one a processor, up to 8; 1 for less than 16 MiB of data."""
     cache_dir: str | None = None
     """Where tokenised data sets are kept. Default: $MSWIFT_CACHE or ~/.cache/mswift."""
 

@@ -2,18 +2,16 @@
 
 An entry is a directory: tokens.bin (int32), mask.bin (one byte a token, the place of its loss weight in the index's
 table of weights; absent in a plain stream), offsets.bin (int64 [pieces + 1]: where each sample or document starts, and
-the end), rejected.jsonl (bad rows) and index.json. It is written in a temporary sibling, fsynced and renamed, so it is
-whole or absent. On opening, sizes and the checksums of index and offsets are compared. The content hashes in the index,
-taken while writing, and the table are the fingerprint of the data.
+the end), rejected.jsonl (bad rows) and index.json. It is written in a sibling (see `partial`), fsynced and renamed, so
+it is whole or absent. On opening, sizes and the checksums of index and offsets are compared. The content hashes in the
+index, taken while writing, and the table are the fingerprint of the data.
 """
 
 import json
 import logging
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,12 +22,18 @@ from numpy.typing import NDArray
 
 from mswift.data.batch import Sample
 from mswift.data.hashing import content_hash, file_hash
-from mswift.errors import ConfigError, DataError
+from mswift.data.partial import JOURNAL, read_journal, sole_builder, write_journal
+from mswift.errors import DataError
 
 FORMAT_VERSION = 5
 MOST_WEIGHTS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
 _REJECTED = "rejected.jsonl"
+CHECKPOINT_BYTES = 16 << 20
+"""Written between two checkpoints of a build."""
+_EMPTY: dict[str, Any] = {
+    "sizes": {}, "num_tokens": 0, "num_pieces": 0, "largest_token": -1, "weights": [0.0, 1.0], "state": None,
+}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -59,44 +63,59 @@ class TokenStore:
 
 
 class _HashedFile:
-    """A file whose hash and size are known when it is closed."""
+    """A file whose hash and size are known when it is closed; `kept` bytes that it has already stay."""
 
-    def __init__(self, path: Path) -> None:
-        self._stream: IO[bytes] = path.open("wb")
+    def __init__(self, path: Path, kept: int = 0) -> None:
+        self._stream: IO[bytes] = path.open("r+b" if kept else "wb")
         self._hash = blake3()
-        self.size = 0
+        self.size = kept
+        while self._stream.tell() < kept:
+            self._hash.update(self._stream.read(min(1 << 20, kept - self._stream.tell())))
+        self._stream.truncate()
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)
         self._hash.update(data)
         self.size += len(data)
 
-    def close(self) -> dict[str, Any]:
+    def sync(self) -> None:
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+    def close(self) -> dict[str, Any]:
+        self.sync()
         self._stream.close()
         return {"size": self.size, "blake3": self._hash.hexdigest()}
 
 
 class StoreWriter:
-    """Appends samples (tokens and mask) or plain pieces of a stream (tokens only) to the files of an entry."""
+    """Appends samples (tokens and mask) or plain pieces of a stream (tokens only) to the files of an entry.
+
+    Where `directory` holds a checkpoint, it goes on from there.
+    """
 
     def __init__(self, directory: Path, with_mask: bool) -> None:
         names = ("tokens.bin", "offsets.bin", *(["mask.bin"] if with_mask else []), _REJECTED)
+        journal = read_journal(directory) or _EMPTY
+        self.resumed: dict[str, Any] | None = journal["state"]
+        """What `checkpoint` was given last; None at the beginning."""
         self._directory = directory
-        self._files = {name: _HashedFile(directory / name) for name in names}
-        self.num_tokens, self.num_pieces = 0, 0
-        self._largest_token = -1
-        self._places = {0.0: 0, 1.0: 1}
-        self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
+        self._files = {name: _HashedFile(directory / name, journal["sizes"].get(name, 0)) for name in names}
+        self.num_tokens, self.num_pieces = journal["num_tokens"], journal["num_pieces"]
+        self._largest_token = journal["largest_token"]
+        self._places = {weight: place for place, weight in enumerate(journal["weights"])}
+        self._kept_bytes = self._num_bytes()
+        if self.resumed is None:
+            self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
 
-    def add(self, tokens: NDArray[np.int32]) -> None:
-        """Append a piece of a stream."""
+    def add(self, tokens: NDArray[np.int32], *, goes_on: bool = False) -> None:
+        """Append a piece of a stream, or a part of one that `goes_on` with the next call."""
         self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False).tobytes())
         self.num_tokens += len(tokens)
-        self.num_pieces += 1
         self._largest_token = max(self._largest_token, int(tokens.max(initial=-1)))
-        self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
+        if not goes_on:
+            self.num_pieces += 1
+            self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
 
     def add_sample(self, sample: Sample) -> None:
         """Append a sample. DataError: with it there are more distinct loss weights than a byte can name."""
@@ -113,6 +132,28 @@ class StoreWriter:
     def reject(self, line: bytes) -> None:
         """Append the description of a bad row to rejected.jsonl."""
         self._files[_REJECTED].write(line)
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint is worth its time."""
+        return self._num_bytes() - self._kept_bytes >= CHECKPOINT_BYTES
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Make all of it durable: after a crash the next writer has it, and `state` as `resumed`."""
+        for file in self._files.values():
+            file.sync()
+        values = {
+            "sizes": {name: file.size for name, file in self._files.items()},
+            "num_tokens": self.num_tokens,
+            "num_pieces": self.num_pieces,
+            "largest_token": self._largest_token,
+            "weights": list(self._places),
+            "state": state,
+        }
+        write_journal(self._directory, values)
+        self._kept_bytes = self._num_bytes()
+
+    def _num_bytes(self) -> int:
+        return sum(file.size for file in self._files.values())
 
     def close(self, report: Mapping[str, Any]) -> None:
         """Write the index, last."""
@@ -207,35 +248,30 @@ def open_store(directory: Path) -> TokenStore:
 
 
 def _ensure(directory: Path, build: Callable[[StoreWriter], Mapping[str, Any]], with_mask: bool) -> None:
+    if _is_whole(directory):
+        return
+    with sole_builder(directory) as partial:
+        if _is_whole(directory):
+            return  # built while this process waited
+        writer = StoreWriter(partial, with_mask)
+        if writer.resumed is not None:
+            _log.warning(
+                "a build of %s was interrupted: it goes on after %s tokens", directory, f"{writer.num_tokens:,}"
+            )
+        writer.close(build(writer))
+        (partial / JOURNAL).unlink(missing_ok=True)
+        _publish(partial, directory)
+
+
+def _is_whole(directory: Path) -> bool:
     try:
         open_store(directory)
-        return
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        return False
     except DataError as error:
         _log.warning("the token cache %s is damaged (%s): it is built again", directory, error)
-    with _temporary_sibling(directory) as temporary:
-        writer = StoreWriter(temporary, with_mask)
-        writer.close(build(writer))
-        _publish(temporary, directory)
-
-
-@contextmanager
-def _temporary_sibling(directory: Path) -> Iterator[Path]:
-    """A folder on the same file system, removed on any way out; ConfigError where it cannot be written."""
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    except OSError as error:
-        existing = next(parent for parent in temporary.absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(existing).free
-        raise ConfigError(
-            f"the token cache cannot be written to {directory.parent} ({error.strerror or error}; {free:,} bytes "
-            "free): name a folder with room for it, --cache_dir /path"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return False
+    return True
 
 
 def _publish(temporary: Path, directory: Path) -> None:

@@ -26,14 +26,16 @@ from mswift.data.cache import (
     default_cache_dir,
     open_or_build,
 )
+from mswift.data.encoding import SftOptions
 from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.loss_scale import PLAIN, LossScale
+from mswift.data.pool import default_num_proc
 from mswift.data.report import FileReport
 from mswift.data.selection import Selection, mixture
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.tokenizer import Tokenizer, tokenizer_identity
 from mswift.data.truncation import Strategy
-from mswift.data.writers import RowOptions, SftOptions, write_conversations, write_documents
+from mswift.data.writers import HowToWrite, RowOptions, write_conversations, write_documents
 from mswift.errors import ConfigError, DataError
 
 Kind = Literal["pt", "sft"]
@@ -49,9 +51,9 @@ class DataOptions:
     system: str | None = None
     """sft: system message of rows that have none."""
     loss_scale: LossScale = PLAIN
+    """sft: which turns are learned, with what weights."""
     agent_template: AgentTemplate | None = None
     """sft: how tools, calls and results become text; None: by the chat template."""
-    """sft: which turns are learned, with what weights."""
     model_positions: int | None = None
     """Longest sample that the model takes; it decides no token, only what errors propose."""
     cache_dir: str | Path | None = None
@@ -63,6 +65,8 @@ class DataOptions:
     """Shares of the sources in an epoch; none: every sample once."""
     strict: bool = False
     """The first bad row is an error."""
+    num_proc: int | None = None
+    """Processes that tokenise; None: see `pool.default_num_proc`."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +158,14 @@ def build_dataset(
     sft = SftOptions(
         options.max_length, options.truncation_strategy, options.system, options.loss_scale, options.agent_template
     )
+    files = [path for source in sources for path in source.paths]
+    how = HowToWrite(options.strict, progress, options.num_proc or default_num_proc(files))
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
 
     def write(writer: StoreWriter) -> Mapping[str, Any]:
         if kind == "pt":
-            return write_documents(writer, sources, tokenizer, rows, strict=options.strict, progress=progress)
-        return write_conversations(
-            writer, sources, tokenizer, rows, sft, strict=options.strict, progress=progress,
-            model_positions=options.model_positions,
-        )  # fmt: skip
+            return write_documents(writer, sources, tokenizer, rows, how)
+        return write_conversations(writer, sources, tokenizer, rows, sft, how, model_positions=options.model_positions)
 
     def locate() -> Path:
         hashes = FileHashes(root / "files.json")

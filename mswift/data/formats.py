@@ -3,7 +3,7 @@
 Files are streamed: what is held is one row and a buffer. A row that cannot be read is a record with an error, and
 reading goes on behind it; where a file is damaged so that what follows cannot be found, a DataError ends the reading.
 A .json or .jsonl file holds an array of objects, one object a line, or (.json) objects one after the other. A .txt file
-is one document: one row {"text": whole file}. Text is UTF-8.
+is one document: one row {"text": LongText}, which is read where its text is used. Text is UTF-8.
 """
 
 import csv
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.data.json_stream import checked_value, json_values
-from mswift.data.text_files import Line, first_character, text_lines, text_pieces
+from mswift.data.text_files import Line, LongText, first_character, text_lines, text_pieces
 from mswift.errors import DataError
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ def read_file(path: Path) -> Iterator[Record]:
 
         values: Iterator[Any] = arrow_file_rows(path)
     elif suffix == ".txt":
-        values = iter([{"text": "".join(text_pieces(path))}])
+        values = iter([{"text": LongText(path)}])
     elif suffix in (".csv", ".tsv"):
         values = _table_rows(path, "," if suffix == ".csv" else "\t")
     elif _one_value_a_line(path, suffix):
@@ -70,12 +70,14 @@ def read_file(path: Path) -> Iterator[Record]:
             yield Record(number, where, None, DataError(f"{where}: {reason}"))
 
 
-def required_row(record: Record) -> Row:
-    """The row; raises the error of one that could not be read."""
+def required_row(record: Record, *, streamed: bool = False) -> Row:
+    """The row; raises the error of one that could not be read. `streamed`: a LongText stays one."""
     if record.error is not None:
         raise record.error
     assert record.row is not None
-    return record.row
+    if streamed:
+        return record.row
+    return {name: value.read() if isinstance(value, LongText) else value for name, value in record.row.items()}
 
 
 def count_rows(path: Path) -> int:

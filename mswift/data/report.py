@@ -25,6 +25,11 @@ class Count:
         if len(self.first) < _NAMED_ROWS:
             self.first.append(row)
 
+    def merge(self, other: "Count") -> None:
+        """Add later rows."""
+        self.rows += other.rows
+        self.first = [*self.first, *other.first][:_NAMED_ROWS]
+
     def named(self) -> str:
         """ "row 3, 7, ..." """
         return f"row {', '.join(map(str, self.first))}{', ...' if self.rows > len(self.first) else ''}"
@@ -56,6 +61,18 @@ class FileReport:
         """Inverse of `dataclasses.asdict`."""
         left_out = {reason: Count(**count) for reason, count in values["left_out"].items()}
         return cls(**{**values, "left_out": left_out, "rejected": Count(**values["rejected"])})
+
+    def merge(self, other: "FileReport") -> None:
+        """Add what became of later rows of the same file."""
+        self.rows += other.rows
+        self.samples += other.samples
+        for mine, theirs in ((self.ignored_fields, other.ignored_fields), (self.cut, other.cut)):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        for reason, rows in other.left_out.items():
+            self.left_out.setdefault(reason, Count()).merge(rows)
+        self.rejected.merge(other.rejected)
+        self.reasons = [*self.reasons, *other.reasons][:_REASONS]
 
     def leave_out(self, reason: str, row: int) -> None:
         """Count a row that is not trained on."""

@@ -16,6 +16,7 @@ from mswift.data.fields import json_value, names, text_of, to_tools
 from mswift.data.media import collect_media
 from mswift.data.messages import Message, check_weights, learned_turns, read_messages, read_transcript
 from mswift.data.preference import PREFERENCE_NAMES, read_preference
+from mswift.data.text_files import LongText
 from mswift.errors import DataError
 
 QUERY_NAMES = ("query", "prompt", "question", "instruction", "input", "problem")
@@ -51,7 +52,7 @@ class Conversation:
     """Columns that are none of these, for reward functions."""
 
 
-def to_document(row: Mapping[str, Any], where: str) -> str:
+def to_document(row: Mapping[str, Any], where: str) -> str | LongText:
     """The text of a pretraining row: `text`, or a lone `response` (ms-swift's older spelling)."""
     name = "text" if "text" in row else "response"
     if name not in row or (name == "response" and any(row.get(query) for query in QUERY_NAMES)):
@@ -59,7 +60,8 @@ def to_document(row: Mapping[str, Any], where: str) -> str:
             f"{where}: pt takes rows with a `text` field (or .txt files); this one has {names(row)}. "
             "Rename the field, or train on conversations with `mswift sft`"
         )
-    return text_of(row[name], f"`{name}`", where)
+    text = row[name]
+    return text if isinstance(text, LongText) else text_of(text, f"`{name}`", where)
 
 
 def to_conversation(

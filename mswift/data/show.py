@@ -11,6 +11,8 @@ from mswift.agent.formats import FORMATS
 from mswift.config.data import DataConfig
 from mswift.data.batch import Sample
 from mswift.data.chat_template import use_chat_template
+from mswift.data.documents import encode_piece, is_long, long_pieces
+from mswift.data.encoding import renamed_row
 from mswift.data.formats import Record, required_row
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.report import FileReport
@@ -19,9 +21,9 @@ from mswift.data.selection import Selection, selected_parts
 from mswift.data.sources import parse_source
 from mswift.data.spans import tokenize
 from mswift.data.template import ChatTemplate
+from mswift.data.text_files import LongText
 from mswift.data.tokenizer import Tokenizer, encode, end_token_id, load_tokenizer
 from mswift.data.truncation import fit
-from mswift.data.writers import renamed_row
 from mswift.errors import ConfigError, DataError
 from mswift.refusals import parse_columns
 
@@ -81,9 +83,9 @@ def _samples(
     report: FileReport,
 ) -> Iterator[Sample]:
     where = record.where
-    row = renamed_row(required_row(record), columns, where)
+    row = renamed_row(required_row(record, streamed=config.kind == "pt"), columns, where)
     if config.kind == "pt":
-        (ids,) = encode(tokenizer, [to_document(row, where)])
+        ids = _first_tokens(tokenizer, to_document(row, where), where)
         tokens = np.array([*ids, end_token_id(tokenizer)], dtype=np.int32)
         yield Sample(tokens[: config.max_length], np.ones(len(tokens[: config.max_length]), dtype=np.float32))
         return
@@ -93,6 +95,13 @@ def _samples(
     renderings = ChatTemplate(tokenizer, parse_loss_scale(config.loss_scale)).render(conversation, where)
     for sample in tokenize(tokenizer, renderings, [where] * len(renderings)):
         yield from fit(sample, config.max_length, config.truncation_strategy, report, record.number, where)
+
+
+def _first_tokens(tokenizer: Tokenizer, text: str | LongText, where: str) -> list[int]:
+    """All tokens of a document, or of a long one those of its first piece."""
+    if is_long(text):
+        return next((encode_piece(tokenizer, piece) for piece in long_pieces(tokenizer, text, where)), [])
+    return encode(tokenizer, [str(text)])[0]
 
 
 def marked_text(tokenizer: Tokenizer, sample: Sample, color: bool) -> str:

@@ -38,6 +38,21 @@ class Line:
         return self.text
 
 
+@dataclass(frozen=True, slots=True)
+class LongText:
+    """The text of a file that is not in memory."""
+
+    path: Path
+
+    def pieces(self) -> Iterator[str]:
+        """See `text_pieces`."""
+        return text_pieces(self.path)
+
+    def read(self) -> str:
+        """All of it."""
+        return "".join(self.pieces())
+
+
 def text_lines(path: Path) -> Iterator[Line]:
     """Lines in order; one UTF-8 byte-order mark at the start is taken off. DataError: a damaged compressed file."""
     with _opened(path) as stream:

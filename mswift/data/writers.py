@@ -1,32 +1,34 @@
-"""Rows -> the token files of the cache, in bounded batches, with a report of every row that is left out."""
+"""Rows -> the token files of the cache, batch by batch in order, with a report of every row that is left out."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from mswift.agent.formats import FORMATS
-from mswift.config.agents import AgentTemplate
-from mswift.data.batch import Sample
 from mswift.data.cache import StoreWriter
-from mswift.data.formats import Record, Row, required_row
-from mswift.data.loss_scale import PLAIN, LossScale
-from mswift.data.report import FileReport, rejection
-from mswift.data.rows import Conversation, to_conversation, to_document
+from mswift.data.encoding import (
+    Batch,
+    Columns,
+    ConversationEncoder,
+    DocumentEncoder,
+    Encoded,
+    Encoder,
+    Position,
+    SftOptions,
+)
+from mswift.data.formats import Record
+from mswift.data.pool import in_order
+from mswift.data.report import FileReport
 from mswift.data.selection import Selection, selected_parts
-from mswift.data.sources import Part, Source
-from mswift.data.spans import tokenize
-from mswift.data.template import ChatTemplate, Rendering
-from mswift.data.tokenizer import Tokenizer, encode, end_token_id
-from mswift.data.truncation import Strategy, fit
+from mswift.data.sources import Source
+from mswift.data.tokenizer import Tokenizer
 from mswift.errors import DataError
 
 _BATCH_ROWS = 256
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -34,111 +36,112 @@ class RowOptions:
     """Options that decide which rows there are and what their columns are called."""
 
     selection: Selection = field(default_factory=Selection)
-    columns: tuple[tuple[str, str], ...] = ()
+    columns: Columns = ()
     """(name in the file, name that is meant)."""
 
 
 @dataclass(frozen=True)
-class SftOptions:
-    """Options that decide the tokens of a conversation."""
+class HowToWrite:
+    """What decides no byte: whether a bad row is an error, whether a bar is shown, and how many processes tokenise."""
 
-    max_length: int
-    truncation_strategy: Strategy
-    system: str | None
-    loss_scale: LossScale = PLAIN
-    agent_template: AgentTemplate | None = None
+    strict: bool = False
+    progress: bool = False
+    num_proc: int = 1
 
 
-class _Rows:
-    """The rows of all sources in batches; bad ones are counted and written down, or raised (`strict`)."""
+@dataclass(frozen=True)
+class _PartBegins:
+    report: FileReport
 
-    def __init__(
-        self, writer: StoreWriter, sources: Sequence[Source], options: RowOptions, strict: bool, progress: bool
-    ) -> None:
-        self._writer, self._sources, self._options = writer, sources, options
-        self._strict, self._progress = strict, progress
-        self._columns = Counter[str]()
+
+@dataclass(frozen=True)
+class _SourceEnds:
+    source: Source
+
+
+_Step = _PartBegins | Batch | _SourceEnds
+_Split = Callable[[Record, str], Iterator[Batch]]
+"""A row that is more than a batch -> its batches; none of a row that is not."""
+
+
+class _Writing:
+    """The state of a build: what was written and reported so far."""
+
+    def __init__(self, writer: StoreWriter, columns: Columns, selection: Selection) -> None:
+        self._writer, self._columns, self._selection = writer, columns, selection
         self._reports: list[FileReport] = []
         self._ends: list[tuple[int, int]] = []
+        self._of_source = 0
+        self._found = Counter[str]()
+        self.shortest: int | None = None
 
-    def batches(self) -> Iterator[tuple[FileReport, list[Record]]]:
-        """Batches of readable rows, source by source. DataError: a source without rows, or with none that is good."""
-        for index, source in enumerate(self._sources):
-            reports: list[FileReport] = []
-            limit = source.count if len(source.parts) == 1 else None
-            for part, size, records in selected_parts(source, index, self._options.selection):
-                reports.append(report := FileReport(part.name, limit, size))
-                for batch in _batches(self._readable(records, report), part, self._progress):
-                    yield report, batch
-            self._reports += reports
+    def take(self, step: _Step, encoded: Encoded | None) -> None:
+        """What comes next. DataError: a source without rows, or with none that is good."""
+        if isinstance(step, _PartBegins):
+            self._reports.append(step.report)
+        elif isinstance(step, _SourceEnds):
             self._ends.append((self._writer.num_pieces, self._writer.num_tokens))
-            _require_rows(source, reports, self._options.selection)
+            _require_rows(step.source, self._reports[self._of_source :], self._selection)
+            self._of_source = len(self._reports)
+        else:
+            assert encoded is not None
+            self._append(encoded)
 
-    @contextmanager
-    def rejecting(self, report: FileReport, record: Record) -> Iterator[None]:
-        """A DataError inside the block rejects the row."""
-        try:
-            yield
-        except DataError as error:
-            if self._strict:
-                raise
-            self._writer.reject(rejection(report, record.number, record.row, error))
+    def _append(self, encoded: Encoded) -> None:
+        for tokens in encoded.pieces[:-1]:
+            self._writer.add(tokens)
+        if encoded.pieces:
+            self._writer.add(encoded.pieces[-1], goes_on=encoded.goes_on)
+        for sample in encoded.samples:
+            self._writer.add_sample(sample)
+        self._writer.reject(encoded.rejected)
+        self._reports[-1].merge(encoded.report)
+        self._found += encoded.columns
+        self.shortest = min((n for n in (self.shortest, encoded.shortest) if n is not None), default=None)
+
+    def checkpoint_if_due(self, position: Position) -> None:
+        """Let a build that is killed go on from here."""
+        if not self._writer.is_due():
+            return
+        state = {
+            "position": asdict(position),
+            "files": [asdict(report) for report in self._reports],
+            "source_ends": self._ends,
+            "of_source": self._of_source,
+            "columns": dict(self._found),
+            "shortest": self.shortest,
+        }
+        self._writer.checkpoint(state)
+
+    def resume(self) -> Position | None:
+        """Take up the state of an interrupted build; where it goes on, None at the beginning."""
+        state = self._writer.resumed
+        if state is None:
+            return None
+        self._reports = [FileReport.load(report) for report in state["files"]]
+        self._ends = [(pieces, tokens) for pieces, tokens in state["source_ends"]]
+        self._of_source, self._found = state["of_source"], Counter(state["columns"])
+        self.shortest = state["shortest"]
+        return Position(**state["position"])
 
     def report(self) -> dict[str, Any]:
-        """For the index: every file's report, and where each source ends: (pieces, tokens)."""
-        return {"files": [asdict(report) for report in self._reports], "source_ends": self._ends}
-
-    def unused_columns(self) -> list[str]:
-        """Names in --columns that no row has."""
-        return [name for name, _ in self._options.columns if not self._columns[name]]
-
-    def _readable(self, records: Iterator[Record], report: FileReport) -> Iterator[Record]:
-        for record in records:
-            report.rows += 1
-            with self.rejecting(report, record):
-                row = required_row(record)
-                self._columns.update(name for name, _ in self._options.columns if name in row)
-                yield Record(record.number, record.where, renamed_row(row, self._options.columns, record.where))
-
-
-def renamed_row(row: Row, columns: Sequence[tuple[str, str]], where: str) -> Row:
-    """The row with the names of --columns."""
-    renamed = dict(row)
-    for name, meant in columns:
-        if name in renamed:
-            if row.get(meant) not in (None, "", []):
-                raise DataError(f"{where}: --columns calls `{name}` `{meant}`, and the row has a `{meant}` besides")
-            renamed[meant] = renamed.pop(name)
-    return renamed
+        """For the index: every file's report, where each source ends (pieces, tokens), names that no row has."""
+        return {
+            "files": [asdict(report) for report in self._reports],
+            "source_ends": self._ends,
+            "unused_columns": [name for name, _ in self._columns if not self._found[name]],
+        }
 
 
 def write_documents(
-    writer: StoreWriter,
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    options: RowOptions,
-    *,
-    strict: bool,
-    progress: bool,
+    writer: StoreWriter, sources: Sequence[Source], tokenizer: Tokenizer, options: RowOptions, how: HowToWrite
 ) -> Mapping[str, Any]:
     """The stream of all documents, each ended by the end token (once, if its text already ends with it)."""
-    end = end_token_id(tokenizer)
-    rows = _Rows(writer, sources, options, strict, progress)
-    for report, batch in rows.batches():
-        texts: list[str] = []
-        numbers: list[int] = []
-        for record in batch:
-            with rows.rejecting(report, record):
-                texts.append(to_document(record.row or {}, record.where))
-                numbers.append(record.number)
-        for number, ids in zip(numbers, encode(tokenizer, texts), strict=True):
-            if not ids:
-                report.leave_out("empty", number)
-                continue
-            writer.add(np.array(ids if ids[-1] == end else [*ids, end], dtype=np.int32))
+    encoder = DocumentEncoder(tokenizer, options.columns, strict=how.strict)
+    writing = _write(writer, sources, encoder, encoder.split, options, how)
     if writer.num_tokens < 2:
         raise DataError(f"{_names(sources)}: every document is empty, there is nothing to train on; write text in them")
-    return rows.report() | {"unused_columns": rows.unused_columns()}
+    return writing.report()
 
 
 def write_conversations(
@@ -147,54 +150,87 @@ def write_conversations(
     tokenizer: Tokenizer,
     options: RowOptions,
     sft: SftOptions,
+    how: HowToWrite,
     *,
-    strict: bool,
-    progress: bool,
     model_positions: int | None = None,
 ) -> Mapping[str, Any]:
     """One sample per rendering of each row, cut or left out by `sft.truncation_strategy`."""
-    template = ChatTemplate(tokenizer, sft.loss_scale)
-    agent = FORMATS[sft.agent_template] if sft.agent_template else None
-    rows = _Rows(writer, sources, options, strict, progress)
-    shortest: int | None = None
-    for report, batch in rows.batches():
-        rendered: list[tuple[Record, list[Rendering]]] = []
-        for record in batch:
-            with rows.rejecting(report, record):
-                conversation = to_conversation(record.row or {}, record.where, sft.system, agent=agent)
-                rendered.append((record, template.render(conversation, record.where)))
-                _count_ignored(report, conversation)
-        for record, samples in _tokenized(rows, report, tokenizer, rendered):
-            for sample in samples:
-                shortest = min(len(sample.tokens), shortest or len(sample.tokens))
-                for kept in fit(sample, sft.max_length, sft.truncation_strategy, report, record.number, record.where):
-                    writer.add_sample(kept)
-                    report.samples += 1
+    encoder = ConversationEncoder(tokenizer, options.columns, sft, strict=how.strict)
+    writing = _write(writer, sources, encoder, lambda *_: iter(()), options, how)
     if writer.num_tokens == 0:
-        assert shortest is not None  # there are good rows, and each is at least one sample
-        raise _nothing_fits(_names(sources), sft.max_length, shortest, model_positions)
-    return rows.report() | {"unused_columns": rows.unused_columns()}
+        assert writing.shortest is not None  # there are good rows, and each is at least one sample
+        raise _nothing_fits(_names(sources), sft.max_length, writing.shortest, model_positions)
+    return writing.report()
 
 
-def _tokenized(
-    rows: _Rows, report: FileReport, tokenizer: Tokenizer, rendered: Sequence[tuple[Record, list[Rendering]]]
-) -> list[tuple[Record, list[Sample]]]:
-    """Samples of each row; where one row of the batch cannot be tokenised, all are tried one by one."""
-    renderings = [rendering for _, found in rendered for rendering in found]
-    try:
-        samples = iter(tokenize(tokenizer, renderings, [record.where for record, found in rendered for _ in found]))
-        return [(record, [next(samples) for _ in found]) for record, found in rendered]
-    except DataError:
-        if len(rendered) > 1:
-            return [pair for one in rendered for pair in _tokenized(rows, report, tokenizer, [one])]
-        with rows.rejecting(report, rendered[0][0]):
-            raise
-        return []
+def _write(
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    split: _Split,
+    options: RowOptions,
+    how: HowToWrite,
+) -> _Writing:
+    writing = _Writing(writer, options.columns, options.selection)
+    steps = _steps(sources, options.selection, split, writing.resume())
+    with tqdm(desc="tokenise", unit=" rows", disable=None if how.progress else True) as bar:
+        for step, encoded in in_order(steps, encoder, how.num_proc):
+            writing.take(step, encoded)
+            if encoded is not None and isinstance(step, Batch):
+                bar.update(encoded.report.rows)
+                writing.checkpoint_if_due(step.end)
+            elif isinstance(step, _PartBegins):
+                bar.set_description(f"tokenise {step.report.name}")
+    return writing
 
 
-def _count_ignored(report: FileReport, conversation: Conversation) -> None:
-    for name in conversation.ignored:
-        report.ignored_fields[name] = report.ignored_fields.get(name, 0) + 1
+def _steps(
+    sources: Sequence[Source], selection: Selection, split: _Split, start: Position | None = None
+) -> Iterator[_Step]:
+    """Batches of rows, source by source and file by file; those from `start` on."""
+    for index, source in enumerate(sources):
+        if start is not None and index < start.source:
+            continue
+        limit = source.count if len(source.parts) == 1 else None
+        for number, (part, size, records) in enumerate(selected_parts(source, index, selection)):
+            at = Position(index, number)
+            if start is None or at > start:
+                yield _PartBegins(FileReport(part.name, limit, size))
+            elif number == start.part:
+                at = start
+            else:
+                if source.count is not None:  # how many are left for the next file
+                    deque(records, maxlen=0)
+                continue
+            yield from _batches(records, part.name, split, at)
+        yield _SourceEnds(source)
+
+
+def _batches(records: Iterator[Record], file: str, split: _Split, at: Position) -> Iterator[Batch]:
+    """Rows from `at` on, in batches of bounded size."""
+    batch: list[Record] = []
+    characters = 0
+    for record in islice(records, at.rows, None):
+        is_long = False
+        for number, piece in enumerate(split(record, file), start=1):
+            if not is_long and batch:
+                yield Batch(file, batch, end=at)
+                batch, characters = [], 0
+            is_long = True
+            assert piece.piece is not None
+            if number > at.pieces:
+                after = replace(at, rows=at.rows + 1, pieces=0) if piece.piece.is_last else replace(at, pieces=number)
+                yield replace(piece, end=after)
+        at = replace(at, rows=at.rows + 1, pieces=0)
+        if is_long:
+            continue
+        batch.append(record)
+        characters += sum(len(str(value)) for value in (record.row or {}).values())
+        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield Batch(file, batch, end=at)
+            batch, characters = [], 0
+    if batch:
+        yield Batch(file, batch, end=at)
 
 
 def _nothing_fits(names: str, max_length: int, shortest: int, model_positions: int | None) -> DataError:
@@ -208,20 +244,6 @@ def _nothing_fits(names: str, max_length: int, shortest: int, model_positions: i
     return DataError(
         f"{names}: no sample fits in --max_length {max_length}; the shortest has {shortest} tokens{remedy}"
     )
-
-
-def _batches(records: Iterator[Record], part: Part, progress: bool) -> Iterator[list[Record]]:
-    """Rows in batches of bounded size."""
-    batch: list[Record] = []
-    characters = 0
-    for record in tqdm(records, desc=f"tokenise {part.name}", unit=" rows", disable=None if progress else True):
-        batch.append(record)
-        characters += sum(len(str(value)) for value in (record.row or {}).values())
-        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _require_rows(source: Source, reports: Sequence[FileReport], selection: Selection) -> None:

@@ -61,6 +61,7 @@ def build_data(
         columns=parse_columns(config.columns),
         weights=config.dataset_weights,
         strict=config.strict,
+        num_proc=config.dataset_num_proc,
     )
 
     is_writer = info.local_rank == 0

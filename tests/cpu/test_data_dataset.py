@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from mswift.data import writers
+from mswift.data import encoding
 from mswift.data.dataset import DataOptions, build_dataset, write_rejected
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import load_tokenizer
@@ -133,7 +133,7 @@ def test_a_book_is_kept_to_the_letter(build, qwen):
 def test_the_length_of_pieces_needs_no_second_tokenisation(build, monkeypatch):
     path = shared_file("data/sft/c4_demo.jsonl")
     first = build("pt", path, max_length=64)
-    monkeypatch.setattr(writers, "encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("tokenised again"))
     second = build("pt", path, max_length=100)
     assert first.num_tokens == second.num_tokens
     assert first.fingerprint != second.fingerprint == build("pt", path, max_length=100).fingerprint
@@ -142,7 +142,7 @@ def test_the_length_of_pieces_needs_no_second_tokenisation(build, monkeypatch):
 def test_the_second_run_reads_the_cache(build, monkeypatch, tmp_path):
     path = shared_file("data/sft/identity.json")
     first = build("sft", path)
-    monkeypatch.setattr(writers, "tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(encoding, "tokenize", lambda *_: pytest.fail("tokenised again"))
     second = build("sft", path)
     assert (first.fingerprint, first.summary) == (second.fingerprint, second.summary)
     for change in ({"max_length": 30}, {"system": "Be kind."}, {"truncation_strategy": "right"}):
@@ -326,14 +326,14 @@ def test_a_bad_row_is_counted_named_and_written_down(build, tmp_path):
 
 def test_a_row_that_cannot_be_tokenised_is_rejected_alone(build, qwen, tmp_path, monkeypatch):
     rows = [{"query": f"q{n}", "response": "bad" if n == 2 else "good"} for n in range(5)]
-    path, tokenize = _rows(tmp_path / "a.jsonl", rows), writers.tokenize
+    path, tokenize = _rows(tmp_path / "a.jsonl", rows), encoding.tokenize
 
     def refuse(tokenizer, renderings, places):
         if any("bad" in rendering.text for rendering in renderings):
             raise DataError("a token over the edge")
         return tokenize(tokenizer, renderings, places)
 
-    monkeypatch.setattr(writers, "tokenize", refuse)
+    monkeypatch.setattr(encoding, "tokenize", refuse)
     dataset = build("sft", path)
     assert len(dataset) == 4
     assert "1 rejected (row 3), the first: a token over the edge" in dataset.summary

@@ -1,7 +1,10 @@
 """Token cache: whole or absent, damage found and mended, and nobody left waiting when the writer fails."""
 
+import fcntl
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +157,13 @@ def test_readers_wait_for_the_writer(tmp_path):
     assert len(store.offsets) == 4
 
 
-def test_a_second_writer_keeps_what_the_first_published(tmp_path):
+def test_without_locks_a_second_writer_keeps_what_the_first_published(tmp_path, monkeypatch, caplog):
     inner = Builder()
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
 
     def slow(writer):
         _open(tmp_path / "a", inner)  # another job publishes the same entry meanwhile
@@ -164,6 +172,26 @@ def test_a_second_writer_keeps_what_the_first_published(tmp_path):
 
     _open(tmp_path / "a", slow)
     assert (tmp_path / "a" / "witness").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert "has no locks (Operation not supported): two processes may build the same entry" in caplog.text
+
+
+def test_a_second_writer_waits_and_takes_what_the_first_made(tmp_path, caplog):
+    second, begun, threads = Builder(), threading.Event(), []
+
+    def first(writer):
+        threads.append(threading.Thread(target=lambda: (begun.set(), _open(tmp_path / "a", second))))
+        threads[0].start()
+        begun.wait()
+        deadline = time.monotonic() + 30
+        while "waiting for it" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return Builder()(writer)
+
+    _open(tmp_path / "a", first)
+    threads[0].join()
+    assert second.calls == 0
+    assert f"pid {os.getpid()} on " in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -158,7 +158,10 @@ def test_a_bad_row_is_a_record_and_reading_goes_on(tmp_path):
 
 def test_a_text_file_is_one_document(tmp_path):
     text = "First line\n\nsecond, after an empty one\r\n"
-    assert read(_write(tmp_path / "a.txt", text)) == [{"text": text}]
+    path = _write(tmp_path / "a.txt", text)
+    assert read(path) == [{"text": text}]
+    (record,) = records(path)
+    assert "".join(record.row["text"].pieces()) == text
 
 
 def test_an_empty_csv_cell_is_an_absent_field(tmp_path):

@@ -14,6 +14,7 @@ from mswift.data.formats import count_rows, read_file
 from pathlib import Path
 
 name, keep = sys.argv[1], sys.argv[2] == "keep"
+document = ".txt" in name
 path = Path(name)
 rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "x" * 4000}]}
         for i in range(100)]
@@ -31,17 +32,20 @@ else:
             for j, row in enumerate(rows):
                 text = f'{i},{"x" * 4000}' if table else json.dumps(row)
                 comma = "," if ".json" in path.suffixes and (i, j) != (39, 99) else ""
+                text = f"{i} " + "x" * 4000 if document else text
                 stream.write((text + comma + "\\n").encode())
         stream.write(b"]" if ".json" in path.suffixes else b"")
 tracemalloc.start()
 kept = []
-number = 0
+number = characters = 0
 for record in read_file(path):
     assert record.error is None, record.error
     number += 1
+    characters += sum(map(len, record.row["text"].pieces())) if document else 0
     if keep:
         kept.append(record)
-assert number == count_rows(path) == 4000, number
+assert number == count_rows(path) == (1 if document else 4000), number
+assert not document or characters > 16_000_000
 arrow = sys.modules["pyarrow"].default_memory_pool().max_memory() if path.suffix == ".parquet" else 0
 print(tracemalloc.get_traced_memory()[1] + arrow)
 """
@@ -58,7 +62,9 @@ def _peak(path: Path, *, keep: bool = False) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.json.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.json.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.parquet"]
+)
 def test_the_peak_is_a_buffer(tmp_path: Path, name: str) -> None:
     assert _peak(tmp_path / name) < _LIMIT_BYTES
 

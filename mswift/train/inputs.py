@@ -66,8 +66,8 @@ def _open_model(config: TrainConfig, model: Path) -> WeightReader:
 
 
 def model_config(config: TrainConfig, model: Path) -> dict[str, Any]:
-    """The config.json of `open_model` where there are no weights."""
-    raw = read_config(_hf_files(model))
+    """The config.json of `open_model` where there are no weights; `model` may be such a file itself."""
+    raw = read_config(_hf_files(model), or_file=True)
     if model != Path(config.model):
         return raw
     raw |= _longer(config, model)
@@ -78,7 +78,7 @@ def model_config(config: TrainConfig, model: Path) -> dict[str, Any]:
 def _longer(config: TrainConfig, model: Path) -> dict[str, Any]:
     if config.rope_scaling is None and config.max_model_len is None:
         return {}
-    return longer(read_config(_hf_files(model)), config.rope_scaling, config.max_model_len)
+    return longer(read_config(_hf_files(model), or_file=True), config.rope_scaling, config.max_model_len)
 
 
 def _hf_files(model: Path) -> Path:

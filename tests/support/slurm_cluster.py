@@ -1,0 +1,218 @@
+"""A real SLURM on this machine: slurmctld and two slurmd, each node with its own network, host name and processes.
+
+Needs root, network namespaces and Debian's packages (tests/support/install_slurm.sh). Everything lies in one folder.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "ip", "nsenter", "unshare")
+BRIDGE, NETWORK = "mswbr0", "10.78.0"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}({network}.1)
+SlurmctldPort=16917
+AuthType=auth/munge
+# cred_expire is also the time a requeued job waits before it may start (120 s by default)
+AuthInfo=socket={home}/munge/sock,cred_expire=2
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool-%n
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd-%n.pid
+SlurmctldLogFile={home}/slurmctld.log
+SlurmdLogFile={home}/slurmd-%n.log
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/{proctrack}
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+SlurmdParameters=config_overrides
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=10
+UnkillableStepTimeout=15
+CompleteWait=0
+MinJobAge=300
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
+PriorityType=priority/basic
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n1 NodeAddr={network}.11 Port=17100 CPUs=64 RealMemory=16000 Gres=gpu:8
+NodeName=n2 NodeAddr={network}.12 Port=17100 CPUs=64 RealMemory=16000 Gres=gpu:8
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+CGROUP_V1 = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n"
+NODES = ("n1", "n2")
+
+
+class Cluster:
+    """Up while inside `with`; `environ` is what its clients need."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environ = {**os.environ, "SLURM_CONF": str(home / "slurm.conf")}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._write_files()
+            self._make_network()
+            self._start("munged", "--foreground", "--force", *(f"--{name}={self.home}/munge/{file}" for name, file in (
+                ("key-file", "key"), ("socket", "sock"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")
+            )))  # fmt: skip
+            self._wait(lambda: (self.home / "munge" / "sock").exists(), "munged")
+            self._start(*self._with_hosts(), "exec slurmctld -D -i")
+            for node in NODES:
+                self.start_node(node)
+            self._wait(lambda: self.client("sinfo", "-hN", "-t", "idle", "-p", "main").count("\n") == 2, "two idle nodes")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+        deadline = time.monotonic() + 5
+        for process in reversed(self._processes):
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for node in NODES:
+            subprocess.run(["ip", "netns", "del", f"msw-{node}"], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", f"msw-{node}"], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+    def client(self, *argv: str, check: bool = True, **environ: str) -> str:
+        """Output of a client command, both streams."""
+        done = subprocess.run(argv, env={**self.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, timeout=60, check=False)  # fmt: skip
+        assert not check or done.returncode == 0, (argv, done.stdout)
+        return done.stdout
+
+    def field(self, job: str, name: str) -> str:
+        """One field of `scontrol show job`."""
+        words = self.client("scontrol", "show", "job", "-o", job).split()
+        return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+    def wait_for_end(self, job: str, seconds: float) -> str:
+        """The state of the job once it has ended."""
+        self._wait(lambda: self.field(job, "JobState") in ENDED, f"the end of job {job}", seconds)
+        return self.field(job, "JobState")
+
+    def start_node(self, node: str) -> None:
+        """A slurmd in namespaces of its own; whatever runs in them dies with it."""
+        (self.home / f"spool-{node}").mkdir(exist_ok=True)
+        # nsenter, not `ip netns exec`, which mounts /sys anew, where slurmd then finds no cgroups
+        enter = ("nsenter", f"--net=/run/netns/msw-{node}", "unshare", "--ipc", "--pid", "--fork", "--kill-child")
+        commands = f"mount -t tmpfs shm /dev/shm; hostname {node}; slurmd -D -N {node} & wait"
+        self._slurmds[node] = self._start(*enter, *self._with_hosts("--mount-proc"), commands)
+
+    def kill_node(self, node: str) -> None:
+        """The node dies: every process in it, at once."""
+        self._slurmds[node].kill()
+
+    def processes(self, node: str, words: str) -> list[int]:
+        """Processes (numbers on this machine) of a node whose command line holds `words`."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                name = f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, ValueError):
+                continue
+            if entry.name.isdecimal() and name and words in command:
+                found.append(int(entry.name))
+        return found
+
+    def _with_hosts(self, *options: str) -> tuple[str, ...]:
+        binds = f"mount --bind {self.home}/hosts /etc/hosts; mount --bind {self.home}/nsswitch.conf /etc/nsswitch.conf; "
+        script = f'{binds} eval "$0"'
+        return ("unshare", "--mount", "--uts", "--propagation", "private", *options, "bash", "-c", script)
+
+    def _start(self, *argv: str) -> "subprocess.Popen[bytes]":
+        with (self.home / "daemons.log").open("ab") as log:
+            process = subprocess.Popen(argv, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._processes.append(process)
+        return process
+
+    def _write_files(self) -> None:
+        for name in ("munge", "state", "dev"):
+            (self.home / name).mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o755)
+        key = self.home / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        host = platform.node()
+        names = [f"127.0.0.1 localhost\n{NETWORK}.1 {host}", *(f"{NETWORK}.{11 + i} {n}" for i, n in enumerate(NODES))]
+        (self.home / "hosts").write_text("\n".join(names) + "\n")
+        lines = Path("/etc/nsswitch.conf").read_text().splitlines()
+        files_only = ["hosts: files" if line.startswith("hosts:") else line for line in lines]
+        (self.home / "nsswitch.conf").write_text("\n".join(files_only) + "\n")
+        for number in range(8):
+            os.mknod(self.home / "dev" / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
+        (self.home / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.home}/dev/gpu[0-7]\n")
+        (self.home / "plugstack.conf").write_text("")
+        v1 = Path("/sys/fs/cgroup/freezer").is_dir()
+        (self.home / "cgroup.conf").write_text(CGROUP_V1 if v1 else "")
+        conf = CONF.format(host=host, home=self.home, network=NETWORK, proctrack="cgroup" if v1 else "linuxproc")
+        (self.home / "slurm.conf").write_text(conf)
+
+    def _make_network(self) -> None:
+        def ip(*argv: str) -> None:
+            subprocess.run(["ip", *argv], check=True, capture_output=True, timeout=20)
+
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        for number, node in enumerate(NODES):
+            space = f"msw-{node}"
+            ip("netns", "add", space)
+            ip("link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("link", "set", space, "master", BRIDGE, "up")
+            ip("-n", space, "addr", "add", f"{NETWORK}.{11 + number}/24", "dev", "eth0")
+            ip("-n", space, "link", "set", "lo", "up")
+            ip("-n", space, "link", "set", "eth0", "up")
+
+    def _wait(self, reached: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            if time.monotonic() > deadline:
+                logs = {path.name: path.read_text(errors="replace")[-1500:] for path in self.home.glob("*.log")}
+                pytest.fail(f"no {what} after {seconds:.0f} s: {logs}")
+            time.sleep(0.3)
+
+
+def skip_without_slurm() -> None:
+    """Skip the test, saying why, where a cluster cannot be started."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
+        pytest.skip(f"no SLURM here ({', '.join(missing)} missing): tests/support/install_slurm.sh installs it on Debian")
+    if os.geteuid() != 0:
+        pytest.skip("a SLURM of its own needs root (network namespaces)")
+    probe = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"a SLURM of its own needs namespaces: {probe.stderr.decode().strip()}")

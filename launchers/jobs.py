@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mswift import rundir
 from mswift.config.loader import save_yaml
 from mswift.config.train import TrainConfig
 from mswift.errors import ConfigError, MswiftError
+from mswift.launchers.preflight import EXPECTED, Expected, write
 from mswift.launchers.slurm import SlurmJob
 from mswift.launchers.survive import END, LIMITS, STARTS, Limits
 
@@ -25,7 +27,16 @@ class SlurmError(MswiftError):
     """A SLURM command failed; its own words are in the text."""
 
 
-def submit(job: SlurmJob, script: str, runs: Sequence[TrainConfig], limits: Limits, chain: int) -> list[str]:
+@dataclass(frozen=True)
+class Run:
+    """One run of a submission, with what it needs of its nodes."""
+
+    config: TrainConfig
+    expected: Expected
+    limits: Limits
+
+
+def submit(job: SlurmJob, script: str, runs: Sequence[Run], chain: int) -> list[str]:
     """Save script and resolved recipes in the run's directories, submit `chain` jobs; their numbers.
 
     ConfigError where a job of the run is still there: two jobs would write one run.
@@ -38,7 +49,7 @@ def submit(job: SlurmJob, script: str, runs: Sequence[TrainConfig], limits: Limi
         )
     for point, run in enumerate(runs):
         home = job.run_dir / str(point) if job.num_points else job.run_dir
-        _open(home / rundir.LAUNCH, run, limits)
+        _open(home / rundir.LAUNCH, run)
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.script.write_text(script, encoding="utf-8")
     # Options in the environment would win over the script's own lines.
@@ -47,13 +58,14 @@ def submit(job: SlurmJob, script: str, runs: Sequence[TrainConfig], limits: Limi
     return numbers
 
 
-def _open(launch: Path, run: TrainConfig, limits: Limits) -> None:
+def _open(launch: Path, run: Run) -> None:
     """What a job finds in the run's directory; what an earlier submission left there is over."""
     launch.mkdir(parents=True, exist_ok=True)
     for name in (STARTS, END):
         (launch / name).unlink(missing_ok=True)
-    save_yaml(run, launch / RECIPE)
-    rundir.write_json(launch / LIMITS, vars(limits))
+    save_yaml(run.config, launch / RECIPE)
+    rundir.write_json(launch / LIMITS, vars(run.limits))
+    write(launch / EXPECTED, run.expected)
 
 
 def status(run_dir: Path) -> int:

@@ -4,6 +4,7 @@ Which node this is, and where all meet, SLURM's variables say. The process becom
 exit status are its own.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,25 +13,28 @@ from mswift.errors import MswiftError
 from mswift.launchers.environment import current
 from mswift.launchers.job import COMMAND_LINE, Job, Meeting
 
-_FLAG = "--nproc_per_node="
 
-
-def job_here(nproc_per_node: int, arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, int]:
-    """The job of `mswift arguments...` on the nodes of this step, and the number of this node in it."""
+def job_here(
+    nproc_per_node: int, arguments: Sequence[str], environ: Mapping[str, str], module: str = COMMAND_LINE
+) -> tuple[Job, int]:
+    """The job of `python -m module arguments...` on the nodes of this step, and the number of this node in it."""
     info = current(environ)
     if info is None:
-        return Job(nproc_per_node, COMMAND_LINE, tuple(arguments)), 0
+        return Job(nproc_per_node, module, tuple(arguments)), 0
     number = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     meeting = Meeting(info.master_addr, info.master_port, number)
-    return Job(nproc_per_node, COMMAND_LINE, tuple(arguments), info.world_size, meeting), info.rank
+    return Job(nproc_per_node, module, tuple(arguments), info.world_size, meeting), info.rank
 
 
 def main(argv: Sequence[str]) -> int:
     """Become the agent of this node."""
-    first, *arguments = argv
-    assert first.startswith(_FLAG), argv
+    parser = argparse.ArgumentParser(prog="mswift.launchers.node", allow_abbrev=False)
+    parser.add_argument("--nproc_per_node", type=int, required=True)
+    parser.add_argument("--module", default=COMMAND_LINE)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    given = parser.parse_args(argv)
     try:
-        job, rank = job_here(int(first.removeprefix(_FLAG)), arguments, os.environ)
+        job, rank = job_here(given.nproc_per_node, given.arguments, os.environ, given.module)
     except MswiftError as error:
         print(f"mswift launch on {os.uname().nodename}: {error}", file=sys.stderr)
         return error.exit_status

@@ -39,6 +39,7 @@ class SlurmJob:
     signal_seconds: int = 600
     requeue: bool = True
     singleton: bool = False
+    preflight: bool = True
     num_points: int = 0
     """Jobs of an array; 0: no array."""
     points_at_a_time: int | None = None

@@ -12,10 +12,12 @@ from mswift.cli.launch import refused, training_config
 from mswift.config.launch import LaunchConfig
 from mswift.config.train import TrainConfig
 from mswift.errors import ConfigError
-from mswift.launchers import jobs
+from mswift.launchers import jobs, preflight
+from mswift.launchers.preflight import Expected
 from mswift.launchers.site import Site, read_site
 from mswift.launchers.slurm import SlurmJob, node_counts, render
 from mswift.launchers.survive import Limits
+from mswift.train.dry_run import needs_of
 
 _SITE_VARIABLE = "MSWIFT_SITE"
 
@@ -34,10 +36,32 @@ def launch(config: LaunchConfig, command: str) -> int:
         print(script, end="")
         return 0
     limits = Limits(config.max_restarts, config.max_idle_restarts)
-    numbers = jobs.submit(job, script, runs, limits, config.chain)
+    plans = [jobs.Run(run, _expected(run, job), limits) for run in runs]
+    if config.preflight and any([_is_unfit(plan.expected) for plan in plans]):  # noqa: C419 - all of them are told
+        return ConfigError.exit_status
+    numbers = jobs.submit(job, script, plans, config.chain)
     print(f"submitted {' '.join(numbers)}: {job.script}")
     print(f"follow it: mswift launch status {job.run_dir}; mswift launch logs {job.run_dir}")
     return 0
+
+
+def _expected(run: TrainConfig, job: SlurmJob) -> Expected:
+    files, checkpoint_bytes = needs_of(run)
+    return Expected(
+        output_dir=str(Path(run.output_dir).absolute()),
+        files=files,
+        checkpoint_bytes=checkpoint_bytes,
+        nproc_per_node=job.nproc_per_node,
+        device=run.device,
+        all_reduce_floor_gb_per_second=job.site.all_reduce_floor_gb_per_second,
+    )
+
+
+def _is_unfit(expected: Expected) -> bool:
+    """Whether this machine, which sees what the nodes see, shows that the run cannot work; the reasons go to stderr."""
+    refusals = list(preflight.node_refusals(preflight.facts(expected), expected))
+    preflight.say(refusals)
+    return bool(refusals)
 
 
 def _site(config: LaunchConfig) -> Site:
@@ -91,6 +115,7 @@ def _job(config: LaunchConfig, command: str, site: Site, output_dir: Path) -> Sl
         time=config.time or site.time,
         signal_seconds=config.signal_seconds,
         requeue=config.requeue,
+        preflight=config.preflight,
         singleton=config.chain > 1,
         num_points=points if config.sweep else 0,
         points_at_a_time=config.sweep_limit,

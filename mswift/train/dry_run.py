@@ -11,13 +11,14 @@ from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.quantization import FIELD
+from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
 from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, model_config, open_model
-from mswift.train.memory import ACTIVATIONS, StageMemory, idle_parameters, stage_memory
+from mswift.train.memory import ACTIVATIONS, StageMemory, checkpoint_bytes, idle_parameters, stage_memory
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 
@@ -53,6 +54,22 @@ def launch_refusals(config: TrainConfig, world_size: int) -> list[MswiftError]:
     """Every reason why a launch of `config` on `world_size` ranks would be refused, as a dry run prints them."""
     table, stored, _ = _model(config, _weights_of(config))
     return _refusals(config, table, stored, world_size)
+
+
+def needs_of(config: TrainConfig) -> tuple[dict[str, int], int]:
+    """What a run reads, as absolute path -> bytes (model and local data), and the bytes of one of its checkpoints."""
+    model = _weights_of(config)
+    table, stored, _ = _model(config, model)
+    sources = [
+        *(parse_source(spec) for spec in config.dataset),
+        *(parse_source(s, "--val_dataset") for s in config.val_dataset),
+    ]
+    files = [
+        *(path for path in model.iterdir() if path.is_file()),
+        *(path for source in sources for path in source.paths),
+    ]
+    sizes = {str(path.absolute()): path.stat().st_size for path in files}
+    return sizes, checkpoint_bytes(config, table, _DTYPE_BYTES[train_dtype(config, stored)])
 
 
 def _weights_of(config: TrainConfig) -> Path:

@@ -60,6 +60,12 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
 
 
+def checkpoint_bytes(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
+    """Of one checkpoint: what is trained (a LoRA run: its adapter), with the optimizer's fp32 state."""
+    state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
+    return trained_parameters(config, table) * (dtype_bytes + state)
+
+
 def lora_config(config: TrainConfig, table: ModelTable) -> LoraConfig:
     """The adapter that the flags mean; ConfigError for a module name that the model does not have."""
     return LoraConfig.for_table(

@@ -84,7 +84,9 @@ class Cluster:
             self._start(*self._with_hosts(), "exec slurmctld -D -i")
             for node in NODES:
                 self.start_node(node)
-            self._wait(lambda: self.client("sinfo", "-hN", "-t", "idle", "-p", "main").count("\n") == 2, "two idle nodes")
+            self._wait(
+                lambda: self.client("sinfo", "-hN", "-t", "idle", "-p", "main").count("\n") == 2, "two idle nodes"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -148,7 +150,9 @@ class Cluster:
         return found
 
     def _with_hosts(self, *options: str) -> tuple[str, ...]:
-        binds = f"mount --bind {self.home}/hosts /etc/hosts; mount --bind {self.home}/nsswitch.conf /etc/nsswitch.conf; "
+        binds = (
+            f"mount --bind {self.home}/hosts /etc/hosts; mount --bind {self.home}/nsswitch.conf /etc/nsswitch.conf; "
+        )
         script = f'{binds} eval "$0"'
         return ("unshare", "--mount", "--uts", "--propagation", "private", *options, "bash", "-c", script)
 
@@ -210,7 +214,9 @@ def skip_without_slurm() -> None:
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
-        pytest.skip(f"no SLURM here ({', '.join(missing)} missing): tests/support/install_slurm.sh installs it on Debian")
+        pytest.skip(
+            f"no SLURM here ({', '.join(missing)} missing): tests/support/install_slurm.sh installs it on Debian"
+        )
     if os.geteuid() != 0:
         pytest.skip("a SLURM of its own needs root (network namespaces)")
     probe = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)

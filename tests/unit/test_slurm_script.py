@@ -75,11 +75,14 @@ def test_what_a_variant_asks_for() -> None:
                  "partition=gpu", "account=a", "signal=B:USR1@600", "requeue", "open-mode=append",
                  "output=/runs/a/launch/log-%j.txt"):  # fmt: skip
         assert f"\n#SBATCH --{line}\n" in script
-    assert "ranks=(srun --label --kill-on-bad-exit=1 --wait=60 /py\n" in script
-    assert "-m mswift.launchers.node --nproc_per_node=4)" in script
-    each = render(job(ranks="srun", nproc_per_node=4, **KINDS["chain"]))
+    start = "ranks=(srun --label --kill-on-bad-exit=1 --wait=60 /py -m "
+    assert f"{start}mswift.launchers.node --nproc_per_node=4 --module)\n" in script
+    each = render(job(ranks="srun", nproc_per_node=4, **KINDS["chain"]), python="/py")
     for line in ("ntasks-per-node=4", "cpus-per-task=8", "no-requeue", "dependency=singleton"):
         assert f"\n#SBATCH --{line}\n" in each
+    assert f"{start[:-3]}-m)\n" in each
+    assert "mswift.parallel.check" in script
+    assert "mswift.parallel.check" not in render(job(preflight=False))
     assert "scontrol requeue" in script
     assert "scontrol requeue" not in each
     sweep = render(job(**KINDS["sweep"]))

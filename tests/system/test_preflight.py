@@ -1,0 +1,35 @@
+"""The first step of a job as its real processes: two ranks meet, sum, and refuse together."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mswift.launchers import preflight
+from tests.support.ranks import ROOT
+
+
+def test_two_ranks_check_and_refuse(tmp_path: Path) -> None:
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    (tmp_path / "rows").write_bytes(b"12345")
+    want = preflight.Expected(str(tmp_path), {str(tmp_path / "rows"): 5}, nproc_per_node=2, device="cpu")
+    argv = [sys.executable, "-m", "mswift.launchers.node", "--nproc_per_node=2", "--module", "mswift.parallel.check"]
+
+    def check() -> tuple[int, str, str]:
+        done = subprocess.run(
+            [*argv, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    preflight.write(launch / preflight.EXPECTED, want)
+    status, out, err = check()
+    assert (status, err) == (0, "")
+    assert "preflight: 2 ranks on 1 nodes, cpu, all_reduce " in out
+    sick = replace(want, files={str(tmp_path / "rows"): 4}, nproc_per_node=1, all_reduce_floor_gb_per_second=1e6)
+    preflight.write(launch / preflight.EXPECTED, sick)
+    status, _, err = check()
+    assert status == 2
+    assert [line.split(": ")[0] for line in err.splitlines()] == ["refused"] * 3
+    for words in ("has 5 bytes, 4 where the job was submitted", "has 2 ranks, 1 were asked for", "asks for 1e+06"):
+        assert words in err

@@ -35,7 +35,7 @@ class InferConfig:
     """System message for conversations that have none."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: a .jinja file, a .json file that holds one, or the
-    name of one of the tokenizer's."""
+    name of one of the tokenizer's. Default: the chat_template.jinja beside adapters, else the tokenizer's own."""
     agent_template: AgentTemplate | None = None
     """How rows with tools, calls and results become text. Default: by the chat template, which gets the tools.
     With it the results of val_dataset hold the calls of each answer."""

@@ -1,6 +1,7 @@
 """`--chat_template`: another chat template than the tokenizer's own, from a file, or one of several by its name."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,26 @@ def use_chat_template(tokenizer: "Tokenizer", value: str | None, *, chosen_befor
             f"{_FLAG} {value}: there is no such file, and the tokenizer of {tokenizer.name_or_path} has {has}; give "
             f"the path of a .jinja file, or of a tokenizer_config.json that holds a {_KEY}"
         )
+
+
+def template_of_adapters(adapters: Sequence[Path]) -> Path | None:
+    """The chat template that adapters were trained with, where one brings it; ConfigError where two bring different."""
+    found = [path / TEMPLATE_FILE for path in adapters if (path / TEMPLATE_FILE).is_file()]
+    for path in found[1:]:
+        if path.read_bytes() != found[0].read_bytes():
+            raise ConfigError(
+                f"--adapters: {found[0]} and {path} are different chat templates; remove one of these files, so that "
+                "the model gets the other"
+            )
+    return found[0] if found else None
+
+
+def own_template(files: Mapping[str, bytes]) -> str | None:
+    """The one chat template among the files beside a model, by name; None where there is none, or several."""
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].decode()
+    found = json.loads(files.get(_CONFIG_FILES[0], b"{}")).get(_KEY)
+    return found if isinstance(found, str) else None
 
 
 def with_chat_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from mswift.agent.formats import FORMATS
 from mswift.config.infer import InferConfig
-from mswift.data.chat_template import read_chat_template, use_chat_template
+from mswift.data.chat_template import read_chat_template, template_of_adapters, use_chat_template
 from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError
 from mswift.infer.chat import Chat, show
@@ -83,7 +83,9 @@ def _load(config: InferConfig) -> "TransformersEngine":
     logging.set_verbosity_error()  # its load report is our error
     model_dir = Path(config.model)
     tokenizer = load_tokenizer(model_dir)
-    use_chat_template(cast(Tokenizer, tokenizer), config.chat_template)
+    trained_with = template_of_adapters([Path(adapter) for adapter in config.adapters])
+    if config.chat_template is not None or trained_with is not None:
+        use_chat_template(cast(Tokenizer, tokenizer), config.chat_template or str(trained_with))
     model = load_model(model_dir, config.torch_dtype, pick_device(config.device))
     for adapter in config.adapters:
         model = load_adapter(model, Path(adapter))

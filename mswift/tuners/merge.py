@@ -28,6 +28,7 @@ from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES, ModelTable, table_for
 from mswift.converters.quantization import FIELD, quantization_of
+from mswift.data.chat_template import own_template, template_of_adapters, with_chat_template
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
@@ -78,8 +79,8 @@ def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeRepor
     with new_directory(destination) as partial:
         for path in sorted({tensor.path for tensor in stored.values()}):
             write_safetensors(partial / path.name, fold.contents(path), fold.blocks)
-        for side in carried_files(base):
-            write_file(partial / side.name, _untied_config(side) if _is_config(side, fold) else side.read_bytes())
+        for name, data in _side_files(base, adapters, fold).items():
+            write_file(partial / name, data)
         if (base / INDEX).is_file():
             write_file(partial / INDEX, fold.index(base / INDEX))
     return MergeReport(
@@ -232,10 +233,13 @@ def _check_base(base: Path, table: ModelTable) -> dict[str, StoredTensor]:
     return stored
 
 
-def _is_config(path: Path, fold: _Fold) -> bool:
-    return fold.untied and path.name == "config.json"
-
-
-def _untied_config(path: Path) -> bytes:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(config | {_TIE: False}, indent=2) + "\n").encode()
+def _side_files(base: Path, adapters: Sequence[Path], fold: _Fold) -> dict[str, bytes]:
+    """Those of the base, but for an adapter's chat template and, where the embeddings are untied now, config.json."""
+    files = {side.name: side.read_bytes() for side in carried_files(base)}
+    if fold.untied:
+        config: dict[str, Any] = json.loads(files["config.json"])
+        files["config.json"] = (json.dumps(config | {_TIE: False}, indent=2) + "\n").encode()
+    template = template_of_adapters(adapters)
+    if template is not None and (text := template.read_text(encoding="utf-8")) != own_template(files):
+        return with_chat_template(files, text)
+    return files

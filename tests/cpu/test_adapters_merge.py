@@ -100,10 +100,15 @@ def load_file_of(model: Path, name: str) -> torch.Tensor:
 
 
 def test_files_beside_the_weights_are_carried_over(models: Path, tmp_path: Path) -> None:
-    merge(models / "untied", [random_adapter(tmp_path / "a", models / "untied")], tmp_path / "merged")
+    adapter = random_adapter(tmp_path / "a", models / "untied")
+    merge(models / "untied", [adapter], tmp_path / "merged")
     ours, base = hashes(tmp_path / "merged"), hashes(models / "untied")
     assert ours.keys() == base.keys()
     assert [name for name in ours if ours[name] != base[name]] == ["model.safetensors"]
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")  # what the adapter was trained with
+    merge(models / "untied", [adapter], tmp_path / "again")
+    added = hashes(tmp_path / "again").items() - hashes(tmp_path / "merged").items()
+    assert [name for name, _ in added] == ["chat_template.jinja"]
 
 
 def test_a_head_of_its_own_unties_the_model(models: Path, tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from mswift.cli.main import main
-from mswift.data.chat_template import read_chat_template, use_chat_template, with_chat_template
+from mswift.data.chat_template import (
+    own_template,
+    read_chat_template,
+    template_of_adapters,
+    use_chat_template,
+    with_chat_template,
+)
 from mswift.data.tokenizer import load_tokenizer, tokenizer_identity
 from mswift.errors import ConfigError
 from mswift.train.identity import check_chat_template
@@ -108,6 +114,25 @@ def test_a_continued_run_keeps_its_template(folder: Path, tmp_path: Path) -> Non
     for now, then in ((other, first), (None, first), ("loud", "quiet"), (other, None)):
         with pytest.raises(ConfigError, match=r"^--chat_template: the run .* another chat template .*; pass the"):
             check(now, then)
+
+
+def test_an_adapter_brings_the_template_it_was_trained_with(folder: Path, tmp_path: Path) -> None:
+    with_own, other = tmp_path / "a", tmp_path / "b"
+    for path in (with_own, other, tmp_path / "c"):
+        path.mkdir()
+    written(with_own / "chat_template.jinja", SHOUTS)
+    assert template_of_adapters([tmp_path / "c", with_own]) == with_own / "chat_template.jinja"
+    assert template_of_adapters([tmp_path / "c"]) is None
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert own_template(files) == CHAT_TEMPLATE
+    assert own_template(with_chat_template(files, SHOUTS)) == SHOUTS
+    assert own_template({"tokenizer_config.json": json.dumps({"chat_template": "x"}).encode()}) == "x"
+    assert own_template({}) is None
+    written(other / "chat_template.jinja", CHAT_TEMPLATE)
+    with pytest.raises(
+        ConfigError, match="--adapters: .*a/chat.* and .*b/chat.* are different chat templates; remove one"
+    ):
+        template_of_adapters([with_own, other])
 
 
 def test_show_and_infer_take_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

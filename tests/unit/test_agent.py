@@ -1,6 +1,7 @@
 """Agent templates: what is written is read back, published texts are met, and nothing malformed becomes a call."""
 
 import contextlib
+import hashlib
 import json
 from typing import Any, get_args
 
@@ -322,3 +323,26 @@ def test_toolbench_completes_its_own_system_message() -> None:
     names = [tool["function"]["name"] for tool in plain.tools or ()]
     listed = json.loads(system.partition("you have access to the following APIs: ")[2])
     assert [function["name"] for function in listed] == names
+
+
+BY_QWEN_AGENT = {
+    "qwen_en": "cd005b16bd0bb9a2",
+    "qwen_en_parallel": "3acaca36c2460e82",
+    "qwen_zh": "f82627fd7f589425",
+    "qwen_zh_parallel": "f7232ac77faa5f51",
+}
+"""sha256 (16 digits) of what Qwen-Agent 0.0.34 (its QwenFnCallPrompt) makes of the rows below."""
+
+
+@pytest.mark.parametrize("name", BY_QWEN_AGENT)
+def test_qwen_is_to_the_letter_what_qwen_agent_writes(name: str) -> None:
+    """191 conversations with tools that do not end in a call (ours then ends in the keyword that stops the model)."""
+    digest, num_rows = hashlib.sha256(), 0
+    for row in [*shared_rows("sft/glaive_toolcall_en_demo.json"), *shared_rows("agent/toolbench/answer")]:
+        plain = to_conversation(row, "row")
+        told = all({"description", "parameters"} <= tool["function"].keys() for tool in plain.tools or ())
+        if plain.tools and told and "tool_calls" not in plain.messages[-1]:
+            written = as_text(plain.messages, plain.tools, FORMATS[name], "row")
+            digest.update(json.dumps([(message["role"], message["content"]) for message in written]).encode())
+            num_rows += 1
+    assert (num_rows, digest.hexdigest()[:16]) == (191, BY_QWEN_AGENT[name])

@@ -73,9 +73,9 @@ COMMANDS = {
         example="mswift merge --model Qwen3-0.6B --adapters Qwen3-0.6B-adapter --output_dir Qwen3-0.6B-merged",
     ),
     "data": Command(
-        summary="show rows of a data set as training sees them",
+        summary="show rows as training sees them, tokenise a data set ahead, say what is in it",
         config="mswift.config.data:DataConfig",
-        run="mswift.data.show:main",
+        run="mswift.data.commands:main",
         example="mswift data show --model Qwen3-0.6B --dataset chats.jsonl --num_rows 3",
     ),
     "infer": Command(

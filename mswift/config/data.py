@@ -10,16 +10,30 @@ from mswift.config.agents import AgentTemplate
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Show data as training sees it: the decoded text of each row, with the learned tokens marked."""
+    """Data as training sees it: show its text with the learned tokens marked, tokenise it, say what is in it.
 
-    action: Annotated[Literal["show"], tyro.conf.Positional]
-    """show: print the first rows of --dataset."""
-    model: str
-    """Directory of the model whose tokenizer and chat template are used."""
+    `build` fills the token cache before GPUs are held: a run with the same flags finds its entry (one with
+    --new_special_tokens has another tokenizer, and so an entry of its own).
+    """
+
+    action: Annotated[Literal["show", "build", "info"], tyro.conf.Positional]
+    """show: print the first rows of --dataset. build: tokenise it into the cache. info: rows, tokens, lengths, what was
+    rejected; of --dataset (built first), or of entries of the cache."""
+    model: str | None = None
+    """Directory of the model whose tokenizer and chat template are used; info of entries needs none."""
     dataset: tuple[str, ...]
-    """What --dataset of pt and sft takes: files, folders, hub data sets, PATH:SUBSET#N."""
+    """What --dataset of pt and sft takes: files, folders, hub data sets, PATH:SUBSET#N. info: or directories that build
+    printed."""
+    val_dataset: tuple[str, ...] = ()
+    """build, info: files to evaluate on, as of pt and sft."""
+    split_dataset_ratio: float = 0.0
+    """build, info: share of the rows of dataset that is evaluated on, as of pt and sft."""
     num_rows: int = 3
-    """Rows to print of each item."""
+    """show: rows to print of each item."""
+    cache_dir: str | None = None
+    """build, info: where tokenised data sets are kept. Default: $MSWIFT_CACHE or ~/.cache/mswift."""
+    dataset_num_proc: int | None = None
+    """build, info: processes that tokenise. Default: one a processor, up to 8; 1 for less than 16 MiB of data."""
     kind: Literal["sft", "pt"] = "sft"
     """As conversations, or as plain text."""
     max_length: int = 2048

@@ -29,6 +29,7 @@ FORMAT_VERSION = 5
 MOST_WEIGHTS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
 _REJECTED = "rejected.jsonl"
+INDEX = "index.json"
 CHECKPOINT_BYTES = 16 << 20
 """Written between two checkpoints of a build."""
 _EMPTY: dict[str, Any] = {
@@ -166,7 +167,7 @@ class StoreWriter:
             "report": report,
         }
         text = json.dumps({"index": index, "sha256": content_hash(index)}, indent=1)
-        with (self._directory / "index.json").open("w", encoding="utf-8") as stream:
+        with (self._directory / INDEX).open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -217,7 +218,7 @@ def open_or_build(
 
 def open_store(directory: Path) -> TokenStore:
     """Map an entry into memory. FileNotFoundError: there is none; DataError: it is damaged."""
-    text = (directory / "index.json").read_text(encoding="utf-8")
+    text = (directory / INDEX).read_text(encoding="utf-8")
     try:
         envelope = json.loads(text)
         index = envelope["index"]

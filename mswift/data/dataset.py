@@ -99,6 +99,8 @@ class TokenDataset:
         self.largest_token = store.largest_token
         reports = [FileReport.load(report) for report in store.report["files"]]
         self.num_rejected_rows = sum(report.rejected.rows for report in reports)
+        self.entry = store.rejected_path.parent
+        """The directory in the token cache."""
         self.rejected_path = store.rejected_path
         """One JSON object for every bad row: file, row, reason, content."""
         self.summary = "\n".join([*(report.line() for report in reports), *samples.shares, self._total()])

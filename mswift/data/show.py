@@ -30,13 +30,11 @@ from mswift.refusals import parse_columns
 _GREEN, _YELLOW, _PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
-def main(config: DataConfig) -> int:
+def main(config: DataConfig, model: Path) -> int:
     """Print the first rows of each item of --dataset; returns the exit status."""
     if config.num_rows < 1:
         raise ConfigError(f"--num_rows {config.num_rows}: at least 1; --num_rows 3")
-    if config.max_length < 2:
-        raise ConfigError(f"--max_length {config.max_length}: a sample needs at least 2 tokens, --max_length 2048")
-    tokenizer = load_tokenizer(Path(config.model))
+    tokenizer = load_tokenizer(model)
     use_chat_template(tokenizer, config.chat_template)
     sources = [parse_source(spec) for spec in config.dataset]
     columns = parse_columns(config.columns)

@@ -1,0 +1,95 @@
+"""`mswift data build` makes the entry that a run with the same flags opens; `info` counts what is in it."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from mswift.cli.main import main
+from mswift.cli.options import parse
+from mswift.config.data import DataConfig
+from mswift.config.train import PtConfig, SftConfig
+from mswift.data.commands import data_options
+from mswift.launchers.environment import RankInfo
+from mswift.train import build as train_build
+from tests.support.shared import shared_file
+
+MODEL = str(shared_file("data/tokenizers/qwen2-8k"))
+
+
+@pytest.fixture
+def data(capsys, tmp_path):
+    def call(*argv):
+        status = main(["data", *argv, *(["--cache_dir", str(tmp_path / "cache")] if argv[0] != "show" else [])])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def _rows(tmp_path):
+    rows = [{"query": f"q{n}", "response": "word " * (n + 1)} for n in range(20)] + [{"query": "q"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_build_info_and_the_entry(data, tmp_path):
+    path = _rows(tmp_path)
+    status, out, _ = data("build", "--model", MODEL, "--dataset", path, "--split_dataset_ratio", "0.2")
+    assert status == 0
+    entries = re.findall(r"^(training|validation): (.*)$", out, re.MULTILINE)
+    assert [name for name, _ in entries] == ["training", "validation"]
+    assert len(re.findall(r"samples, .* of them learned", out)) == 2
+    status, of_entry, _ = data("info", "--dataset", *(entry for _, entry in entries))
+    assert status == 0
+    samples = [int(n) for n in re.findall(r"^samples +(\d+)", of_entry, re.MULTILINE)]
+    assert sum(samples) == 20
+    bars = re.findall(r"^ +[\d,]+ - [\d,]+ +(\d+)", of_entry, re.MULTILINE)
+    assert sum(map(int, bars)) == 20
+    assert "has no assistant turn" in of_entry
+    status, of_data, _ = data("info", "--model", MODEL, "--dataset", path, "--split_dataset_ratio", "0.2")
+    assert all(line in of_data for line in of_entry.splitlines())
+
+
+def test_wrong_commands(data, tmp_path):
+    path = _rows(tmp_path)
+    assert "data build needs --model" in data("build", "--dataset", path)[2]
+    both = data("build", "--model", MODEL, "--dataset", path, "--split_dataset_ratio", "0.2", "--val_dataset", path)
+    assert (both[0], "give one of them" in both[2]) == (2, True)
+    assert (
+        "--dataset_num_proc 0: at least 1"
+        in data("build", "--model", MODEL, "--dataset", path, "--dataset_num_proc", "0")[2]
+    )
+    entry = re.search("training: (.*)", data("build", "--model", MODEL, "--dataset", path)[1])[1]
+    assert "entries of the token cache, or data sets, not both" in data("info", "--dataset", entry, path)[2]
+
+
+@pytest.mark.parametrize(("kind", "config_class"), [("pt", PtConfig), ("sft", SftConfig)])
+def test_the_options_are_those_of_a_run(monkeypatch, kind, config_class):
+    common = ["--max_length", "77", "--dataset_sampling", "first", "--seed", "5", "--split_dataset_ratio", "0.3",
+              "--columns", '{"a": "query"}', "--cache_dir", "c", "--dataset_num_proc", "3", "--strict"]  # fmt: skip
+    sft = [
+        "--truncation_strategy",
+        "split",
+        "--system",
+        "s",
+        "--loss_scale",
+        "last_round",
+        "--agent_template",
+        "hermes",
+    ]
+    flags = ["--model", MODEL, "--dataset", "x", *common, *(sft if kind == "sft" else [])]
+    seen = []
+
+    def stop(kind, specs, tokenizer, options, **_):
+        seen.append(options)
+        raise KeyError
+
+    monkeypatch.setattr(train_build, "build_dataset", stop)
+    reader = SimpleNamespace(hf_files=MODEL, table=SimpleNamespace(spec=SimpleNamespace(max_position_embeddings=None)))
+    with pytest.raises(KeyError):
+        train_build.build_data(kind, parse(config_class, flags), reader, RankInfo.single(), resumed=False)
+    assert seen == [replace(data_options(parse(DataConfig, ["build", "--kind", kind, *flags])), model_positions=None)]

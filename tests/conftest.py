@@ -42,6 +42,8 @@ BUDGET_SECONDS = {
     "cpu/test_state": 75,
     "cpu/test_train": 130,
     "cpu/test_data": 40,
+    "cpu/test_data_agents": 15,
+    "cpu/test_data_hard": 15,
     "cpu/test_adapters": 120,
     "cpu/test_adapters_dropout": 20,
     "cpu/test_adapters_experts": 45,

@@ -4,7 +4,8 @@ What a template cannot write (two users in turn, results, tools) must be refused
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -65,10 +66,9 @@ def qwen() -> Any:
     return load_tokenizer(shared_file("data/tokenizers/qwen2-8k"))
 
 
-def conversations() -> Iterator[Any]:
-    for file, step in ROWS.items():
-        for row in shared_rows(file)[::step]:
-            yield to_conversation(row, "row")
+@cache
+def conversations() -> list[Any]:
+    return [to_conversation(row, "row") for file, step in ROWS.items() for row in shared_rows(file)[::step]]
 
 
 def learned(tokenizer: Any, sample: Any) -> list[str]:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
+from mswift.topology import ParallelDims
 from tests.support.family_configs import family_config
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, load, run_ranks
 
 SMALL = {"vocab_size": 103, "num_hidden_layers": 4}  # 103: every layout of more than one rank has padding
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2:a2a": (2, {"cp": 2}),
     "cp4": (4, {"cp": 4}),
     "cp4:a2a+p2p": (4, {"cp": 4, "cp_levels": (2, 2)}),
+    "tp2-cp2": (4, {"tp": 2, "cp": 2}),
     "tp2-sp-cp2": (4, {"tp": 2, "cp": 2, **SP}),
     "pp2-cp2": (4, {"pp": 2, "cp": 2}),
     "pp2-cp2:packed": (4, {"pp": 2, "cp": 2}),
@@ -76,6 +77,20 @@ def product() -> Iterator[tuple[str, str, str]]:
             needs_sp = model != "dense" and "tp" in degrees and "sequence_parallel" not in degrees
             if not needs_sp and not (of_experts and model == "dense"):
                 yield from ((model, name, tuner) for tuner in (("full",) if model == "mtp" else ("full", "lora")))
+
+
+def kinds(name: str) -> set[str]:
+    """What a layout rests on: its axes, and the rules of its options. Each has a partner in `test_matrix.BREAKS`."""
+    world_size, degrees = LAYOUTS[name]
+    options = OPTIONS.get(name.partition(":")[2], {})
+    dims = ParallelDims(world_size=world_size, **degrees)
+    shares = {
+        "tp": dims.tp, "sp": dims.sequence_parallel * 2, "pp": dims.pp, "vpp": dims.chunks, "dp": dims.dp,
+        "ep": dims.ep, "etp": dims.etp or 1, "edp": dims.edp if dims.has_expert_axes else 1,
+        f"cp {options.get('cp_comm_type', 'p2p')}": dims.cp,
+    }  # fmt: skip
+    found = {kind for kind, size in shares.items() if size > 1}
+    return found | {f"packed {axis}" for axis in ("pp", "cp") if "packed" in options and shares.get(axis, dims.cp) > 1}
 
 
 def job(model: str, tuner: str, **options: Any) -> dict[str, Any]:
@@ -140,36 +155,9 @@ def broken_rule(name: str | None) -> Iterator[None]:
     """A rule of the dense model or of the adapters left out on this rank, or "file:function", a context manager."""
     from tests.support import lora_parity, parity
 
+    if name is not None and ":" in name:
+        with load(name)():
+            yield
+        return
     with parity.broken_rule(name), lora_parity.broken_rule(name):
         yield
-
-
-def no_gradient_through_all_to_all() -> Any:
-    """Tokens travel to their experts and back; their gradients do not."""
-    from megatron.core.transformer.moe import token_dispatcher
-
-    real = token_dispatcher.all_to_all
-    return patch.object(token_dispatcher, "all_to_all", lambda *args, **kwargs: real(*args, **kwargs).detach())
-
-
-def no_sum_over_experts_parts() -> Any:
-    """What the ranks that share an expert have computed of it is not added up."""
-    from megatron.core.transformer.moe import token_dispatcher
-
-    def own_part(x: Any, group: Any = None, **_: Any) -> Any:
-        return x.chunk(group.size())[group.rank()] * group.size()
-
-    return patch.object(token_dispatcher, "reduce_scatter_to_sequence_parallel_region", own_part)
-
-
-def half_gradients_between_stages() -> Any:
-    """The gradient that a stage gets from the next one is halved."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    real = P2PCommunicator._communicate
-
-    def halved(self: Any, *, recv_next: bool, **options: Any) -> Any:
-        before, behind, requests = real(self, recv_next=recv_next, **options)
-        return before, behind * 0.5 if recv_next else behind, requests
-
-    return patch.object(P2PCommunicator, "_communicate", halved)

@@ -4,7 +4,7 @@ A fault that a newer megatron-core no longer has fails here, so that its mend go
 shown by partner tests elsewhere, which that page names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -97,3 +97,103 @@ def test_each_parameter_counts_its_own_steps_after_a_reload() -> None:
 
 def test_one_step_tensor_for_all_parameters_is_seen() -> None:
     assert not same_after_third_step(shared=True)
+
+
+def prediction_layers(_payload: object) -> dict[str, Any]:
+    """What megatron-core's own code of multi-token prediction does, on the model that mswift builds."""
+    join(1)
+    import warnings
+
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    model = predicting_model()
+    layer, config = model.mtp.layers[0], model.config
+    tokens, states = torch.zeros((1, 8), dtype=torch.int64), torch.zeros((8, 1, config.hidden_size))
+    rest = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
+    found: dict[str, Any] = {
+        "logits": error_of(lambda: GPTModel._postprocess(model, torch.cat((states, states)), labels=None, **rest)),
+        "positions": error_of(
+            lambda: MultiTokenPredictionLayer._get_embeddings(layer, tokens, None, model.embedding, states)
+        ),
+    }
+    calls: list[int] = []
+
+    def double(hidden_states: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return hidden_states * 2
+
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 2
+    found["uniform"] = error_of(lambda: layer._checkpointed_forward(double, hidden_states=states))
+    config.recompute_method, config.recompute_num_layers = "block", 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        layer._checkpointed_forward(double, hidden_states=states.requires_grad_()).sum().backward()
+    return found | {"block": [str(each.message) for each in said], "computed": len(calls)}
+
+
+def predicting_model() -> Any:
+    """A tied model with a multi-token-prediction layer, of a stage that is the last and not the first."""
+    from megatron.core.models.gpt import GPTModel
+
+    from mswift.converters.plan import table_for
+    from mswift.parallel.megatron import world
+    from mswift.parallel.megatron.config import EngineConfig, transformer_config
+    from mswift.parallel.megatron.prediction import prediction_spec
+    from mswift.parallel.megatron.spec import block_spec, rotary_tables
+    from mswift.topology import ParallelDims
+
+    world.enter(ParallelDims(), 0)
+    spec = table_for(MODELS["mtp"] | {"tie_word_embeddings": True}).spec
+    config = transformer_config(spec, ParallelDims(), EngineConfig(mtp_num_layers=1))
+    rotary = rotary_tables(spec, torch.device("cpu"))
+    return GPTModel(
+        config,
+        block_spec(spec, range(spec.num_layers), rotary, config),
+        vocab_size=spec.vocab_size,
+        max_sequence_length=64,
+        pre_process=False,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="none",
+        mtp_block_spec=prediction_spec(spec, rotary, config),
+    )
+
+
+def error_of(work: Callable[[], object]) -> str:
+    """The message of what it raises, or ""."""
+    try:
+        work()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_prediction_layers_need_labels_and_positions_and_are_not_recomputed_in_blocks() -> None:
+    found = run_ranks(1, prediction_layers)[0]
+    assert "'NoneType' object has no attribute 'clone'" in found["logits"]
+    assert "roll()" in found["positions"]
+    assert "recompute_num_layers must be 1" in found["uniform"]
+    assert "'block' is not supported for MTP" in found["block"][0]
+    assert found["computed"] == 1
+
+
+def two_copies(_payload: object) -> tuple[bool, bool]:
+    """(is there a weight of the output layer beside the embedding that is used in its place, does it learn)."""
+    join(1)
+    from megatron.core.models.gpt import GPTModel
+
+    model = predicting_model()
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    model.compute_language_model_loss = lambda labels, logits: logits.square().sum(-1).t()  # any that depends on them
+    states, tokens = torch.randn((16, 1, model.config.hidden_size)), torch.zeros((1, 8), dtype=torch.int64)
+    rest = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
+    GPTModel._postprocess(model, states, labels=tokens, **rest).sum().backward()
+    learned = model.embedding.word_embeddings.weight.grad
+    assert learned is not None
+    assert learned.abs().max() > 0
+    return model.output_layer.weight is not None, model.output_layer.weight.grad is not None
+
+
+def test_a_tied_last_stage_that_predicts_has_an_output_weight_which_nothing_uses() -> None:
+    assert run_ranks(1, two_copies)[0] == (True, False)

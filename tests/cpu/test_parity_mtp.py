@@ -22,6 +22,7 @@ from tests.cpu.test_parity_ssm import weaken_decay
 from tests.support.parity import BASE, differences, megatron_run, random_steps
 from tests.support.parity import reference as transformers_reference
 from tests.support.prediction import in_double, predicting_model, published, reference
+from tests.support.ranks import join, run_ranks
 from tests.support.spaces import weights_of
 
 TOLERANCE = 5e-6
@@ -114,6 +115,59 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("option", ["uniform", pytest.param("block", marks=pytest.mark.whole), "fused loss"])
 def test_recomputation_and_fusion_change_nothing(option: str) -> None:
     assert {n: d for n, d in apart("v3", "one", **OPTIONS[option]).items() if not d <= TOLERANCE} == {}
+
+
+def gradients_of_states(payload: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Gradients of random states [depths + 1] before the output layer: ours, and those of megatron-core's own code."""
+    dims, device = join(1)
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    from mswift.converters.plan import table_for
+    from mswift.parallel.batch import Microbatch, moved
+    from mswift.parallel.megatron import schedule
+    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
+    from mswift.parallel.megatron.model import _weighted_sum
+    from mswift.train.proof_tensors import RandomWeights
+
+    table = table_for(payload["config"])
+    settings = EngineConfig(mtp_num_layers=2, loss_fusion="false", mcore={"mtp_loss_scaling_factor": SCALE})
+    engine = MegatronEngine(table, dims, settings, device)
+    engine.load_weights(RandomWeights(table, 0))  # type: ignore[arg-type]
+    model = engine._chunks[0].module
+    tokens, labels, weights = random_steps(1)[0][0]
+    batch = Microbatch(tokens, labels, weights)
+    depths = [batch, *(moved(batch, depth) for depth in (1, 2))]
+    start = torch.randn((3 * tokens.shape[1], len(tokens), table.spec.hidden_size))
+    states = [start.clone().requires_grad_() for _ in range(3)]
+    parts = zip(states[0].chunk(3), depths, strict=True)
+    sums = [_weighted_sum(model._losses(x, d.labels, d.loss_weights), d.loss_weights) for x, d in parts]
+    schedule._with_predictions(SCALE, torch.stack(sums), weights)[0].backward()
+    rest = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
+    MTPLossAutoScaler.set_loss_scale(torch.ones(()))
+    for x, by_token in zip(states[1:], (True, False), strict=True):
+        model.config.calculate_per_token_loss = by_token
+        losses = GPTModel._postprocess(model, x, labels=labels, loss_mask=weights, **rest)
+        (losses * weights).sum().backward()
+    engine.close()
+    counts = [float(depth.loss_weights.sum()) for depth in depths]
+    names = ("ours", "by token", "mean")
+    return {name: x.grad.numpy() for name, x in zip(names, states, strict=True)} | {"counts": np.array(counts)}
+
+
+def test_losses_ahead_are_divided_as_megatron_core_divides_those_of_tokens_and_as_in_the_report() -> None:
+    """A sum, later divided by the learned tokens T of the main loss (the report: 1/T), not by a depth's own targets.
+
+    The latter is what megatron-core does to a loss that is a mean.
+    """
+    found = run_ranks(1, gradients_of_states, {"config": MODELS["two-depths"]})[0]
+    ours, by_token, mean = (found[name].reshape(3, -1) for name in ("ours", "by token", "mean"))
+    assert np.abs(ours - by_token).max() <= 1e-6 * np.abs(by_token).max()
+    for depth in (1, 2):
+        assert np.abs(ours[depth]).max() > 0
+        assert np.allclose(mean[depth] * found["counts"][depth], ours[depth], rtol=1e-4, atol=1e-7)
+        assert found["counts"][depth] < found["counts"][0]
 
 
 WHOLE = [pytest.param(layout, marks=pytest.mark.whole) for layout in ("one", "tp2-sp", "dp2", "ep2")]

@@ -51,7 +51,7 @@ BUDGET_SECONDS = {
     "cpu/test_infer": 65,
     "cpu/test_fused_loss": 35,
     "cpu/test_matrix": 90,
-    "cpu/test_random_shapes": 40,
+    "cpu/test_random_shapes": 45,
     "cpu/": 80,
     "system/test_train": 500,
     "system/test_faults": 150,

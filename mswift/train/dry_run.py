@@ -21,6 +21,7 @@ from mswift.train.inputs import input_refusals, model_config, open_model
 from mswift.train.memory import ACTIVATIONS, StageMemory, checkpoint_bytes, idle_parameters, stage_memory
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
+from mswift.train.sent import sent_line
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -218,6 +219,8 @@ def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: Para
         "with vocabulary padding; gradients fp32; optimizer fp32, divided by DP" + (" x CP" if dims.cp > 1 else ""),
     )
     yield "  activations", ACTIVATIONS
+    if dims.world_size > 1:
+        yield "sent", sent_line(config, table, dims, dtype_bytes)
 
 
 def _table(stages: Sequence[StageMemory]) -> str:

@@ -58,3 +58,23 @@ def all_finite(device: torch.device, *values: float) -> bool:
 def _is_mine(group: object) -> bool:
     """Whether this rank is a member of a group that megatron-core noted down (it notes None for the world)."""
     return group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER
+
+
+def axes() -> dict[str, str]:
+    """Name of each process group of this rank -> the axis that it stands for (as `mswift.parallel.traffic` has them).
+
+    Between two stages megatron-core sends over the group of all ranks, which nothing else does.
+    """
+    state = parallel_state
+    levels = state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS or (None, None)
+    groups = {
+        "tp": [state._TENSOR_MODEL_PARALLEL_GROUP],
+        "cp": [state._CONTEXT_PARALLEL_GROUP, levels[1]],
+        "cp heads": [levels[0]],
+        "pp": [state._PIPELINE_MODEL_PARALLEL_GROUP, dist.group.WORLD],
+        "dp": [state._DATA_PARALLEL_GROUP_WITH_CP, state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP],
+        "ep": [state._EXPERT_MODEL_PARALLEL_GROUP, state._EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP],
+        "edp": [state._EXPERT_DATA_PARALLEL_GROUP, state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP],
+        "embedding": [state._EMBEDDING_GROUP],
+    }
+    return {group.group_name: axis for axis, of in groups.items() for group in of if group is not None}

@@ -151,6 +151,15 @@ def test_the_stages_are_printed(argv: list[str], capsys: pytest.CaptureFixture[s
         assert words in said
 
 
+def test_what_a_rank_sends_in_a_step(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """2 data-parallel ranks each send half of the gradients (fp32) and half of the weights (fp32)."""
+    assert main([*argv, "--world_size", "2"]) == 0
+    padded = -(-_count(_table()) // 128) * 128
+    assert f"sent           DP {padded * (4 + 4) / 2 / 1e9:.3g} GB (" in capsys.readouterr().out
+    assert main([*argv, "--world_size", "2", "--tuner_type", "lora"]) == 0
+    assert "sent           not estimated with adapters" in capsys.readouterr().out
+
+
 def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--tensor_model_parallel_size", "8", "--lora_rank", "3", "--val_dataset", "absent.txt", "--resume", "true"]
     assert main([*argv, *wrong, "--world_size", "8"]) == 2

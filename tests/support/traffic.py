@@ -27,7 +27,7 @@ Counts = Counter[tuple[str, str, str]]
 def counted(model: str, world_size: int, degrees: Mapping[str, Any], **settings: Any) -> list[tuple[Counts, Counts]]:
     """(counted, said by the formulas) of every rank."""
     payload = {"model": model, "degrees": degrees, "settings": settings, "world_size": world_size}
-    return run_ranks(world_size, on_rank, payload)
+    return run_ranks(world_size, on_rank, payload, timeout=600.0)
 
 
 def on_rank(payload: Mapping[str, Any]) -> tuple[Counts, Counts]:

@@ -23,6 +23,7 @@ from mswift.launchers import local
 from mswift.launchers.job import Job
 from mswift.refusals import dims_of, train_refusals
 from mswift.topology import ParallelDims
+from mswift.train.machine import check_machine
 from mswift.train.memory import lora_config
 from mswift.train.proof import TOLERANCE, Difference, ProofJob, compare
 from mswift.train.scaled_model import scaled_dims, scaled_table
@@ -33,7 +34,14 @@ _MOST_RANKS = 1024
 
 
 def main(config: DoctorConfig) -> int:
-    """Prove the layout; returns 0 where it holds, 1 where it does not, 2 where a launch would be refused."""
+    """Prove the layout; returns 0 where it holds, 1 where it does not, 2 where a launch would be refused.
+
+    Or look at the machine.
+    """
+    if config.check == "machine":
+        return check_machine(config)
+    if not config.model:
+        raise ConfigError("--model is required: doctor layout proves a layout for the structure of a model")
     raw = _model_config(Path(config.model))
     spec = table_for(raw).spec
     world_size = config.nproc_per_node or config.world_size or _least_ranks(config, spec.num_layers)

@@ -33,3 +33,19 @@ def test_two_ranks_check_and_refuse(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in err.splitlines()] == ["refused"] * 3
     for words in ("has 5 bytes, 4 where the job was submitted", "has 2 ranks, 1 were asked for", "asks for 1e+06"):
         assert words in err
+
+
+def test_this_machine_is_looked_at() -> None:
+    argv = [sys.executable, "-m", "mswift.cli.main", "doctor", "machine", "--nproc_per_node", "2", "--device", "cpu"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "host", "versions", "cores", "memory", "GPUs", "disk", "preflight:", "sound:",
+    ]  # fmt: skip
+
+
+def test_a_layout_needs_a_model() -> None:
+    argv = [sys.executable, "-m", "mswift.cli.main", "doctor", "layout", "--tensor_model_parallel_size", "2"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--model is required" in done.stderr

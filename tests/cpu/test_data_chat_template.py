@@ -1,6 +1,7 @@
 """--chat_template: which template is used, what is refused, and that it travels with a model and its token cache."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mswift.data.chat_template import (
 from mswift.data.tokenizer import load_tokenizer, tokenizer_identity
 from mswift.errors import ConfigError
 from mswift.train.identity import check_chat_template
+from mswift.tuners.export import _tokenizer_files
 from tests.support import chat_templates
 from tests.support.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
@@ -48,6 +50,7 @@ def test_a_path_a_json_file_and_a_name(folder: Path, tmp_path: Path) -> None:
         use_chat_template(tokenizer, file)
         assert tokenizer.chat_template == template
         assert tokenizer_identity(tokenizer) != before  # it is part of the name of a cache entry
+        assert pickle.loads(pickle.dumps(tokenizer)).chat_template == template  # noqa: S301  (how processes get it)
     tokenizer = load_tokenizer(folder)
     use_chat_template(tokenizer, None)
     assert tokenizer.chat_template == CHAT_TEMPLATE
@@ -114,6 +117,20 @@ def test_a_continued_run_keeps_its_template(folder: Path, tmp_path: Path) -> Non
     for now, then in ((other, first), (None, first), ("loud", "quiet"), (other, None)):
         with pytest.raises(ConfigError, match=r"^--chat_template: the run .* another chat template .*; pass the"):
             check(now, then)
+
+
+def test_an_exported_adapter_has_the_tokenizer_of_its_run(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    for name, data in with_chat_template({p.name: p.read_bytes() for p in folder.iterdir()}, SHOUTS).items():
+        (tmp_path / "hf" / name).write_bytes(data)
+    for name in ("config.json", "adapter_config.json"):
+        written(tmp_path / "hf" / name, {})
+    written(tmp_path / "run.json", {"config": {"chat_template": "a.jinja"}})
+    beside = _tokenizer_files(tmp_path)
+    assert beside["chat_template.jinja"].decode() == SHOUTS
+    assert beside.keys() == {path.name for path in folder.iterdir()}
+    written(tmp_path / "run.json", {"config": {"chat_template": None}})
+    assert _tokenizer_files(tmp_path) == {}
 
 
 def test_an_adapter_brings_the_template_it_was_trained_with(folder: Path, tmp_path: Path) -> None:

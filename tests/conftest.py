@@ -49,6 +49,7 @@ BUDGET_SECONDS = {
     "cpu/test_adapters_experts": 45,
     "cpu/test_adapters_kinds": 50,
     "cpu/test_infer": 65,
+    "cpu/test_packed": 45,
     "cpu/test_fused_loss": 35,
     "cpu/test_matrix": 90,
     "cpu/test_random_shapes": 45,

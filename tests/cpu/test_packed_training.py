@@ -122,6 +122,14 @@ def test_packed_equals_transformers_on_each_sample_by_itself(samples: Any) -> No
     assert {name: d for name, d in differences(found, truth, WHAT).items() if not d <= 1e-5} == {}
 
 
+def test_samples_that_see_each_other_are_seen(samples: Any, unpacked: dict[str, Any]) -> None:
+    """The partner of the tests above: rows as they are packed, but without their documents."""
+    steps = as_steps(whole_set(PackedDataset(samples, CAPACITY, "bestfit")))
+    joined = [[batch[:3] for batch in step] for step in steps]
+    found = megatron_run(*start(), joined, SGD, 1, {})
+    assert max(differences(found, unpacked, ("gradients",)).values()) > 1e-3
+
+
 def read_back(ranks: Sequence[StepBatch]) -> list[tuple[list[int], list[int], list[float]]]:
     """(tokens, labels, weights) of every document of a step in which something is learned."""
     found = []

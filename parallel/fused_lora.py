@@ -79,7 +79,7 @@ class FusedLora(nn.Module):
 
         weight [O, i] is the base's, bias [O] what base_output has in it.
         """
-        a, b = self._joined_a(), self._fused_b()
+        a, b = self.matrices()
         z = self._across_ranks(self._down(x, a))  # [..., R]
         if not self.dora:
             flat = torch.addmm(base_output.flatten(0, -2), z.flatten(0, -2), b.t(), alpha=self.scale)
@@ -88,11 +88,20 @@ class FusedLora(nn.Module):
         plain = base_output if bias is None else base_output - bias
         return base_output + (factor - 1) * plain + factor * (self.scale * F.linear(z, b))
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [R, i] and B [O, R] of the whole base."""
+        return self._joined_a(), self._fused_b()
+
+    @property
+    def drops(self) -> bool:
+        """Whether it has dropout."""
+        return any(pair.adapted.dropout for pair in self.pairs().values())
+
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
         """A(x) [..., R]; every linear drops elements of x of its own."""
-        pairs = self.pairs().values()
-        if not any(pair.adapted.dropout for pair in pairs):
+        if not self.drops:
             return F.linear(x, a)
+        pairs = self.pairs().values()
         sliced = self.sequence_parallel and not self.row
         first_token = self.group.rank() * x.shape[0] if sliced else 0
         parts, row = [], 0
@@ -131,7 +140,7 @@ class FusedLora(nn.Module):
             leaf: pair.matrix_b() if pair.scale == self.scale else pair.matrix_b() * (pair.scale / self.scale)
             for leaf, pair in pairs.items()
         }
-        if len(self.blocks) == 1:
+        if len({leaf for leaf, _ in self.blocks}) == 1 and self.groups == 1:  # HF fuses what the base does
             b = matrices[self.blocks[0][0]]
             return self._summed_gradient(b) if self.in_expert and self.row else b
         before, width = 0, sum(pair.rank for pair in pairs.values())

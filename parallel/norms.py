@@ -19,8 +19,29 @@ def replicated(config: object, width: int) -> nn.Parameter:
     return vector
 
 
+class _RmsNorm(torch.autograd.Function):
+    """fp32 on a CPU, where torch's F.rms_norm is a chain of operations which keeps two more tensors like x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        products = gradient * normed
+        along = torch.mv(products.flatten(0, -2), weight).div_(-x.shape[-1]).view(inverse.shape)
+        of_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        of_x = torch.mul(gradient, weight, out=products).addcmul_(normed, along).mul_(inverse)
+        return of_x, of_weight, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), as torch's fused kernel."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), one fused step of autograd."""
 
     def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
         super().__init__()
@@ -29,6 +50,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., width]; the mean square is taken in fp32."""
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 

@@ -9,7 +9,7 @@ this rank, c = f, or 2 f where the activation is gated.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -21,75 +21,118 @@ from torch import Tensor
 from mswift.parallel.megatron.weight_gradients import add_weight_gradient
 
 
+class _Linear(NamedTuple):
+    """weight [o, i]; of an adapter a [r, i] and b [o, r], which add factor * b @ a to it."""
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    factor: float
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """Product with x [n, i] into out [n, o]."""
+        torch.mm(x, self.weight.t(), out=out)
+        if self.a is not None and self.b is not None:
+            out.addmm_(torch.mm(x, self.a.t()), self.b.t(), alpha=self.factor)
+
+    def differentiate(self, gradient: Tensor, x: Tensor, of_x: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The gradient of x into of_x; those of weight, a and b that are wanted."""
+        torch.mm(gradient, self.weight, out=of_x)
+        found: list[Tensor | None] = [add_weight_gradient(self.weight, gradient, x) if wanted[0] else None, None, None]
+        if self.a is not None and self.b is not None:
+            between = torch.mm(gradient, self.b).mul_(self.factor)
+            of_x.addmm_(between, self.a)
+            found[1] = torch.mm(between.t(), x) if wanted[1] else None
+            found[2] = torch.mm(gradient.t(), torch.mm(x, self.a.t())).mul_(self.factor) if wanted[2] else None
+        return found
+
+
+class _Plan(NamedTuple):
+    """What is no tensor: rows of each expert, factors of the adapters of all first and all second linears."""
+
+    counts: Sequence[int]
+    factors: Sequence[float]
+    activation: Callable[[Tensor], Tensor]
+
+    def linears(self, tensors: Sequence[Any], second: bool) -> Iterator[tuple[slice, slice, _Linear]]:
+        """(its tensors, its rows, a linear) of each expert; tensors are (weight, a, b) of each of `factors`."""
+        for expert, (first, after) in enumerate(pairwise(accumulate(self.counts, initial=0))):
+            number = len(self.counts) * second + expert
+            own = slice(3 * number, 3 * number + 3)
+            weight, a, b = tensors[own]
+            yield own, slice(first, after), _Linear(weight, a, b, self.factors[number])
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, scale: Tensor, counts: Sequence[int], activation: Callable[[Tensor], Tensor], *weights: Tensor
-    ) -> Tensor:
-        ups, downs = weights[: len(counts)], weights[len(counts) :]
-        inner = x.new_empty(len(x), ups[0].shape[0])
-        for rows, up in zip(_segments(counts), ups, strict=True):
-            torch.mm(x[rows], up.t(), out=inner[rows])
-        scaled = (activation(inner) * scale.unsqueeze(-1)).to(x.dtype)
-        out = x.new_empty(len(x), downs[0].shape[0])
-        for rows, down in zip(_segments(counts), downs, strict=True):
-            torch.mm(scaled[rows], down.t(), out=out[rows])
-        ctx.save_for_backward(x, scale, inner, *weights)
-        ctx.counts, ctx.activation = counts, activation
+    def forward(ctx, x: Tensor, scale: Tensor, plan: _Plan, *tensors: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ups, downs = (list(plan.linears(tensors, second)) for second in (False, True))
+        inner = x.new_empty(len(x), ups[0][-1].weight.shape[0])
+        for _, rows, linear in ups:
+            linear.write(x[rows], inner[rows])
+        scaled = _scaled(plan.activation(inner), scale)
+        out = x.new_empty(len(x), downs[0][-1].weight.shape[0])
+        for _, rows, linear in downs:
+            linear.write(scaled[rows], out[rows])
+        ctx.save_for_backward(x, scale, inner, *tensors)
+        ctx.plan = plan
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, scale, inner, *weights = ctx.saved_tensors
-        ups, downs = weights[: len(ctx.counts)], weights[len(ctx.counts) :]
-        segments = list(_segments(ctx.counts))
-        of_weights: list[Tensor | None] = [None] * len(weights)
+        plan: _Plan = ctx.plan
+        x, scale, inner, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        found: list[Tensor | None] = [None] * len(tensors)
         with torch.enable_grad():
             inputs = inner.detach().requires_grad_()
-            activated = ctx.activation(inputs)
+            activated = plan.activation(inputs)
         scaled = (activated.detach() * scale.unsqueeze(-1)).to(x.dtype)
         of_scaled = torch.empty_like(scaled)
-        for number, (rows, down) in enumerate(zip(segments, downs, strict=True), len(ups)):
-            torch.mm(gradient[rows], down, out=of_scaled[rows])
-            if ctx.needs_input_grad[4 + number]:
-                of_weights[number] = add_weight_gradient(down, gradient[rows], scaled[rows])
+        for own, rows, linear in plan.linears(tensors, second=True):
+            found[own] = linear.differentiate(gradient[rows], scaled[rows], of_scaled[rows], wanted[own])
+        del scaled
         of_scale = (of_scaled * activated.detach().to(scale.dtype)).sum(-1)
-        of_activated = (of_scaled * scale.unsqueeze(-1)).to(x.dtype)
-        del scaled, of_scaled
-        (of_inner,) = torch.autograd.grad(activated, inputs, of_activated)
+        (of_inner,) = torch.autograd.grad(activated, inputs, _scaled(of_scaled, scale))
         of_x = torch.empty_like(x)
-        for number, (rows, up) in enumerate(zip(segments, ups, strict=True)):
-            torch.mm(of_inner[rows], up, out=of_x[rows])
-            if ctx.needs_input_grad[4 + number]:
-                of_weights[number] = add_weight_gradient(up, of_inner[rows], x[rows])
-        return of_x, of_scale, None, None, *of_weights
+        for own, rows, linear in plan.linears(tensors, second=False):
+            found[own] = linear.differentiate(of_inner[rows], x[rows], of_x[rows], wanted[own])
+        return of_x, of_scale, None, *found
 
 
-def _segments(counts: Sequence[int]) -> Iterator[slice]:
-    """The rows of each expert."""
-    return (slice(first, after) for first, after in pairwise(accumulate(counts, initial=0)))
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    """rows [m, f] by scale [m], in the memory of rows where their dtypes are the same."""
+    factors = scale.unsqueeze(-1)
+    return rows.mul_(factors) if rows.dtype == scale.dtype else (rows * factors).to(rows.dtype)
 
 
 class Experts(SequentialMLP):
     """megatron-core's experts, modules and names as they are, computed together where they are plain linears.
 
-    Experts with biases, with adapters or in four bits are computed one after the other, as megatron-core does.
+    Adapters without dropout are part of that. Experts with biases, in four bits, or with other adapters are computed
+    one after the other, as megatron-core does.
     """
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, scale: Tensor) -> tuple[Tensor, None]:
         """x [m, h], weights of the router [m] -> ([m, h], no bias)."""
-        if not all(_is_plain(expert.linear_fc1, expert.linear_fc2) for expert in self.local_experts):
+        linears = [getattr(expert, name) for name in ("linear_fc1", "linear_fc2") for expert in self.local_experts]
+        if not all(_is_plain(linear) for linear in linears):
             return super().forward(x, tokens_per_expert, scale)  # type: ignore[no-any-return]
-        experts = list(self.local_experts)
-        weights = [expert.linear_fc1.weight for expert in experts] + [expert.linear_fc2.weight for expert in experts]
-        counts = tokens_per_expert.tolist()
-        return _Experts.apply(x, scale, counts, experts[0].activation_func, *weights), None  # type: ignore[no-untyped-call]
+        factors = [linear.lora.scale if hasattr(linear, "lora") else 0.0 for linear in linears]
+        plan = _Plan(tokens_per_expert.tolist(), factors, self.local_experts[0].activation_func)
+        tensors = [tensor for linear in linears for tensor in _tensors(linear)]
+        return _Experts.apply(x, scale, plan, *tensors), None  # type: ignore[no-untyped-call]
 
 
-def _is_plain(up: Any, down: Any) -> bool:
-    own = type(up) is ColumnParallelLinear and type(down) is RowParallelLinear
-    changed = up._forward_hooks or down._forward_hooks or "_forward_impl" in vars(up)
-    return own and not changed and not up.gradient_accumulation_fusion
+def _is_plain(linear: Any) -> bool:
+    own = type(linear) in (ColumnParallelLinear, RowParallelLinear) and not linear.gradient_accumulation_fusion
+    adapted = hasattr(linear, "lora")
+    known = len(linear._forward_hooks) == adapted and "_forward_impl" not in vars(linear)
+    return own and known and not (adapted and (linear.lora.dora or linear.lora.drops))
+
+
+def _tensors(linear: Any) -> tuple[Tensor | None, ...]:
+    return (linear.weight, *(linear.lora.matrices() if hasattr(linear, "lora") else (None, None)))
 
 
 class _ToExperts(torch.autograd.Function):

@@ -47,7 +47,7 @@ def loss_of(kind: str, vocab: int) -> Callable[[Any, Any, Any, Any], Any]:
         return (losses * weights).sum()
 
     def fused(hidden: Any, weight: Any, labels: Any, weights: Any) -> Any:
-        return fused_linear_cross_entropy(hidden, weight, labels, weights, layer)
+        return fused_linear_cross_entropy(hidden, weight, labels, weights, layer)[0]
 
     return plain if kind == "plain" else fused
 

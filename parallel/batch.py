@@ -23,13 +23,15 @@ class Microbatch:
 
     tokens, labels: int64 [b, s]; loss_weights: float32 [b, s], 0 where there is nothing to learn. documents: None, a
     row is one sequence; else the lengths of what is packed in the rows, row by row, padding at a row's end included,
-    b * s in all. A document sees itself alone and its positions count from 0.
+    b * s in all. A document sees itself alone and its positions count from 0. channels: uint8 [b, s], the number
+    under which the loss of a position is reported apart, or None.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_weights: Tensor
     documents: tuple[int, ...] | None = None
+    channels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class RankBatch:
     documents: tuple[int, ...] | None
     seq_length: int
     """S"""
+    channels: Tensor | None = None
     ahead: tuple["RankBatch", ...] = ()
     """What multi-token-prediction layers compute at the same positions, by depth."""
 
@@ -128,7 +131,7 @@ def _padded_length(batch: Microbatch, dims: ParallelDims) -> int:
 
 
 def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int) -> RankBatch:
-    tensors = [batch.tokens, batch.labels, batch.loss_weights]
+    tensors = [batch.tokens, batch.labels, batch.loss_weights, *([] if batch.channels is None else [batch.channels])]
     documents = None
     if batch.documents is None:
         tensors = [F.pad(x, (0, length - x.shape[1])) for x in tensors]
@@ -141,8 +144,8 @@ def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int
     if dims.cp > 1:
         share = Share(documents or (length,), (cp_rank,), dims.cp)
         tensors = [x.index_select(1, natural_rows(share, x.device)) for x in tensors]
-    tokens, labels, loss_weights = tensors
-    return RankBatch(tokens, labels, loss_weights, documents, length)
+    tokens, labels, loss_weights, *channels = tensors
+    return RankBatch(tokens, labels, loss_weights, documents, length, channels[0] if channels else None)
 
 
 def _places(lengths: Sequence[int], padded: Sequence[int]) -> Tensor:

@@ -47,15 +47,18 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         loss_weights: Tensor,
         layer: OutputLayer,
         differentiate: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wanted = [needed and differentiate for needed in ctx.needs_input_grad[:2]]
         grad_hidden = hidden.new_empty((hidden.shape[:-1].numel(), hidden.shape[-1])) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         num_real = num_real_columns(weight.shape[0], layer.first_row, layer.vocab_size)
+        parts = layer.group.size() if layer.sequence_parallel else 1
+        token_loss = torch.empty((parts, labels.numel() // parts), dtype=torch.float32, device=hidden.device)
         sums = []
         for part, states, rows, weights in _pieces(hidden, weight, labels, loss_weights, layer):
-            loss_sum, grad = _piece(states, weight[:num_real], rows, weights, layer, any(wanted))
-            sums.append(loss_sum)
+            losses, grad = _piece(states, weight[:num_real], rows, weights, layer, any(wanted))
+            sums.append((losses * weights).sum())
+            token_loss[:, part] = losses.view(parts, -1)
             if grad_weight is not None:
                 grad_weight[:num_real] += product(grad.t(), states.t())
             if grad_hidden is not None:
@@ -66,10 +69,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.view(hidden.shape),
             None if grad_weight is None else grad_weight.to(weight.dtype),
         )
-        return torch.stack(sums).sum()
+        token_loss = token_loss.view(labels.shape)
+        ctx.mark_non_differentiable(token_loss)
+        return torch.stack(sums).sum(), token_loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         gradients, ctx.gradients = ctx.gradients, None  # a second backward would scale them again
         assert gradients is not None, "backward through the fused loss runs once"
         hidden, weight = (None if grad is None else grad.mul_(gradient) for grad in gradients)
@@ -94,16 +99,15 @@ def _pieces(
 def _piece(
     states: Tensor, weight: Tensor, rows: Tensor, weights: Tensor, layer: OutputLayer, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss of a piece, and its gradient with respect to states @ weight^T [n, v] in the states' dtype."""
+    """Losses of a piece [n], and their weighted sum's gradient for states @ weight^T [n, v] in the states' dtype."""
     logits = scaled_logits(product(states, weight), layer.divisor, layer.softcap).float()
     scaled, total, losses = token_losses(logits, rows, layer.group)
-    loss_sum = (losses * weights).sum()
     if not differentiate:
-        return loss_sum, logits
+        return losses, logits
     grad = logit_gradient(scaled, total, rows, weights.unsqueeze(1))
     if layer.softcap is not None:
         grad.mul_(1 - (logits / layer.softcap).square_())
-    return loss_sum, (grad if layer.divisor == 1.0 else grad.div_(layer.divisor)).to(states.dtype)
+    return losses, (grad if layer.divisor == 1.0 else grad.div_(layer.divisor)).to(states.dtype)
 
 
 def scaled_logits(logits: Tensor, divisor: float, softcap: float | None) -> Tensor:
@@ -130,9 +134,10 @@ def _store_hidden_gradient(out: Tensor, grad: Tensor, layer: OutputLayer) -> Non
 
 def fused_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, layer: OutputLayer
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sum of loss_weights * cross-entropy (a scalar, fp32) of hidden [s', b, h], global labels and weights [s, b].
 
+    Also the losses themselves [s, b], fp32, which carry no gradient.
     weight [v, h] is this rank's; it gets a gradient only if it requires one. A label outside the vocabulary marks a
     token whose loss means nothing; give it weight 0.
     """

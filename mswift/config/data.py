@@ -49,6 +49,8 @@ class DataConfig:
     """System message for rows that have none."""
     loss_scale: str = "default"
     """Which turns are learned and what their tokens count, as --loss_scale of sft."""
+    enable_channel_loss: bool = False
+    """build: keep the `channel` of every row, as a run with this flag does."""
     columns: str | None = None
     """Columns with other names, as JSON: '{"my_question": "query"}'."""
     dataset_sampling: Literal["without_replacement", "with_replacement", "first"] = "without_replacement"

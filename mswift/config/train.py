@@ -118,6 +118,9 @@ class TrainConfig:
     """Passes over the data set."""
     cross_entropy_loss_fusion: LossFusion = "auto"
     """Output layer and loss in pieces, so that a microbatch's logits never exist as a whole. auto: from 8192 tokens."""
+    loss_normalization: Literal["token", "sample"] = "token"
+    """token: the loss is the weighted sum of a global batch's tokens, divided by the sum of the weights. sample: the
+    weights of every sample are first divided by their sum, so that long and short ones count the same."""
     seed: int = 42
     """Order of the data, initialisation of adapters."""
 
@@ -270,3 +273,5 @@ class SftConfig(TrainConfig):
     loss_scale: str = "default"
     """What is learned: default (assistant turns), last_round (those after the user's last message), all (every token);
     and tables of weights (react, hermes, ignore_empty_think, ..., or file.json), joined: last_round+react."""
+    enable_channel_loss: bool = False
+    """Report the loss of the rows of every `channel` (a text in the row) apart: channel_loss in metrics.jsonl."""

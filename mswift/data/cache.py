@@ -2,9 +2,10 @@
 
 An entry is a directory: tokens.bin (int32), mask.bin (one byte a token, the place of its loss weight in the index's
 table of weights; absent in a plain stream), offsets.bin (int64 [pieces + 1]: where each sample or document starts, and
-the end), rejected.jsonl (bad rows) and index.json. It is written in a sibling (see `partial`), fsynced and renamed, so
-it is whole or absent. On opening, sizes and the checksums of index and offsets are compared. The content hashes in the
-index, taken while writing, and the table are the fingerprint of the data.
+the end), channels.bin (one byte a sample, the place of its channel in a table likewise; absent in a plain stream),
+rejected.jsonl (bad rows) and index.json. It is written in a sibling (see `partial`), fsynced and renamed, so it is
+whole or absent. On opening, sizes and the checksums of index and offsets are compared. The content hashes in the index,
+taken while writing, and the tables are the fingerprint of the data.
 """
 
 import json
@@ -20,20 +21,21 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mswift.data.batch import Sample
+from mswift.data.batch import NO_CHANNEL, Sample
 from mswift.data.hashing import content_hash, file_hash
 from mswift.data.partial import JOURNAL, read_journal, sole_builder, write_journal
 from mswift.errors import DataError
 
 FORMAT_VERSION = 5
-MOST_WEIGHTS = 256
+MOST_WEIGHTS = MOST_CHANNELS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
 _REJECTED = "rejected.jsonl"
 INDEX = "index.json"
 CHECKPOINT_BYTES = 16 << 20
 """Written between two checkpoints of a build."""
 _EMPTY: dict[str, Any] = {
-    "sizes": {}, "num_tokens": 0, "num_pieces": 0, "largest_token": -1, "weights": [0.0, 1.0], "state": None,
+    "sizes": {}, "num_tokens": 0, "num_pieces": 0, "largest_token": -1, "weights": [0.0, 1.0],
+    "channels": [NO_CHANNEL], "state": None,
 }  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class TokenStore:
     """float32 [at most 256]; the first two are 0 and 1."""
     offsets: NDArray[np.int64]
     """int64 [pieces + 1]"""
+    channels: NDArray[np.uint8] | None
+    """uint8 [pieces]: the place of the sample's channel in `channel_names`; None where no row names one."""
+    channel_names: tuple[str, ...]
     largest_token: int
     report: dict[str, Any]
     """What the writer had to say about the data."""
@@ -96,7 +101,7 @@ class StoreWriter:
     """
 
     def __init__(self, directory: Path, with_mask: bool) -> None:
-        names = ("tokens.bin", "offsets.bin", *(["mask.bin"] if with_mask else []), _REJECTED)
+        names = ("tokens.bin", "offsets.bin", *(["mask.bin", "channels.bin"] if with_mask else []), _REJECTED)
         journal = read_journal(directory) or _EMPTY
         self.resumed: dict[str, Any] | None = journal["state"]
         """What `checkpoint` was given last; None at the beginning."""
@@ -105,6 +110,7 @@ class StoreWriter:
         self.num_tokens, self.num_pieces = journal["num_tokens"], journal["num_pieces"]
         self._largest_token = journal["largest_token"]
         self._places = {weight: place for place, weight in enumerate(journal["weights"])}
+        self._channels = {name: place for place, name in enumerate(journal["channels"])}
         self._kept_bytes = self._num_bytes()
         if self.resumed is None:
             self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
@@ -129,6 +135,13 @@ class StoreWriter:
                 f"{MOST_WEIGHTS}: round `loss_scale` of the messages to fewer values"
             )
         self._files["mask.bin"].write(np.array(places, dtype=np.uint8)[which].tobytes())
+        number = self._channels.setdefault(sample.channel, len(self._channels))
+        if number >= MOST_CHANNELS:
+            raise DataError(
+                f"--enable_channel_loss: the rows name {number} channels so far, the last {sample.channel!r}, and "
+                f"a data set can have {MOST_CHANNELS - 1}: leave out the flag, or name fewer in `channel`"
+            )
+        self._files["channels.bin"].write(bytes([number]))
 
     def reject(self, line: bytes) -> None:
         """Append the description of a bad row to rejected.jsonl."""
@@ -148,6 +161,7 @@ class StoreWriter:
             "num_pieces": self.num_pieces,
             "largest_token": self._largest_token,
             "weights": list(self._places),
+            "channels": list(self._channels),
             "state": state,
         }
         write_journal(self._directory, values)
@@ -163,6 +177,7 @@ class StoreWriter:
             "version": FORMAT_VERSION,
             "files": files,
             "weights": list(self._places),
+            "channels": list(self._channels),
             "largest_token": self._largest_token,
             "report": report,
         }
@@ -234,6 +249,7 @@ def open_store(directory: Path) -> TokenStore:
     if file_hash(directory / "offsets.bin") != index["files"]["offsets.bin"]["blake3"]:
         raise DataError("offsets.bin does not match its checksum")
     mask = np.memmap(directory / "mask.bin", np.uint8, "r") if "mask.bin" in index["files"] else None
+    channels = np.memmap(directory / "channels.bin", np.uint8, "r") if len(index["channels"]) > 1 else None
     return TokenStore(
         tokens=np.memmap(directory / "tokens.bin", np.int32, "r"),
         mask=mask,
@@ -241,8 +257,11 @@ def open_store(directory: Path) -> TokenStore:
         offsets=np.memmap(directory / "offsets.bin", np.int64, "r"),
         largest_token=index["largest_token"],
         report=index["report"],
+        channels=channels,
+        channel_names=tuple(index["channels"]) if channels is not None else (),
         fingerprint=content_hash(
-            {name: entry for name, entry in index["files"].items() if name != _REJECTED} | {"weights": index["weights"]}
+            {name: entry for name, entry in index["files"].items() if name != _REJECTED}
+            | {name: index[name] for name in ("weights", "channels")}
         ),
         rejected_path=directory / _REJECTED,
     )

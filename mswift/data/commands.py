@@ -51,7 +51,7 @@ def data_options(config: DataConfig) -> DataOptions:
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if sft else "delete",
         system=config.system if sft else None,
-        loss_scale=parse_loss_scale(config.loss_scale) if sft else PLAIN,
+        loss_scale=parse_loss_scale(config.loss_scale, by_channel=config.enable_channel_loss) if sft else PLAIN,
         agent_template=config.agent_template if sft else None,
         cache_dir=config.cache_dir,
         selection=Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio),

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mswift.config.agents import AgentTemplate
-from mswift.data.batch import Sample
+from mswift.data.batch import NO_CHANNEL, Sample
 from mswift.data.cache import (
     FORMAT_VERSION,
+    MOST_CHANNELS,
     StoreWriter,
     TokenStore,
     default_cache_dir,
@@ -63,6 +64,8 @@ class DataOptions:
     """(name in the file, name that is meant)."""
     weights: tuple[float, ...] = ()
     """Shares of the sources in an epoch; none: every sample once."""
+    by_source: bool = False
+    """The channel of a sample is the source that it comes from, where there are several."""
     strict: bool = False
     """The first bad row is an error."""
     num_proc: int | None = None
@@ -82,6 +85,9 @@ class _Samples:
     num_trained_tokens: int
     shares: tuple[str, ...] = ()
     """A line on each source of a mixture."""
+    channels: NDArray[np.uint8] | None = None
+    """uint8 [samples]: the place of each one's channel in `channel_names`."""
+    channel_names: tuple[str, ...] = ()
 
 
 class TokenDataset:
@@ -90,6 +96,9 @@ class TokenDataset:
     def __init__(self, store: TokenStore, samples: _Samples) -> None:
         self._tokens, self._mask, self._weights = store.tokens, store.mask, store.weights
         self._starts, self._ends = samples.starts, samples.ends
+        self._channels = samples.channels
+        self.channel_names = samples.channel_names
+        """Channels of the samples; () where their loss is not reported apart."""
         self.fingerprint = samples.fingerprint
         """Hash of the samples: two data sets with the same fingerprint give the same samples under the same ids."""
         self.lengths: NDArray[np.int64] = self._ends - self._starts - 1
@@ -119,7 +128,8 @@ class TokenDataset:
         else:
             weights = self._weights[self._mask[start:end]]
         weights[0] = 0.0
-        return Sample(np.array(self._tokens[start:end]), weights)
+        channel = NO_CHANNEL if self._channels is None else self.channel_names[self._channels[index]]
+        return Sample(np.array(self._tokens[start:end]), weights, channel)
 
     def row(self, index: int) -> dict[int, Sample]:
         """The samples, by their ids, of row `index` of a batch: that one."""
@@ -187,7 +197,10 @@ def build_dataset(
         raise ConfigError(
             f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
         )
-    data = TokenDataset(store, _mixed(kind, store, options) if options.weights else _whole(kind, store, options))
+    samples = _mixed(kind, store, options) if options.weights else _whole(kind, store, options)
+    if options.by_source and len(sources) > 1:
+        samples = _by_source(kind, store, options, [source.spec for source in sources])
+    data = TokenDataset(store, samples)
     if options.strict and data.num_rejected_rows:
         first = next(report["reasons"][0] for report in store.report["files"] if report["reasons"])
         raise DataError(f"{first} (--strict; without it the row is left out)")
@@ -210,7 +223,10 @@ def _whole(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
     num_tokens = len(store.tokens)
     if store.mask is not None:
         trained = int(np.count_nonzero(store.mask))
-        return _Samples(store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, trained)
+        return _Samples(
+            store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, trained,
+            channels=store.channels, channel_names=store.channel_names,
+        )  # fmt: skip
     starts, ends = _cut(0, num_tokens, options.max_length)
     fingerprint = content_hash({"stream": store.fingerprint, "max_length": options.max_length})
     return _Samples(starts, ends, fingerprint, num_tokens, num_tokens - 1)
@@ -218,12 +234,7 @@ def _whole(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
 
 def _mixed(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
     """Samples of each source by its weight."""
-    starts, ends, bounds = store.offsets[:-1], store.offsets[1:], [pieces for pieces, _ in store.report["source_ends"]]
-    if kind == "pt":
-        tokens = [0, *(tokens for _, tokens in store.report["source_ends"])]
-        cuts = [_cut(*edges, options.max_length) for edges in pairwise(tokens)]
-        starts, ends = (np.concatenate(edges) for edges in zip(*cuts, strict=True))
-        bounds = list(accumulate(len(cut[0]) for cut in cuts))
+    starts, ends, bounds = _cut_by_source(kind, store, options)
     sizes = [after - before for before, after in pairwise([0, *bounds])]
     if 0 in sizes:
         raise DataError(f"--dataset_weights: source {sizes.index(0) + 1} of --dataset has no sample; leave it out")
@@ -239,7 +250,40 @@ def _mixed(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
         trained = int(np.add.reduceat(store.mask != 0, starts, dtype=np.int64)[ids].sum())
     weights = {"weights": list(options.weights), "seed": options.selection.seed, "max_length": options.max_length}
     fingerprint = content_hash({"store": store.fingerprint, **weights})
-    return _Samples(starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines))
+    return _Samples(
+        starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines),
+        None if store.channels is None else store.channels[ids], store.channel_names,
+    )  # fmt: skip
+
+
+def _by_source(kind: Kind, store: TokenStore, options: DataOptions, specs: Sequence[str]) -> _Samples:
+    """Every sample of the store once, with its source for a channel. Sources are cut on their own."""
+    starts, ends, bounds = _cut_by_source(kind, store, options)
+    names = [Path(spec).name for spec in specs]
+    names = list(specs if len(set(names)) < len(names) else names)
+    if len(set(names)) < len(names) or len(names) > MOST_CHANNELS:
+        raise ConfigError(
+            f"--val_dataset: {len(names)} files of {len(set(names))} names, and the loss of each is reported under its "
+            f"name: give every file once, and {MOST_CHANNELS} at most"
+        )
+    whole = _whole(kind, store, options)
+    sizes = np.diff([0, *bounds])
+    trained = whole.num_trained_tokens if store.mask is not None else int((ends - starts - 1).sum())
+    channels = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
+    fingerprint = content_hash({"samples": whole.fingerprint, "by_source": True})
+    return _Samples(starts, ends, fingerprint, whole.num_tokens, trained, (), channels, tuple(names))
+
+
+def _cut_by_source(
+    kind: Kind, store: TokenStore, options: DataOptions
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """Starts and ends of samples, those of every source on their own, and how many there are up to the end of each."""
+    if kind == "sft":
+        return store.offsets[:-1], store.offsets[1:], [pieces for pieces, _ in store.report["source_ends"]]
+    tokens = [0, *(tokens for _, tokens in store.report["source_ends"])]
+    cuts = [_cut(*edges, options.max_length) for edges in pairwise(tokens)]
+    starts, ends = (np.concatenate(edges) for edges in zip(*cuts, strict=True))
+    return starts, ends, list(accumulate(len(cut[0]) for cut in cuts))
 
 
 def _cut(first: int, last: int, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -204,7 +204,7 @@ class ConversationEncoder:
             with rows.rejecting(record):
                 conversation = to_conversation(_whole(row), record.where, self._options.system, agent=agent)
                 rendered.append((record, self._template.render(conversation, record.where)))
-                _count_ignored(rows.report, conversation)
+                _count_ignored(rows.report, conversation, self._options.loss_scale)
         for record, samples in self._tokenized(rows, rendered):
             for sample in samples:
                 rows.encoded.shortest = min(len(sample.tokens), rows.encoded.shortest or len(sample.tokens))
@@ -234,6 +234,6 @@ def _whole(row: Mapping[str, Any]) -> Row:
     return {name: value.read() if isinstance(value, LongText) else value for name, value in row.items()}
 
 
-def _count_ignored(report: FileReport, conversation: Conversation) -> None:
-    for name in conversation.ignored:
+def _count_ignored(report: FileReport, conversation: Conversation, loss_scale: LossScale) -> None:
+    for name in conversation.ignored - ({"channel"} if loss_scale.by_channel else set()):
         report.ignored_fields[name] = report.ignored_fields.get(name, 0) + 1

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from mswift.config.schema import nearest
+from mswift.data.batch import NO_CHANNEL
 from mswift.data.messages import Message, is_weight, turn_weight
-from mswift.errors import ConfigError
+from mswift.errors import ConfigError, DataError
 
 Strategy = Literal["default", "last_round", "all"]
 Pieces = tuple[tuple[int, float], ...]
@@ -82,6 +83,15 @@ class LossScale:
     strategy: Strategy = "default"
     """default: every assistant turn; last_round: those after the user's last message; all: every token of the text."""
     tables: tuple[Table, ...] = ()
+    by_channel: bool = False
+    """Rows name in `channel` under what their loss is reported apart (--enable_channel_loss)."""
+
+    def channel(self, extra: Mapping[str, Any], where: str) -> str:
+        """The channel of a row with these further columns; DataError where it is no text."""
+        channel = extra.get("channel", NO_CHANNEL) if self.by_channel else NO_CHANNEL
+        if not isinstance(channel, str):
+            raise DataError(f"{where}: `channel` must be a text, it is {json.dumps(channel)[:80]}")
+        return channel
 
     def turn_weights(self, messages: Sequence[Message]) -> dict[int, float]:
         """Index and weight of the assistant's messages that are learned (all: of every one, 0 where it is not).
@@ -112,7 +122,7 @@ PLAIN = LossScale()
 """Every assistant turn, every token of it the same."""
 
 
-def parse_loss_scale(value: str) -> LossScale:
+def parse_loss_scale(value: str, *, by_channel: bool = False) -> LossScale:
     """Strategy and tables, joined by +: `last_round+ignore_empty_think+react`; ConfigError for anything else.
 
     A part that ends in .json is a file. Without a strategy it is `default`.
@@ -123,7 +133,7 @@ def parse_loss_scale(value: str) -> LossScale:
     if len(chosen) > 1:
         raise ConfigError(f"--loss_scale {value}: {' and '.join(chosen)} exclude each other; leave out one")
     tables = tuple(_table(part, value) for part in parts if part not in strategies)
-    return LossScale(cast(Strategy, chosen[0] if chosen else "default"), tables)
+    return LossScale(cast(Strategy, chosen[0] if chosen else "default"), tables, by_channel)
 
 
 def table_names() -> list[str]:

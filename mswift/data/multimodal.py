@@ -93,7 +93,7 @@ class ImageTemplate:
         wanted = int(inputs["image_grid_thw"].prod(axis=1).sum()) // merge if "image_grid_thw" in inputs else found
         if found != wanted:
             raise DataError(f"{where}: {found} image tokens for images of {wanted}")
-        return ImageSample(sample.tokens, sample.loss_weights, inputs=inputs)
+        return ImageSample(sample.tokens, sample.loss_weights, sample.channel, inputs=inputs)
 
     def _pixels(self, images: Sequence[Any]) -> dict[str, NDArray[Any]]:
         if not images:
@@ -120,9 +120,8 @@ class ImageTemplate:
         def moved(place: int) -> int:
             return place + next((added for after, added in reversed(places) if after <= place), 0)
 
-        return Rendering(
-            "".join(text), tuple(replace(s, start=moved(s.start), end=moved(s.end)) for s in rendering.spans)
-        )
+        spans = tuple(replace(s, start=moved(s.start), end=moved(s.end)) for s in rendering.spans)
+        return replace(rendering, text="".join(text), spans=spans)
 
     def _written_out(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         content = message["content"]

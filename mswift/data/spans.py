@@ -64,7 +64,7 @@ def _sample(
         for place, weight in span.pieces[1:]:
             assert first_characters is not None
             weights[bisect_left(first_characters, span.start + place, start, end) : end] = weight
-    return Sample(np.array(whole, dtype=np.int32), weights)
+    return Sample(np.array(whole, dtype=np.int32), weights, rendering.channel)
 
 
 def _first_characters(tokenizer: Tokenizer, rendering: Rendering, tokens: list[int], where: str) -> list[int]:

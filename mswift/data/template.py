@@ -13,10 +13,11 @@ turn is learned once, in a text that starts with its own prompt. A template whos
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
+from mswift.data.batch import NO_CHANNEL
 from mswift.data.loss_scale import PLAIN, LossScale, Pieces
 from mswift.data.messages import Message
 from mswift.data.rows import Conversation
@@ -45,6 +46,7 @@ class Rendering:
     spans: tuple[Span, ...]
     outside: float = 0.0
     """Loss weight of what is in no span."""
+    channel: str = NO_CHANNEL
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class ChatTemplate:
         Messages after the last assistant turn that is learned teach nothing and are left out.
         """
         messages, tools = conversation.messages, conversation.tools
+        channel = self._loss_scale.channel(conversation.extra, where)
         weights = self._loss_scale.turn_weights(messages)
         if not weights:
             raise DataError(
@@ -96,14 +99,15 @@ class ChatTemplate:
                 f"{where} has `tools`, which the chat template ignores; remove the field or use a template with tools"
             )
         if self._loss_scale.strategy == "all":
-            return [self._whole(messages, turns, tools, where)]
+            return [replace(self._whole(messages, turns, tools, where), channel=channel)]
         renderings = []
         while turns:
             last = turns[-1]
             kept = [turn for turn in turns if last.text.startswith(turn.text[: turn.end])]
             self._check_messages(messages[: last.index + 1], last.text, where)
             self._check_marks(messages[: last.index + 1], tools, last.text, kept, where)
-            renderings.append(Rendering(last.text, tuple(span for turn in kept for span in turn.spans)))
+            spans = tuple(span for turn in kept for span in turn.spans)
+            renderings.append(Rendering(last.text, spans, channel=channel))
             turns = [turn for turn in turns if turn not in kept]
         return renderings[::-1]
 

@@ -1,5 +1,6 @@
 """Samples of more than max_length tokens: left out, cut, split, or an error, and always counted."""
 
+from dataclasses import replace
 from typing import Literal
 
 from mswift.data.batch import Sample
@@ -44,4 +45,4 @@ def _piece(sample: Sample, start: int, length: int) -> Sample:
     """Tokens [start, start + length) of a sample; the first of them is no target."""
     weights = sample.loss_weights[start : start + length].copy()
     weights[0] = 0.0
-    return Sample(sample.tokens[start : start + length], weights)
+    return replace(sample, tokens=sample.tokens[start : start + length], loss_weights=weights)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mswift.data.batch import collate_packs
 from mswift.data.order import sample_ids
-from mswift.data.packed import Dataset, PackedDataset, squared_lengths
+from mswift.data.packed import Dataset, PackedDataset, samples_of, squared_lengths
 from mswift.parallel.megatron.engine import Microbatch
 
 
@@ -27,6 +27,8 @@ class BatchPlan:
     dp_size: int
     seq_multiple: int
     pad_token_id: int
+    per_sample: bool = False
+    """The weights of each sample sum up to 1 (--loss_normalization sample)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ def _to_and_fro(rounds: NDArray[np.int64]) -> NDArray[np.int64]:
 def _microbatch(data: Dataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> Microbatch:
     """Rows of samples or packs; id -1 is a row of padding without loss. Tensors [B, S] on the CPU."""
     rows = [list(data.row(i).values()) if i >= 0 else [] for i in ids]
-    batch, documents = collate_packs(rows, seq_length, plan.pad_token_id)
-    tokens, labels, weights = (torch.from_numpy(array) for array in batch)
-    return Microbatch(tokens, labels, weights, documents if isinstance(data, PackedDataset) else None)
+    if plan.per_sample:
+        rows = [[sample.counting_one() for sample in row] for row in rows]
+    names = samples_of(data).channel_names
+    batch, documents = collate_packs(rows, seq_length, plan.pad_token_id, names)
+    tokens, labels, weights, channels = (torch.from_numpy(array) for array in batch)
+    packed = isinstance(data, PackedDataset)
+    return Microbatch(tokens, labels, weights, documents if packed else None, channels if names else None)

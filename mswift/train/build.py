@@ -14,8 +14,8 @@ from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
-from mswift.data.loss_scale import PLAIN, parse_loss_scale
-from mswift.data.packed import Dataset, PackedDataset
+from mswift.data.loss_scale import PLAIN, LossScale, parse_loss_scale
+from mswift.data.packed import Dataset, PackedDataset, samples_of
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
@@ -53,7 +53,7 @@ def build_data(
         max_length=config.max_length,
         truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
         system=config.system if isinstance(config, SftConfig) else None,
-        loss_scale=parse_loss_scale(config.loss_scale) if isinstance(config, SftConfig) else PLAIN,
+        loss_scale=_loss_scale(config) if isinstance(config, SftConfig) else PLAIN,
         agent_template=config.agent_template if isinstance(config, SftConfig) else None,
         model_positions=reader.table.spec.max_position_embeddings,
         cache_dir=config.cache_dir,
@@ -73,11 +73,14 @@ def build_data(
         )  # fmt: skip
 
     data, val_data = build("--dataset", config.dataset, options), None
+    if options.loss_scale.by_channel and not data.channel_names:
+        raise ConfigError("--enable_channel_loss: no row of --dataset has a `channel`; leave the flag out")
+    watched = replace(options, weights=(), by_source=True, loss_scale=replace(options.loss_scale, by_channel=False))
     if config.split_dataset_ratio:
-        apart = replace(options, selection=replace(selection, part="validation"), weights=())
+        apart = replace(watched, selection=replace(selection, part="validation"))
         val_data = build("--dataset", config.dataset, apart)
     elif config.val_dataset:
-        val_data = build("--val_dataset", config.val_dataset, replace(options, selection=Selection(), weights=()))
+        val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
     for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
         if some is not None:
             _check_fits(flag, some, reader.table.spec, tokenizer)
@@ -86,6 +89,10 @@ def build_data(
         packed_val = None if val_data is None else PackedDataset(val_data, length, strategy)
         return PackedDataset(data, length, strategy), packed_val, tokenizer
     return data, val_data, tokenizer
+
+
+def _loss_scale(config: SftConfig) -> LossScale:
+    return parse_loss_scale(config.loss_scale, by_channel=config.enable_channel_loss)
 
 
 def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer) -> None:
@@ -174,6 +181,7 @@ def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: To
         dp_size=dims.dp,
         seq_multiple=math.lcm(8, sequence_multiple(dims)),
         pad_token_id=pad if pad < vocab_size else 0,  # never a target, and behind every real token
+        per_sample=config.loss_normalization == "sample",
     )
 
 
@@ -217,6 +225,17 @@ def _stage_lines(dims: ParallelDims, num_layers: int) -> dict[str, str]:
     return {f"  stage {n}": held for n, held in enumerate(describe_cut(dims.cut(num_layers), dims.pp))}
 
 
+def _loss_line(config: TrainConfig, data: Dataset) -> str:
+    """What the loss is."""
+    what = {"token": "mean over the tokens", "sample": "mean over the samples, of each over its tokens"}
+    parts = [what[config.loss_normalization] + " of a global batch, by loss weights"]
+    if isinstance(config, SftConfig):
+        parts.append(f"--loss_scale {config.loss_scale}")
+    if names := [name for name in samples_of(data).channel_names if name]:
+        parts.append(f"apart for {', '.join(names)}")
+    return "; ".join(parts)
+
+
 def print_banner(
     start: Start,
     device: torch.device,
@@ -242,6 +261,7 @@ def print_banner(
         "layout": dims.describe(),
         **_stage_lines(dims, reader.table.spec.num_layers),
         "batch": f"{config.global_batch_size} {'packs' if config.packing else 'samples'} = {microbatches}",
+        "loss": _loss_line(config, data),
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",
         "steps": f"{last_step}" + (f", continuing after step {start.resume.step}" if start.resume else ""),

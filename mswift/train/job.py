@@ -4,6 +4,7 @@ import signal
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from mswift.train.flops import step_flops
 from mswift.train.hang import HangWatch, collective_timeout
 from mswift.train.identity import base_fingerprint, check_adapter, check_base, check_chat_template
 from mswift.train.inputs import open_model
-from mswift.train.loop import FinishedStep, evaluate, train
+from mswift.train.loop import NO_NAME, Evaluation, FinishedStep, by_channel, evaluate, train
 from mswift.train.metrics import (
     MetricsFile,
     Progress,
@@ -50,7 +51,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
           "mtp_num_layers",
-          "new_special_tokens", "packing", "packing_strategy", "packing_length")  # fmt: skip
+          "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization")  # fmt: skip
 
 
 def run_job(start: Start, device: torch.device) -> int:
@@ -145,6 +146,7 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         run.last_step,
         state.consumed_samples if state else 0,
         run.watch.at,
+        len(samples_of(run.data).channel_names),
     )
     saver = Saver(run)
     not_finite = NotFiniteSteps(run)
@@ -161,8 +163,8 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
                 saver.finish()
                 raise not_finite.error(done)
             started = time.perf_counter()
-            eval_loss = _evaluate_if_due(run, done)
-            record = _record(run, done, {"evaluation": time.perf_counter() - started}, eval_loss)
+            evaluation = _evaluate_if_due(run, done)
+            record = _record(run, done, {"evaluation": time.perf_counter() - started}, evaluation)
             for watcher in watchers:  # before the save: a step whose checkpoint is there is in the metrics
                 watcher.step(record)
             stopped_by, any_busy = largest((request.number, saver.is_busy), run.device)
@@ -198,7 +200,7 @@ def _print_end(run: Run, state: checkpoint.RunState | None, step: int, stopped_b
         print(f"loss curve: {picture}")
 
 
-def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: float | None) -> StepRecord:
+def _record(run: Run, done: FinishedStep, seconds: dict[str, float], evaluation: Evaluation | None) -> StepRecord:
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
@@ -216,6 +218,7 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: 
         consumed_samples=done.consumed_samples,
         tokens=tokens,
         trained_tokens=done.result.num_tokens,
+        loss_weights=done.result.weight_sum,
         padding_tokens=done.batch.padding_tokens,
         step_seconds=done.seconds,
         seconds={"data": done.data_seconds, **done.result.seconds, **seconds},
@@ -226,11 +229,23 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], eval_loss: 
         memory_bytes=devices.peak_memory_bytes(run.device),
         skipped_steps=run.skipped_steps,
         mtp_loss=None if done.result.mtp_loss is None else finite(done.result.mtp_loss),
-        eval_loss=eval_loss,
+        eval_loss=None if evaluation is None else evaluation.loss,
+        eval_losses=(evaluation.by_channel or None) if evaluation is not None else None,
+        **_channels(run, done),
     )
 
 
-def _evaluate_if_due(run: Run, done: FinishedStep) -> float | None:
+def _channels(run: Run, done: FinishedStep) -> dict[str, Any]:
+    """Loss and loss weights of each channel of the step's samples."""
+    names, parts = samples_of(run.data).channel_names, done.result.channels
+    if not names:
+        return {}
+    losses = {name: finite(value) for name, value in by_channel(names, parts).items()}
+    weights = {name or NO_NAME: part.weight_sum for name, part in zip(names, parts, strict=True) if part.weight_sum}
+    return {"channel_loss": losses, "channel_weights": weights}
+
+
+def _evaluate_if_due(run: Run, done: FinishedStep) -> Evaluation | None:
     """Loss on the whole validation data every eval_steps and after the last step."""
     every = run.config.eval_steps
     if run.val_data is None or not (done.step == run.last_step or (every and done.step % every == 0)):

@@ -1,13 +1,15 @@
 """The training loop as a generator of finished steps; whoever consumes it logs, evaluates, saves and stops."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mswift.data.packed import Dataset
-from mswift.parallel.megatron.engine import MegatronEngine, StepResult
+from mswift.data.packed import Dataset, samples_of
+from mswift.parallel.megatron.engine import LossPart, MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.schedule import LearningRate
+
+NO_NAME = "(none)"
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ def train(
     last_step: int,
     consumed_samples: int,
     note: Callable[[int, str], None],
+    num_channels: int = 0,
 ) -> Iterator[FinishedStep]:
     """Run steps first_step+1 .. last_step. `next_batch(consumed_samples)` is this rank's share of the next batch.
+
+    `num_channels`: of those in its microbatches, 0 where they have none.
 
     `note(step, doing)` hears what comes next. A step whose loss or gradient norm is not finite made no update
     (`result.updated`); whoever consumes the steps decides about it.
@@ -44,20 +49,34 @@ def train(
         data_seconds = time.perf_counter() - started
         note(step + 1, "computing")
         lr = schedule.at(step)
-        result = engine.train_step(batch.microbatches, lr)
+        result = engine.train_step(batch.microbatches, lr, num_channels)
         consumed_samples += len(batch.sample_ids)
         yield FinishedStep(step + 1, consumed_samples, lr, batch, result, data_seconds, time.perf_counter() - started)
 
 
-def evaluate(engine: MegatronEngine, data: Dataset, plan: BatchPlan, note: Callable[[], None] = lambda: None) -> float:
-    """Mean loss per trained token (nats) over the whole data set; neither generators nor the data position move.
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean losses (nats) over a data set, weighted by the loss weights."""
 
-    `note` is called before each batch.
-    """
-    loss_sum, weight_sum = 0.0, 0.0
+    loss: float
+    by_channel: dict[str, float]
+    """Of its channels, which are its files; empty where there is one."""
+
+
+def evaluate(
+    engine: MegatronEngine, data: Dataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Loss over all of the data; neither generators nor the data position move. `note` is called before each batch."""
+    names = samples_of(data).channel_names
+    total, parts = LossPart(0.0, 0.0), [LossPart(0.0, 0.0)] * len(names)
     for ids in evaluation_batches(data, plan):
         note()
-        loss, weight = engine.evaluate(assemble(data, plan, ids).microbatches)
-        loss_sum += loss
-        weight_sum += weight
-    return loss_sum / weight_sum
+        more, more_parts = engine.evaluate(assemble(data, plan, ids).microbatches, len(names))
+        total = total.plus(more)
+        parts = [part.plus(further) for part, further in zip(parts, more_parts, strict=True)]
+    return Evaluation(total.mean, by_channel(names, parts))
+
+
+def by_channel(names: Sequence[str], parts: Sequence[LossPart]) -> dict[str, float]:
+    """Mean loss of each channel with a learned token; what is in none is called `(none)`."""
+    return {name or NO_NAME: part.mean for name, part in zip(names, parts, strict=True) if part.weight_sum}

@@ -19,12 +19,15 @@ from mswift.errors import MswiftError
 class StepRecord:
     """One optimizer step of the whole job; one object of metrics.jsonl.
 
-    `loss` is the mean over trained tokens of the global batch, in nats. Token counts are of this step, all ranks:
-    `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
+    `loss` is the mean over trained tokens of the global batch, in nats: the sum of their weighted losses divided by
+    `loss_weights`, that of their weights (with --loss_normalization sample the number of samples). `channel_loss`: the
+    same for each channel, `channel_weights` the parts of the sum (--enable_channel_loss). Token counts are of this
+    step, all ranks: `tokens` real ones, `trained_tokens` with a loss, `padding_tokens` the rest of the padded batch.
+    `eval_losses`: those of the files of --val_dataset, where there are several.
     `loss` and `grad_norm` are null where they were not finite; `skipped_steps` counts the steps of the run so far that
     made no update for that (--nan_policy skip).
     `mtp_loss` is that of multi-token-prediction layers where they are trained, the mean over them, divided by
-    `trained_tokens` as the loss is, and no part of `loss`.
+    `loss_weights` as the loss is, and no part of `loss`.
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 
@@ -35,7 +38,8 @@ class StepRecord:
     epoch: float
     consumed_samples: int
     tokens: int
-    trained_tokens: float
+    trained_tokens: int
+    loss_weights: float
     padding_tokens: int
     step_seconds: float
     seconds: dict[str, float]
@@ -47,11 +51,14 @@ class StepRecord:
     skipped_steps: int = 0
     mtp_loss: float | None = None
     eval_loss: float | None = None
+    channel_loss: dict[str, float | None] | None = None
+    channel_weights: dict[str, float] | None = None
+    eval_losses: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; mtp_loss and eval_loss only where there is one."""
+        """JSON-able; what is not measured at every run or step only where it is there."""
         value = asdict(self)
-        for name in ("mtp_loss", "eval_loss"):
+        for name in ("mtp_loss", "eval_loss", "channel_loss", "channel_weights", "eval_losses"):
             if value[name] is None:
                 del value[name]
         return value
@@ -105,8 +112,9 @@ class Progress:
     def step(self, record: StepRecord) -> None:
         """Show loss, gradient norm, learning rate and speed."""
         parts = {
-            "loss": "not finite" if record.loss is None else f"{record.loss:.4f}",
+            "loss": _number(record.loss),
             "grad_norm": "not finite" if record.grad_norm is None else f"{record.grad_norm:.3f}",
+            **{f"loss[{name}]": _number(value) for name, value in (record.channel_loss or {}).items()},
             "lr": f"{record.lr:.2e}",
             "tok/s": f"{record.tokens_per_second:,.0f}",
         }
@@ -116,6 +124,7 @@ class Progress:
             parts["mfu"] = f"{record.mfu:.1%}"
         if record.eval_loss is not None:
             parts["eval_loss"] = f"{record.eval_loss:.4f}"
+            parts |= {f"eval_loss[{name}]": f"{value:.4f}" for name, value in (record.eval_losses or {}).items()}
         if not self._bar.disable:
             self._bar.set_postfix(parts, refresh=False)
             self._bar.update()
@@ -152,6 +161,8 @@ class TensorBoard:
             "speed/tokens_per_second": record.tokens_per_second,
             "speed/mfu": record.mfu,
             "eval/loss": record.eval_loss,
+            **{f"train/loss/{name}": value for name, value in (record.channel_loss or {}).items()},
+            **{f"eval/loss/{name}": value for name, value in (record.eval_losses or {}).items()},
         }
         for name, value in scalars.items():
             if value is not None and math.isfinite(value):
@@ -163,6 +174,10 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def finite(value: float) -> float | None:

@@ -31,12 +31,12 @@ from mswift.parallel.megatron.held import Held, held_bytes
 from mswift.parallel.megatron.model import build_model, padded_vocab_size
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
-from mswift.parallel.megatron.schedule import StepResult
+from mswift.parallel.megatron.schedule import LossPart, StepResult
 from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
 from mswift.refusals import check_context_parallel
 from mswift.topology import ParallelDims, check_experts
 
-__all__ = ["EngineConfig", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
+__all__ = ["EngineConfig", "LossPart", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
 
 SOURCE_DTYPES = {**DTYPES, "F16": torch.float16}
 """Dtypes that a checkpoint's weights may have; they are converted to the engine's."""
@@ -189,11 +189,11 @@ class MegatronEngine:
 
     # -- computing
 
-    def train_step(self, microbatches: Sequence[Microbatch], lr: float) -> StepResult:
+    def train_step(self, microbatches: Sequence[Microbatch], lr: float, num_channels: int = 0) -> StepResult:
         """One update from these microbatches of this data-parallel rank (1F1B over pipeline stages).
 
         The loss is the mean over the global batch, weighted by the tokens' loss weights; all unpacked microbatches of
-        the step have one length, on all ranks.
+        the step have one length, on all ranks. With `num_channels` they have `channels`, numbers below it.
         """
         started = time.perf_counter()
         for chunk in self._chunks:
@@ -201,10 +201,11 @@ class MegatronEngine:
         batches, weights = self._mine(microbatches, self.config.mtp_num_layers)
         self._weight_sum.fill_(weights)
         with dropout.counted(self._chunks, self._places(batches)):
-            losses = schedule.run(self._chunks, batches, self.device, forward_only=False)
-        loss_sums = self._sum_over_ranks(losses)
-        num_tokens = float(self._weight_sum)  # summed over ranks by _finalize_gradients
-        loss, mtp_loss = (total / num_tokens if num_tokens else float("nan") for total in loss_sums)
+            sums = schedule.run(self._chunks, batches, self.device, forward_only=False, num_channels=num_channels)
+        weight_sum = float(self._weight_sum)  # summed over ranks by _finalize_gradients
+        count = sum(int(torch.count_nonzero(batch.loss_weights)) for batch in batches)
+        totals, channels = self._sum_over_ranks([sums.loss, sums.mtp_loss, count], sums.channels, batches)
+        loss, mtp_loss = (total / weight_sum if weight_sum else float("nan") for total in totals[:2])
         devices.synchronize(self.device)
         computed = time.perf_counter()
         grad_norm, updated = self._optimizer.step(lr, lambda norm: world.all_finite(self.device, loss, mtp_loss, norm))
@@ -212,17 +213,17 @@ class MegatronEngine:
         self.optimizer_step += updated
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         predicted = mtp_loss if self.config.mtp_num_layers else None
-        return StepResult(loss, num_tokens, grad_norm, updated, seconds, predicted)
+        return StepResult(loss, int(totals[2]), weight_sum, grad_norm, updated, seconds, predicted, channels)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """(sum of weighted losses, sum of weights) over the global batch; touches no state of the training."""
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], num_channels: int = 0
+    ) -> tuple[LossPart, tuple[LossPart, ...]]:
+        """Loss over the global batch, and the parts of it by channel; touches no state of the training."""
         batches, weights = self._mine(microbatches)
-        losses, _ = schedule.run(self._chunks, batches, self.device, forward_only=True)
-        mine = [losses, weights] if self._reports else [0.0, 0.0]
-        total = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total[0]), float(total[1])
+        sums = schedule.run(self._chunks, batches, self.device, forward_only=True, num_channels=num_channels)
+        totals, channels = self._sum_over_ranks([sums.loss, weights], sums.channels, batches)
+        return LossPart(*totals), channels
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -253,10 +254,18 @@ class MegatronEngine:
         """One rank for each position counts: the last pipeline stage of the first tensor-parallel rank."""
         return self.coordinate.tp == 0 and self.coordinate.pp == self.dims.pp - 1
 
-    def _sum_over_ranks(self, losses: tuple[float, float]) -> tuple[float, float]:
-        total = torch.tensor(losses if self._reports else (0.0, 0.0), dtype=torch.float64, device=self.device)
+    def _sum_over_ranks(
+        self, values: Sequence[float], by_channel: Sequence[float], batches: Sequence[RankBatch]
+    ) -> tuple[list[float], tuple[LossPart, ...]]:
+        """Sums over the global batch, of values and of losses by channel, these with their weights."""
+        num_channels = len(by_channel)
+        weights = sum((_weights_by_channel(batch, num_channels) for batch in batches), torch.zeros(num_channels))
+        mine = torch.tensor([*values, *by_channel, *weights.tolist()], dtype=torch.float64, device=self.device)
+        total = mine if self._reports else torch.zeros_like(mine)
         dist.all_reduce(total)
-        return float(total[0]), float(total[1])
+        found = total.tolist()
+        apart = found[len(values) :]
+        return found[: len(values)], tuple(map(LossPart, apart[:num_channels], apart[num_channels:]))
 
     def _finalize_gradients(self, model: list[torch.nn.Module], _num_tokens: Tensor | None, **groups: object) -> None:
         """Sum gradients over ranks and divide by the sum of loss weights, which megatron-core would count as int."""
@@ -296,3 +305,12 @@ class MegatronEngine:
         schedule.forget(self._core_config)
         del self._optimizer
         world.leave()
+
+
+def _weights_by_channel(batch: RankBatch, num_channels: int) -> Tensor:
+    """fp64 [channels]"""
+    if not num_channels:
+        return torch.zeros(0, dtype=torch.float64)
+    assert batch.channels is not None
+    weights = batch.loss_weights.flatten().double().cpu()
+    return torch.bincount(batch.channels.flatten().cpu(), weights, minlength=num_channels)

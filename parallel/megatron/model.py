@@ -34,6 +34,8 @@ from mswift.topology import ParallelDims
 
 Ahead = tuple[Tensor, Tensor, Tensor]
 """Tokens, labels and loss weights [b, s] of one multi-token-prediction layer."""
+Channels = tuple[Tensor, int]
+"""The number of each position's channel [b, s], and how many channels there are."""
 
 
 class DenseModel(GPTModel):
@@ -41,7 +43,8 @@ class DenseModel(GPTModel):
 
     Called with labels it returns losses [b, s]; where the loss is fused with the output layer (`loss_fusion`), their
     sum weighted by `loss_mask` [b, s] instead, a scalar. Called with `ahead`, the (tokens, labels, loss weights) of
-    each multi-token-prediction layer, it returns weighted sums: its own, and one of each of these layers, [1 + depths].
+    each multi-token-prediction layer, or with `channels`, it returns weighted sums [1 + depths + channels]: its own,
+    one of each of these layers, and the parts of its own by channel, which carry no gradient.
     """
 
     num_real_rows: int
@@ -49,10 +52,13 @@ class DenseModel(GPTModel):
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
     _ahead: Sequence[Ahead] = ()
+    _channels: Channels | None = None
 
-    def forward(self, *inputs: Any, ahead: Sequence[Ahead] = (), **options: Any) -> Tensor:
+    def forward(
+        self, *inputs: Any, ahead: Sequence[Ahead] = (), channels: Channels | None = None, **options: Any
+    ) -> Tensor:
         """As GPTModel's, and see above."""
-        self._ahead = ahead
+        self._ahead, self._channels = ahead, channels
         return super().forward(*inputs, **options)  # type: ignore[no-any-return]
 
     def _postprocess(self, hidden_states: Tensor, **options: Any) -> Tensor:
@@ -61,15 +67,17 @@ class DenseModel(GPTModel):
         labels, loss_weights = options["labels"], options["loss_mask"]
         if labels is None:
             return self._logits(hidden_states).transpose(0, 1).contiguous()
-        losses = self._losses(hidden_states, labels, loss_weights)
-        if not self._ahead:
-            return losses
-        sums = [_weighted_sum(losses, loss_weights)]
-        for layer, (tokens, labels, loss_weights) in zip(self.mtp.layers, self._ahead, strict=True):
+        total, losses = self._losses(hidden_states, labels, loss_weights)
+        if not self._ahead and self._channels is None:
+            return losses if total is None else total
+        sums = [_weighted_sum(total, losses, loss_weights)]
+        apart = [] if self._channels is None else [_sums_by_channel(losses.detach() * loss_weights, *self._channels)]
+        layers = self.mtp.layers if self._ahead else ()
+        for layer, (tokens, labels, loss_weights) in zip(layers, self._ahead, strict=True):
             hidden_states = layer(hidden_states, tokens, self.embedding, options["packed_seq_params"])
-            sums.append(_weighted_sum(self._losses(hidden_states, labels, loss_weights), loss_weights))
-        self._ahead = ()
-        return torch.stack(sums)
+            sums.append(_weighted_sum(*self._losses(hidden_states, labels, loss_weights), loss_weights))
+        self._ahead, self._channels = (), None
+        return torch.cat([torch.stack(sums), *apart])
 
     def _output_weight(self) -> Tensor | None:
         """The embedding's weight where it is the output layer's too."""
@@ -80,11 +88,11 @@ class DenseModel(GPTModel):
         logits, _ = self.output_layer(hidden_states, weight=self._output_weight())
         return logits  # type: ignore[no-any-return]
 
-    def _losses(self, hidden_states: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
-        """Losses [b, s], or, fused with the output layer, their weighted sum."""
+    def _losses(self, hidden_states: Tensor, labels: Tensor, loss_weights: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Losses [b, s]; where fused with the output layer, before them their weighted sum, which has the gradient."""
         fused = is_fused(self.loss_fusion, labels.numel())
         if not fused or hasattr(self.output_layer, "lora"):  # an adapter there adds to logits that must exist
-            return self.compute_language_model_loss(labels, self._logits(hidden_states))
+            return None, self.compute_language_model_loss(labels, self._logits(hidden_states))
         weight = self._output_weight()
         weight = self.output_layer.weight if weight is None else weight
         group = self.pg_collection.tp
@@ -96,7 +104,8 @@ class DenseModel(GPTModel):
             divisor=self.logit_divisor,
             softcap=self.logit_softcap,
         )
-        return fused_linear_cross_entropy(hidden_states, weight, labels.t(), loss_weights.t(), layer)
+        total, losses = fused_linear_cross_entropy(hidden_states, weight, labels.t(), loss_weights.t(), layer)
+        return total, losses.t()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s] and local logits [s, b, v] -> loss per token [b, s], without a reduction."""
@@ -111,9 +120,14 @@ class DenseModel(GPTModel):
         return losses.transpose(0, 1)
 
 
-def _weighted_sum(losses: Tensor, loss_weights: Tensor) -> Tensor:
-    """Of losses [b, s]; or a scalar that is one already."""
-    return (losses * loss_weights).sum() if losses.dim() else losses
+def _weighted_sum(total: Tensor | None, losses: Tensor, loss_weights: Tensor) -> Tensor:
+    """Of losses [b, s], where it is not there already."""
+    return (losses * loss_weights).sum() if total is None else total
+
+
+def _sums_by_channel(values: Tensor, numbers: Tensor, num_channels: int) -> Tensor:
+    """[channels]; each a sum of its own, so that it is the same every time on a GPU too."""
+    return torch.stack([torch.where(numbers == number, values, 0.0).sum() for number in range(num_channels)])
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

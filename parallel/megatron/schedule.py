@@ -7,6 +7,7 @@ tensor-parallel rank, V all of them.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,37 +22,70 @@ from mswift.parallel.batch import RankBatch, whole_rows
 from mswift.parallel.megatron.documents import documents
 
 
+class LossPart(NamedTuple):
+    """Sum of weighted losses and sum of weights over a part of the tokens."""
+
+    loss_sum: float
+    weight_sum: float
+
+    @property
+    def mean(self) -> float:
+        """Their quotient; nan without weights."""
+        return self.loss_sum / self.weight_sum if self.weight_sum else float("nan")
+
+    def plus(self, other: "LossPart") -> "LossPart":
+        """That of both parts together."""
+        return LossPart(self.loss_sum + other.loss_sum, self.weight_sum + other.weight_sum)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One finished optimizer step. `seconds`: forward_backward (with gradient reduction) and optimizer.
 
-    loss: mean over the global batch, weighted; num_tokens: the sum of weights; grad_norm: global, before clipping.
-    mtp_loss: of the multi-token-prediction layers where they are trained, the mean over them, divided by num_tokens as
+    loss: over the global batch, the weighted sum divided by weight_sum, the sum of loss weights; num_tokens: how many
+    tokens have one; grad_norm: global, before clipping; channels: the parts of either sum by channel.
+    mtp_loss: of the multi-token-prediction layers where they are trained, the mean over them, divided by weight_sum as
     the loss is; what is minimised is loss + mtp_loss_scaling_factor * mtp_loss.
     updated: False where loss or grad_norm are not finite on some rank; weights and optimizer are then as before.
     """
 
     loss: float
-    num_tokens: float
+    num_tokens: int
+    weight_sum: float
     grad_norm: float
     updated: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
     mtp_loss: float | None = None
+    channels: tuple[LossPart, ...] = ()
+
+
+class LossSums(NamedTuple):
+    """Sums of weighted losses: all, of multi-token prediction (the mean over its layers), by channel."""
+
+    loss: float
+    mtp_loss: float
+    channels: list[float]
 
 
 def run(
-    chunks: Sequence[nn.Module], batches: Sequence[RankBatch], device: torch.device, *, forward_only: bool
-) -> tuple[float, float]:
-    """Sums of weighted losses of this rank's positions; 0.0 on all pipeline stages but the last.
-
-    The second is that of multi-token prediction, the mean over its layers; 0.0 where batches have no `ahead`.
-    """
-    if not batches[0].ahead:
+    chunks: Sequence[nn.Module],
+    batches: Sequence[RankBatch],
+    device: torch.device,
+    *,
+    forward_only: bool,
+    num_channels: int = 0,
+) -> LossSums:
+    """Sums over this rank's positions; 0.0 on all pipeline stages but the last, and where batches have no `ahead`."""
+    depths = len(batches[0].ahead)
+    if not depths and not num_channels:
         collected = _schedule(chunks, _weighted_loss, batches, device, forward_only)
-        return sum((float(value) for value in collected), 0.0), 0.0
-    scale = get_model_config(chunks[0]).mtp_loss_scaling_factor
-    sums = _schedule(chunks, partial(_with_predictions, scale), batches, device, forward_only)
-    return sum((float(value[0]) for value in sums), 0.0), sum((float(value[1:].mean()) for value in sums), 0.0)
+        return LossSums(sum((float(value) for value in collected), 0.0), 0.0, [])
+    scale = get_model_config(chunks[0]).mtp_loss_scaling_factor if depths else 0.0
+    finish = partial(_of_sums, depths, scale)
+    found = _schedule(chunks, finish, batches, device, forward_only, num_channels)
+    ahead = [float(value[1 : 1 + depths].mean()) for value in found] if depths else []
+    apart = [sum((float(value[1 + depths + n]) for value in found), 0.0) for n in range(num_channels)]
+    return LossSums(sum((float(value[0]) for value in found), 0.0), sum(ahead, 0.0), apart)
 
 
 def logits(
@@ -108,6 +142,7 @@ def _schedule(
     batches: Sequence[RankBatch],
     device: torch.device,
     forward_only: bool,
+    num_channels: int = 0,
     *,
     with_loss: bool = True,
     **options: object,
@@ -119,7 +154,10 @@ def _schedule(
         packed = None if batch.documents is None else documents(batch.documents, device)
         labels = batch.labels.to(device) if with_loss else None
         weights = batch.loss_weights.to(device)
-        further = {"ahead": [_ahead(part, device) for part in batch.ahead]} if batch.ahead else {}
+        further: dict[str, object] = {"ahead": [_ahead(part, device) for part in batch.ahead]} if batch.ahead else {}
+        if num_channels:
+            assert batch.channels is not None
+            further["channels"] = batch.channels.to(device), num_channels
         output = model(
             batch.tokens.to(device),
             None,
@@ -152,9 +190,9 @@ def _weighted_loss(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Ten
     return total, torch.zeros((), dtype=torch.int, device=losses.device), total.detach()
 
 
-def _with_predictions(scale: float, sums: Tensor, _weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of the sums [1 + depths] that a model returns which predicts further ahead."""
-    total = sums[0] + scale * sums[1:].mean()
+def _of_sums(depths: int, scale: float, sums: Tensor, _weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the sums [1 + depths + channels] that a model returns."""
+    total = sums[0] + scale * sums[1 : 1 + depths].mean() if depths else sums[0]
     return total, torch.zeros((), dtype=torch.int, device=sums.device), sums.detach()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mswift.data import encoding
 from mswift.data.dataset import DataOptions, build_dataset, write_rejected
+from mswift.data.loss_scale import LossScale
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import ConfigError, DataError
@@ -371,6 +372,45 @@ def test_a_message_counts_as_its_loss_scale_says(build, qwen, tmp_path):
     turns[5]["loss_scale"] = 4
     heavier = build("sft", _rows(tmp_path / "b.jsonl", [{"messages": turns}]))
     assert heavier.fingerprint != data.fingerprint
+
+
+CHANNELS = [{"query": "q", "response": f"a{n}"} | ({"channel": "even"} if n % 2 == 0 else {}) for n in range(5)]
+
+
+def test_channels_of_rows(build, tmp_path):
+    path = _rows(tmp_path / "a.jsonl", CHANNELS)
+    plain = build("sft", path)
+    assert plain.channel_names == ()
+    assert "channel" in plain.summary
+    apart = build("sft", path, loss_scale=LossScale(by_channel=True))
+    assert "channel" not in apart.summary
+    assert [sample.channel for sample in _all_samples(apart)] == ["even", "", "even", "", "even"]
+    mixed = build("sft", path, path, weights=(1.0, 3.0), loss_scale=LossScale(by_channel=True))
+    assert all(sample.channel == apart.sample(_same(apart, sample)).channel for sample in _all_samples(mixed))
+    numbers = _rows(tmp_path / "b.jsonl", [*CHANNELS, CHANNELS[0] | {"channel": 3}])
+    assert build("sft", numbers, loss_scale=LossScale(by_channel=True)).num_rejected_rows == 1
+
+
+def _same(data, sample):
+    return next(n for n in range(len(data)) if data.sample(n).tokens.tolist() == sample.tokens.tolist())
+
+
+@pytest.mark.parametrize("kind", ["sft", "pt"])
+def test_the_channel_is_the_source(build, tmp_path, kind):
+    rows = {"sft": [{"query": "q", "response": f"a{n}"} for n in range(3)], "pt": [{"text": "word " * 20}] * 3}[kind]
+    paths = [_rows(tmp_path / f"{name}.jsonl", rows[:count]) for name, count in (("a", 3), ("b", 2))]
+    apart = [build(kind, path, max_length=16) for path in paths]
+    data = build(kind, *paths, max_length=16, by_source=True)
+    assert data.channel_names == ("a.jsonl", "b.jsonl")
+    assert [sample.channel for sample in _all_samples(data)] == [
+        name for name, alone in zip(data.channel_names, apart, strict=True) for _ in range(len(alone))
+    ]
+    tokens = [sample.tokens.tolist() for alone in apart for sample in _all_samples(alone)]
+    assert [sample.tokens.tolist() for sample in _all_samples(data)] == tokens
+    assert data.num_trained_tokens == sum(alone.num_trained_tokens for alone in apart)
+    assert build(kind, paths[0], max_length=16, by_source=True).channel_names == ()
+    with pytest.raises(ConfigError, match="2 files of 1 names"):
+        build(kind, paths[0], paths[0], max_length=16, by_source=True)
 
 
 def test_weights_share_out_an_epoch(build, tmp_path):

@@ -84,11 +84,12 @@ def fused(case: dict[str, Any], world_size: int, parallel: bool) -> dict[str, to
         softcap=case.get("softcap"),
     )
     with patch.object(fused_loss, "piece_tokens", lambda _: case.get("piece", 5)):
-        loss = fused_loss.fused_linear_cross_entropy(mine, local, labels, weights, layer)
+        loss, losses = fused_loss.fused_linear_cross_entropy(mine, local, labels, weights, layer)
         with torch.no_grad():
-            evaluated = fused_loss.fused_linear_cross_entropy(mine, local, labels, weights, layer)
+            evaluated, _ = fused_loss.fused_linear_cross_entropy(mine, local, labels, weights, layer)
     (loss * 0.5).backward()  # a schedule may scale the loss
-    return {"loss": loss.detach(), "evaluated": evaluated, "hidden": mine.grad, "weight": local.grad}
+    losses = torch.where(weights > 0, losses, 0.0)
+    return {"loss": loss.detach(), "evaluated": evaluated, "losses": losses, "hidden": mine.grad, "weight": local.grad}
 
 
 def expected(case: dict[str, Any]) -> dict[str, torch.Tensor | None]:
@@ -101,7 +102,8 @@ def expected(case: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     loss = (losses * weights.flatten()).sum()
     (loss * 0.5).backward()
-    return {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    losses = torch.where(weights > 0, losses.detach().view(weights.shape), 0.0)
+    return {"loss": loss.detach(), "losses": losses, "hidden": hidden.grad, "weight": weight.grad}
 
 
 def differences(world_size: int, parallel: bool, broken: str | None = None) -> dict[str, dict[str, float]]:
@@ -114,6 +116,7 @@ def differences(world_size: int, parallel: bool, broken: str | None = None) -> d
         rows = truth["weight"].shape[0]  # type: ignore[union-attr]
         hidden = torch.cat([rank["hidden"] for rank in found]) if parallel else found[0]["hidden"]
         parts = {"loss": found[-1]["loss"], "evaluated": found[-1]["evaluated"], "hidden": hidden}
+        parts["losses"] = found[-1]["losses"]
         if case.get("frozen"):
             assert all(rank["weight"] is None for rank in found)
         else:

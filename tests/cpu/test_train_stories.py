@@ -54,7 +54,7 @@ def _mean_loss(engine: Any, tokens: list[int]) -> float:
 
     ids = torch.tensor([tokens])
     weights = torch.ones(1, len(tokens) - 1) * (engine.coordinate.dp == 0)
-    loss, weight = engine.evaluate([Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), weights)])
+    (loss, weight), _ = engine.evaluate([Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), weights)])
     return loss / weight
 
 

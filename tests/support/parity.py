@@ -140,7 +140,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         _break_model(engine, payload["broken"])
         d, n = engine.coordinate.dp, dims.dp
         result: dict[str, Any] = {"logits": engine.logits(payload["steps"][0][0][0]).float().numpy()}
-        result["evaluated"] = engine.evaluate(steps[0][d::n])
+        result["evaluated"], _ = engine.evaluate(steps[0][d::n])
         lr = payload["settings"]["lr"]
         results = []
         for step in steps:

@@ -1,5 +1,7 @@
 """Micro batches: shifted labels, and padding that is never a target."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ def test_labels_are_the_next_tokens():
     assert batch.tokens.tolist() == [[5, 6, 7, PAD], [1, PAD, PAD, PAD]]
     assert batch.labels.tolist() == [[6, 7, 8, PAD], [2, PAD, PAD, PAD]]
     assert batch.loss_weights.tolist() == [[0, 0.25, 1, 0], [3, 0, 0, 0]]
-    assert [array.dtype for array in batch] == [np.int64, np.int64, np.float32]
+    assert [array.dtype for array in batch] == [np.int64, np.int64, np.float32, np.uint8]
 
 
 SAMPLES = st.lists(
@@ -41,3 +43,15 @@ def test_the_weights_select_exactly_the_learned_tokens(rows, extra):
 def test_a_sample_that_does_not_fit_is_a_bug_of_the_caller():
     with pytest.raises(ValueError, match="3 positions in rows of 2"):
         collate([_sample([1, 2, 3, 4], [0, 1, 1, 1])], 2, PAD)
+
+
+def test_channels_of_samples():
+    rows = [replace(_sample([5, 6, 7], [0, 1, 1]), channel=name) for name in ("b", "", "a")]
+    batch = collate(rows, 3, PAD, ("", "a", "b"))
+    assert batch.channels.tolist() == [[2, 2, 0], [0, 0, 0], [1, 1, 0]]
+
+
+def test_a_sample_counts_one():
+    sample = _sample([5, 6, 7, 8], [0, 0.5, 0, 1.5]).counting_one()
+    assert sample.loss_weights.tolist() == [0, 0.25, 0, 0.75]
+    assert sample.loss_weights.dtype == np.float32

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,28 @@ def test_weights_that_a_byte_cannot_name(tmp_path, distinct):
         DataError, match="257 distinct loss weights so far, a data set can have 256: round `loss_scale`"
     ):
         _open(tmp_path / "a", write)
+
+
+def _of_channels(*names):
+    def write(writer):
+        for name in names:
+            writer.add_sample(replace(SAMPLES[0], channel=name))
+        return {"files": []}
+
+    return write
+
+
+def test_a_byte_a_sample_names_its_channel(tmp_path):
+    store = _open(tmp_path / "a", _of_channels("maths", "", "code", "maths"))
+    assert [store.channel_names[number] for number in store.channels] == ["maths", "", "code", "maths"]
+    assert (tmp_path / "a" / "channels.bin").stat().st_size == 4
+    other = _open(tmp_path / "b", _of_channels("physics", "", "code", "physics"))
+    assert other.channels.tolist() == store.channels.tolist()
+    assert other.fingerprint != store.fingerprint
+    none = _open(tmp_path / "c", _of_channels("", ""))
+    assert (none.channels, none.channel_names) == (None, ())
+    with pytest.raises(DataError, match="--enable_channel_loss: the rows name 256 channels so far, the last 'n255'"):
+        _open(tmp_path / "d", _of_channels(*(f"n{number}" for number in range(256))))
 
 
 def _truncate(path: Path) -> None:

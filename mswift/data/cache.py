@@ -26,7 +26,7 @@ from mswift.data.hashing import content_hash, file_hash
 from mswift.data.partial import JOURNAL, read_journal, sole_builder, write_journal
 from mswift.errors import DataError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MOST_WEIGHTS = MOST_CHANNELS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
 _REJECTED = "rejected.jsonl"

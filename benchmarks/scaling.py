@@ -133,7 +133,8 @@ def on_paper(run: Run) -> str:
     seconds = [{axis: sent / link(axis, dims) for axis, sent in stage.items()} for stage in stages]
     worst = max(range(dims.pp), key=lambda stage: sum(seconds[stage].values()))
     tokens = config.global_batch_size * config.max_length
-    compute = step_flops(table.spec, tokens, config.max_length, frozen_base=False) / (run.gpus * PEAK * MFU)
+    flops = step_flops(table.spec, tokens, tokens * config.max_length, frozen_base=False)
+    compute = flops / (run.gpus * PEAK * MFU)
     microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
     bubble = (dims.pp - 1) / (microbatches * dims.chunks)
     cells = [f"{axis} {num / 1e9:.3g} GB, {seconds[worst][axis]:.2f} s" for axis, num in stages[worst].items()]

@@ -1,8 +1,10 @@
-"""For every test: no network, one thread, and the seconds of each folder against its budget at the end."""
+"""For every test: no network, one thread, and the CPU seconds of each group against its budget at the end."""
 
 import os
+import resource
 import signal
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 
+from tests.support import server  # noqa: E402 - keeps the environment as it is now
+
 settings.register_profile("mswift", deadline=None, derandomize=True)  # a busy machine is no failure
 settings.load_profile("mswift")
 
-# Seconds on two cores, by the longest prefix of a test's path below tests/. `make test` runs two files side by side, so
-# that it takes about half their sum: 15 minutes with room for the installation.
+# CPU seconds, which a busy machine changes little, by the longest prefix of a test's path below tests/. `make test`
+# runs two files side by side, so that it takes about half their sum: 15 minutes with room for the installation.
 BUDGET_SECONDS = {
     "unit": 110,
     "unit/test_plan_scale": 20,
@@ -61,26 +65,69 @@ BUDGET_SECONDS = {
     "gpu": 600,
 }
 
+LARGEST_FILES = {}
+"""CPU seconds of the test files that need most of them: those start first, so that all workers end together."""
+
 _seconds: dict[str, float] = defaultdict(float)
+_noted = 0.0
+NUM_LARGEST = 15
 
 
-def _group(path: str) -> str:
-    """The budget that a test file counts on: the longest prefix in BUDGET_SECONDS."""
-    return max((prefix for prefix in BUDGET_SECONDS if path.startswith(prefix)), key=len, default="other")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The largest files first; `make test` keeps xdist from putting the files with most tests there."""
+    items.sort(key=lambda item: -LARGEST_FILES.get(_file(item.nodeid), 0))  # stable: a file stays together
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note CPU seconds since the last report (the first one has collecting in it), also for xdist's main process."""
+    global _noted
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties.append(("cpu_seconds", now - _noted))
+    _noted = now
+    return report
+
+
+def pytest_collection_finish() -> None:
+    """What collecting costs is nobody's."""
+    global _noted
+    _noted = _cpu_seconds()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add setup, call and teardown of a test to its file's group."""
-    path = Path(report.nodeid.partition("::")[0])
-    _seconds[_group("/".join(path.parts[1:]))] += report.duration
+    """Add setup, call and teardown of a test to its file."""
+    _seconds[_file(report.nodeid)] += dict(report.user_properties)["cpu_seconds"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print seconds per group beside the budget."""
-    if not _seconds:
+    """Print CPU seconds per group beside the budget, and the largest files."""
+    groups: dict[str, float] = defaultdict(float)
+    for file, seconds in _seconds.items():
+        groups[_group(file)] += seconds
+    if not groups:
         return
-    terminalreporter.section("time per group", sep="-")
-    for group, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
-        budget = BUDGET_SECONDS.get(group)
-        over = "  OVER BUDGET" if budget is not None and seconds > budget else ""
-        terminalreporter.write_line(f"{group:<24} {seconds:7.1f} s of {budget or 0:4d} s{over}")
+    terminalreporter.section("CPU time", sep="-")
+    for group, seconds in sorted(groups.items(), key=lambda entry: -entry[1]):
+        budget = BUDGET_SECONDS.get(group, 0)
+        over = "  OVER BUDGET" if seconds > budget else ""
+        terminalreporter.write_line(f"{group:<36} {seconds:7.1f} s of {budget:4d} s{over}")
+    terminalreporter.write_line(f"{'all':<36} {sum(groups.values()):7.1f} s; the largest files:")
+    for file, seconds in sorted(_seconds.items(), key=lambda entry: -entry[1])[:NUM_LARGEST]:
+        terminalreporter.write_line(f"{file:<36} {seconds:7.1f} s")
+
+
+def _file(nodeid: str) -> str:
+    """Its path below tests/, without .py."""
+    return "/".join(Path(nodeid.partition("::")[0]).parts[1:]).removesuffix(".py")
+
+
+def _group(file: str) -> str:
+    """The budget that a test file counts on: the longest prefix in BUDGET_SECONDS."""
+    return max((prefix for prefix in BUDGET_SECONDS if file.startswith(prefix)), key=len, default="other")
+
+
+def _cpu_seconds() -> float:
+    """Of this process, of its children that ended, and of the ranks of tests (tests/support/server.py)."""
+    own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime + server.cpu_seconds()

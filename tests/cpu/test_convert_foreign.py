@@ -18,7 +18,7 @@ from mswift.converters.verify import verify
 from mswift.errors import CheckpointError
 from tests.cpu.test_convert_megatron import LAYOUTS, core_model
 from tests.support.checkpoints import megatron_tensors, random_model, read_model, same, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.ranks import leaving_groups, run_ranks
 
 ARGS = {
     "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
@@ -29,6 +29,7 @@ CHANGES = {"num_hidden_layers": 2, "vocab_size": 103}
 PADDED = 128
 
 
+@leaving_groups
 def save_as_megatron_lm(payload: tuple[str, int, dict[str, int], dict[str, Any], str]) -> None:
     """The state that Megatron-LM's save_checkpoint gives to dist_checkpointing: model, optimizer, rng, arguments.
 
@@ -166,6 +167,7 @@ def test_plain_megatron_core_at_any_layout(home: Path) -> None:
     assert "padding" not in describe(plan(home / "plain", "hf", options), 1 << 30)
 
 
+@leaving_groups
 def save_plain(payload: tuple[str, int, dict[str, int]]) -> None:
     path, world_size, layout = payload
     model = core_model(tiny_config("llama", **CHANGES), world_size, layout)

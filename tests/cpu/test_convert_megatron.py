@@ -13,7 +13,7 @@ from mswift.converters.engine import convert
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.verify import verify
 from tests.support.checkpoints import Array, megatron_tensors, random_model, read_model, same, tiny_config
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, leaving_groups, run_ranks
 from tests.support.shared import shared_file
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
@@ -59,12 +59,14 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, int], 
     )  # fmt: skip
 
 
+@leaving_groups
 def load_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], str]) -> dict[str, Any]:
     """Local tensors by (key, global offset) after dist_checkpointing.load with that strictness."""
     path, config, world_size, layout, strict = payload
     return load_into(core_model(config, world_size, layout), path, strict)
 
 
+@leaving_groups
 def load_chunks_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[dict[str, Any]]:
     """The same for each model chunk of an interleaved pipeline."""
     path, config, world_size, layout = payload
@@ -100,6 +102,7 @@ def load_all(chunks: list[Any], path: str, strict: str = "assume_ok_unexpected")
     return results
 
 
+@leaving_groups
 def save_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> None:
     """Loads a converted directory, then saves it again by megatron-core."""
     path, config, world_size, layout = payload

@@ -17,7 +17,7 @@ from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.verify import verify
 from tests.support.checkpoints import read_model, same, write_model
 from tests.support.family_configs import family_config
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, leaving_groups, run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -111,6 +111,7 @@ def with_groups(model: Any) -> Any:
     return model
 
 
+@leaving_groups
 def on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> list[Any]:
     """Loads PATH/m, saves it again to PATH/core; (key, offset, prepended axes, values) of what was loaded."""
     path, config, world_size, layout = payload

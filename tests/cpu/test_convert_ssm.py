@@ -17,7 +17,7 @@ from tests.cpu import test_convert_megatron_moe as of_moe
 from tests.cpu.test_convert_megatron import assert_loaded, load_into
 from tests.support.checkpoints import read_model, same, write_model
 from tests.support.family_configs import family_config
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, leaving_groups, run_ranks
 from tests.support.spaces import to_megatron
 from tests.unit.test_families_ssm import random_bits
 
@@ -175,6 +175,7 @@ def core_model(config: dict[str, Any], world_size: int, layout: dict[str, Any]) 
         return of_moe.with_groups(GPTModel(core, block, mtp_block_spec=mtp, **sizes, **ends))
 
 
+@leaving_groups
 def load_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int], str]) -> dict[str, Any]:
     """Local tensors by (key, global offset) after dist_checkpointing.load with that strictness."""
     path, config, world_size, layout, strict = payload
@@ -211,6 +212,7 @@ def test_megatron_core_loads_the_prediction_layer_of_qwen3_next(tmp_path: Path) 
     assert_loaded(ranks, expected)
 
 
+@leaving_groups
 def save_on_rank(payload: tuple[str, dict[str, Any], int, dict[str, int]]) -> None:
     """Loads a converted directory, then saves it again by megatron-core."""
     path, config, world_size, layout = payload

@@ -18,7 +18,7 @@ from mswift.converters.optimizer_sources import open_states
 from mswift.errors import CheckpointError
 from tests.cpu.test_convert_megatron import core_model
 from tests.support.checkpoints import megatron_tensors, random_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.ranks import leaving_groups, run_ranks
 
 CHANGES = {"num_hidden_layers": 2, "vocab_size": 103}  # padded to 104 at TP2
 CASES: dict[str, dict[str, Any]] = {
@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@leaving_groups
 def core_program(payload: dict[str, Any]) -> dict[str, Any]:
     """Two updates of megatron-core's Adam on this rank, saved; returns whole tensors of rank 0 at TP1."""
     model = core_model(payload["config"], 2, payload["layout"])

@@ -1,9 +1,14 @@
 """Host memory that saving and loading need above the state itself: none that grows with the model."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import RankPool, join
+from tests.support.ranks import join
+from tests.support.server import ENVIRON, ROOT
 from tests.support.tiny import tiny_model
 
 MIB = 1 << 20
@@ -48,7 +53,9 @@ def saves(payload: dict[str, str]) -> dict[str, int]:
 
     save_now(save(1, state_shards(engine, 0)))  # imports, and what is allocated once
     result = {"save": grown(lambda: save_now(save(2, state_shards(engine, 0)))), "copy": grown(in_the_background)}
-    return result | {"state": sum(s.tensor.numel() * s.tensor.element_size() for s in state_shards(engine, 0))}
+    result["state"] = sum(s.tensor.numel() * s.tensor.element_size() for s in state_shards(engine, 0))
+    engine.close()
+    return result
 
 
 def loads(payload: dict[str, str]) -> int:
@@ -62,7 +69,9 @@ def loads(payload: dict[str, str]) -> int:
         checkpoint.check_share(path, 0, 1)
         checkpoint.load(engine, path, 0, 1)
 
-    return grown(load)
+    result = grown(load)
+    engine.close()
+    return result
 
 
 def _engine(model: str) -> tuple[Any, Any, Any]:
@@ -74,12 +83,19 @@ def _engine(model: str) -> tuple[Any, Any, Any]:
     return MegatronEngine(reader.table, dims, EngineConfig(), device), reader, device
 
 
-def in_a_fresh_process(function: Any, payload: dict[str, str]) -> Any:
-    pool = RankPool(1)
-    try:
-        return pool.run(function, payload, 120)[0]
-    finally:
-        pool.close()
+def in_a_fresh_process(function: Callable[[dict[str, str]], Any], payload: dict[str, str]) -> Any:
+    """What it returns as a program: a fork's memory begins with that of its server."""
+    code = (
+        "import json, sys; from tests.cpu import test_state_memory as here\n"
+        "result = getattr(here, sys.argv[1])(json.loads(sys.argv[2])); print(); print(json.dumps(result))"
+    )
+    argv = [sys.executable, "-c", code, function.__name__, json.dumps(payload)]
+    env = ENVIRON | {
+        "MALLOC_MMAP_THRESHOLD_": "131072"
+    }  # else freed tensors stay with the allocator, or not, by chance
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_saving_and_loading_need_a_bounded_buffer(tmp_path: Path) -> None:

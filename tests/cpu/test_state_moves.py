@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mswift import rundir
 from mswift.cli.main import main
 from mswift.converters.io.torch_dist_reader import TorchDistSource
-from tests.support.commands import command, make_home, run
+from tests.support.commands import command, make_home, run, run_program
 from tests.support.parity import random_model, random_steps
 from tests.support.ranks import join, run_ranks
 from tests.support.runs import log, tensors
@@ -212,7 +212,7 @@ def test_a_full_disk_publishes_nothing(two: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    text = run(argv, status=1, preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    text = run_program(argv, status=1, preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
     assert "the disk is full" in text
     assert "Traceback" not in text
     assert list(tmp_path.iterdir()) == []

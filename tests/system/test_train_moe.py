@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mswift import rundir
-from tests.support.commands import command, make_home, mswift, run
+from tests.support.commands import command, make_home, mswift, run, run_program
 from tests.support.family_configs import family_config
 from tests.support.parity import model_of
 
@@ -75,9 +75,9 @@ def test_bf16_keeps_the_correction_bias_in_fp32(home: Path) -> None:
 def test_what_cannot_be_laid_out_is_refused_with_the_remedy(home: Path) -> None:
     base = [sys.executable, "-m", "mswift.cli.main", "sft", "--model", str(home / "model"), "--train_iters", "1"]
     base += ["--dataset", str(home / "chat.jsonl"), "--output_dir", str(home / "never")]
-    output = run([*base, "--nproc_per_node", "2", "--tensor_model_parallel_size", "2"], status=2)
+    output = run_program([*base, "--nproc_per_node", "2", "--tensor_model_parallel_size", "2"], status=2)
     assert "add --sequence_parallel true" in output
-    output = run([*base, "--nproc_per_node", "3", "--expert_model_parallel_size", "3"], status=2)
+    output = run_program([*base, "--nproc_per_node", "3", "--expert_model_parallel_size", "3"], status=2)
     assert "--expert_model_parallel_size 3 does not divide the model's 8 experts: it can be 1, 2, 4, 8" in output
-    output = run([*base, "--tuner_type", "lora", "--use_dora"], status=2)
+    output = run_program([*base, "--tuner_type", "lora", "--use_dora"], status=2)
     assert "--use_dora with --target_parameters down_proj gate.weight gate_up_proj: PEFT has no such" in output

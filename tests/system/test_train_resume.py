@@ -1,5 +1,7 @@
 """Promise 3: train 6 = train 3 + resume 3, bit for bit, full and LoRA, in separate processes, from the files alone.
 
+The run that continues is a program with a launcher, the others are forks.
+
 Also: evaluation moves nothing, the samples do not depend on the data-parallel size, and bad starts are refused.
 """
 
@@ -10,7 +12,7 @@ import pytest
 
 from mswift import run_lock, rundir
 from mswift.tuners.export import export_adapter
-from tests.support.commands import command, make_home, run
+from tests.support.commands import command, make_home, run, run_program
 from tests.support.runs import log, tensors
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -37,7 +39,7 @@ def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, case: str) ->
     run(command(home, kind, first, *flags, "--train_iters", "3"))
     moved.parent.mkdir()
     first.rename(moved)
-    assert "continuing after step 3" in run(command(home, kind, moved, *flags, "--train_iters", "6"))
+    assert "continuing after step 3" in run_program(command(home, kind, moved, *flags, "--train_iters", "6"))
     assert [row["step"] for row in log(whole)] == [1, 2, 3, 4, 5, 6]
     assert log(moved) == log(whole)
     assert all(row["grad_norm"] > 0 for row in log(whole))

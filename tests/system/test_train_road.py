@@ -1,5 +1,7 @@
 """The road through the commands: sft with LoRA at TP2 x PP2, export, merge; transformers and PEFT confirm the numbers.
 
+Each command once as a program, launcher and all; what else is run is forked.
+
 The evaluation loss that training reports is recomputed with transformers from the exported files and the rendered text.
 """
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from mswift import rundir
-from tests.support.commands import command, make_home, mswift, run
+from tests.support.commands import PROGRAM, command, make_home, mswift, run, run_program
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -38,6 +40,10 @@ def loss_by_transformers(model: Any, tokenizer: Any, rows: Path) -> float:
     return total / count
 
 
+def program(*words: object) -> None:
+    run_program([*PROGRAM, *map(str, words)])
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("road"))
@@ -50,11 +56,11 @@ def trained(home: Path) -> Path:
     layout = ["--nproc_per_node", "4", "--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2"]
     flags = ["--tuner_type", "lora", "--lora_rank", "4", "--lora_alpha", "16", "--sequence_parallel", *layout]
     val = ["--val_dataset", str(home / "val.jsonl"), "--train_iters", "5", "--save_steps", "1"]
-    output = run(command(home, "sft", home / "lora", *flags, *val))
+    output = run_program(command(home, "sft", home / "lora", *flags, *val))
     assert "TP 2 x PP 2 x DP 1, sequence parallel" in output
     assert rundir.committed_steps(home / "lora") == [1, 2, 3, 4, 5]
-    mswift("export", "--model", home / "lora", "--output_dir", home / "adapter")
-    mswift("merge", "--model", home / "model", "--adapters", home / "adapter", "--output_dir", home / "merged")
+    program("export", "--model", home / "lora", "--output_dir", home / "adapter")
+    program("merge", "--model", home / "model", "--adapters", home / "adapter", "--output_dir", home / "merged")
     assert hashes(home / "model") == before  # promise 5: nothing of this touched the base
     return home
 
@@ -86,7 +92,7 @@ def test_full_training_is_exported_as_it_was_evaluated(home: Path) -> None:
     val = ["--val_dataset", str(home / "val.jsonl"), "--train_iters", "3"]
     run(command(home, "sft", home / "full", *val, "--nproc_per_node", "2", "--tensor_model_parallel_size", "2"))
     mswift("export", "--model", home / "full", "--output_dir", home / "full-hf")
-    mswift("verify", home / "full", home / "full-hf")
+    program("verify", home / "full", home / "full-hf")
     model = AutoModelForCausalLM.from_pretrained(home / "full-hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(home / "full-hf")
     reported = rundir.read_metrics(home / "full")[-1]["eval_loss"]
@@ -95,7 +101,7 @@ def test_full_training_is_exported_as_it_was_evaluated(home: Path) -> None:
 
 
 def test_training_starts_from_a_converted_checkpoint_and_from_an_adapter(trained: Path) -> None:
-    mswift("convert", "--model", trained / "model", "--to", "megatron", "--output_dir", trained / "megatron")
+    program("convert", "--model", trained / "model", "--to", "megatron", "--output_dir", trained / "megatron")
     argv = command(trained, "sft", trained / "a", "--train_iters", "1")
     run(argv)
     argv[argv.index(str(trained / "model"))] = str(trained / "megatron")

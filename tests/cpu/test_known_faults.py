@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.matrix import MODELS
-from tests.support.ranks import join, run_ranks
+from tests.support.ranks import join, leaving_groups, run_ranks
 
 
 def native_fused_cross_entropy(_payload: object) -> float:
@@ -99,6 +99,7 @@ def test_one_step_tensor_for_all_parameters_is_seen() -> None:
     assert not same_after_third_step(shared=True)
 
 
+@leaving_groups
 def prediction_layers(_payload: object) -> dict[str, Any]:
     """What megatron-core's own code of multi-token prediction does, on the model that mswift builds."""
     join(1)
@@ -177,6 +178,7 @@ def test_prediction_layers_need_labels_and_positions_and_are_not_recomputed_in_b
     assert found["computed"] == 1
 
 
+@leaving_groups
 def two_copies(_payload: object) -> tuple[bool, bool]:
     """(is there a weight of the output layer beside the embedding that is used in its place, does it learn)."""
     join(1)

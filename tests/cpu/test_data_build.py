@@ -12,6 +12,8 @@ from mswift.cli.options import parse
 from mswift.config.data import DataConfig
 from mswift.config.train import PtConfig, SftConfig
 from mswift.data.commands import data_options
+from mswift.data.dataset import DataOptions, build_dataset
+from mswift.data.tokenizer import load_tokenizer
 from mswift.launchers.environment import RankInfo
 from mswift.train import build as train_build
 from tests.support.shared import shared_file
@@ -93,3 +95,32 @@ def test_the_options_are_those_of_a_run(monkeypatch, kind, config_class):
     with pytest.raises(KeyError):
         train_build.build_data(kind, parse(config_class, flags), reader, RankInfo.single(), resumed=False)
     assert seen == [replace(data_options(parse(DataConfig, ["build", "--kind", kind, *flags])), model_positions=None)]
+
+
+@pytest.mark.parametrize("kind", ["pt", "sft"])
+def test_two_processes_make_the_entry_of_one(tmp_path, kind):
+    """Real tokenizers and templates in real workers: bad rows, weights, tools and a long document among the rows."""
+    tokenizer = load_tokenizer(MODEL)
+    if kind == "pt":
+        rows = [{"text": f"Document {n}. " * (n % 50)} if n % 7 else {"body": n} for n in range(1200)]
+        rows[700] = {"text": "A line of a long document.\n" * 12_000}
+    else:
+        rows = json.loads(shared_file("data/sft/glaive_toolcall_en_demo.json").read_text())[:100]
+        rows += [{"query": "q", "response": f"a{n}"} if n % 7 else {"query": n} for n in range(800)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        build_dataset(
+            kind,
+            [str(path)],
+            tokenizer,
+            DataOptions(max_length=512, cache_dir=tmp_path / str(num), num_proc=num),
+            is_writer=True,
+            barrier=lambda: None,
+            progress=False,
+        )
+        for num in (1, 2)
+    ]
+    one, two = ({file.name: file.read_bytes() for file in data.entry.iterdir()} for data in found)
+    assert one == two
+    assert found[0].num_rejected_rows > 100

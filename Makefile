@@ -44,7 +44,7 @@ demo-seeds: $(READY)
 	@for seed in 1 2 3; do $(BIN)/python configs/demo/run.py --seed $$seed --output_dir demo-output/seed-$$seed || exit 1; done
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile tests/unit tests/cpu
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests/unit tests/cpu
 
 test-system: $(READY)
 	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest tests/system; \

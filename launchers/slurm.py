@@ -19,7 +19,7 @@ from mswift.launchers.site import Site
 TEMPLATES = Path(mswift.__file__).parent / "slurm"
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
 _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d\d){0,2}")
-_PLAIN = re.compile(r"[\w.,:@=+/%-]", re.ASCII)
+_PLAIN = re.compile(r"[\w.,:@=+/%-]+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class SlurmJob:
             self._check_time(self.time)
         if self.signal_seconds < 1 or self.signal_seconds > 65_535:
             raise ConfigError(f"--signal_seconds {self.signal_seconds}: SLURM takes 1 to 65535 seconds")
-        if "\\" in str(self.run_dir):
-            raise ConfigError(f"--output_dir {self.run_dir}: SLURM cannot write a log below a name with a backslash")
+        if any(char in str(self.run_dir) for char in "\\%"):
+            raise ConfigError(f"--output_dir {self.run_dir}: SLURM writes no log below a name with a backslash or %")
 
     def _check_time(self, time: str) -> None:
         if not _TIME.fullmatch(time):
@@ -89,7 +89,7 @@ class SlurmJob:
     def log(self) -> str:
         """sbatch's pattern of the log's name: %j is the job, %A_%a job and index of an array."""
         number = "%A_%a" if self.num_points else "%j"
-        return f"{str(self.run_dir).replace('%', '%%')}/launch/log-{number}.txt"
+        return f"{self.run_dir}/launch/log-{number}.txt"
 
 
 def node_counts(nodes: str) -> range:
@@ -110,11 +110,14 @@ def seconds_of(time: str) -> int:
 
 
 def sbatch_word(value: object) -> str:
-    """`value` as one word of an #SBATCH line: sbatch takes the character after a backslash as it is."""
+    """`value` as one word of an #SBATCH line: in double quotes, where only `"` and a backslash need one before them."""
     text = str(value)
     if not text.isprintable():
         raise ConfigError(f"{text!r} cannot stand in an sbatch script: it has a control character")
-    return "".join(char if _PLAIN.match(char) else f"\\{char}" for char in text)
+    if _PLAIN.fullmatch(text):
+        return text
+    inside = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{inside}"'
 
 
 def _array_word(text: str) -> str:

@@ -61,6 +61,8 @@ BUDGET_SECONDS = {
     "system/test_train": 500,
     "system/test_faults": 150,
     "system/test_doctor": 60,
+    "system/test_slurm": 240,
+    "system/test_preflight": 25,
     "system": 120,
     "gpu": 600,
 }

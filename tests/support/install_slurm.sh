@@ -14,6 +14,7 @@ if [ ! -e "$policy" ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 packages=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)
-apt-get install -y -q --no-install-recommends "${packages[@]}" > /dev/null 2>&1 ||
-    { apt-get update -q && apt-get install -y -q --no-install-recommends "${packages[@]}"; } > /dev/null 2>&1 ||
+install=(timeout 120 apt-get -o Acquire::http::Timeout=10 -o Acquire::Retries=0 -q)
+"${install[@]}" install -y --no-install-recommends "${packages[@]}" > /dev/null 2>&1 ||
+    { "${install[@]}" update && "${install[@]}" install -y --no-install-recommends "${packages[@]}"; } > /dev/null 2>&1 ||
     echo "apt-get cannot install SLURM here: its tests are skipped"

@@ -107,10 +107,10 @@ class Cluster:
             subprocess.run(["ip", "link", "del", f"msw-{node}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
-    def client(self, *argv: str, check: bool = True, **environ: str) -> str:
+    def client(self, *argv: str, check: bool = True, cwd: Path | None = None) -> str:
         """Output of a client command, both streams."""
-        done = subprocess.run(argv, env={**self.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=60, check=False)  # fmt: skip
+        done = subprocess.run(argv, env=self.environ, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, timeout=120, check=False)  # fmt: skip
         assert not check or done.returncode == 0, (argv, done.stdout)
         return done.stdout
 
@@ -123,6 +123,10 @@ class Cluster:
         """The state of the job once it has ended."""
         self._wait(lambda: self.field(job, "JobState") in ENDED, f"the end of job {job}", seconds)
         return self.field(job, "JobState")
+
+    def wait_for_restart(self, job: str, number: int, seconds: float) -> None:
+        """Until the job has been queued again `number` times."""
+        self._wait(lambda: int(self.field(job, "Restarts")) >= number, f"restart {number} of job {job}", seconds)
 
     def start_node(self, node: str) -> None:
         """A slurmd in namespaces of its own; whatever runs in them dies with it."""

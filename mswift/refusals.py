@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from mswift.config.train import TrainConfig
+from mswift.config.blend import parse_blend
+from mswift.config.train import PtConfig, TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.engine_refusals import (
     check_four_bit_base,
@@ -245,7 +246,10 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             f"--lr_wsd_decay_iters {config.lr_wsd_decay_iters} belongs to --lr_decay_style WSD, "
             f"not {config.lr_decay_style}: leave it out, or use --lr_decay_style WSD"
         )
-    if not config.dataset:
+    data_path = config.data_path if isinstance(config, PtConfig) else ()
+    if data_path:
+        yield from _data_path_refusals(config, data_path)
+    elif not config.dataset:
         yield ConfigError("--dataset is required: give one file or more, as --dataset FILE#N for N of its rows")
     yield from _data_refusals(config)
     yield from _start_refusals(config)
@@ -267,6 +271,28 @@ def _start_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--adapters {config.adapters[0]} and --load_weights_only both bring an adapter: leave one out"
         )
+
+
+def _data_path_refusals(config: TrainConfig, data_path: tuple[str, ...]) -> Iterator[ConfigError]:
+    """Its documents are tokens already: there are no rows to choose, to name or to set apart."""
+    given = f"--data_path {' '.join(data_path)}"
+    if config.dataset:
+        yield ConfigError(f"--dataset {' '.join(config.dataset)} and {given}: give one of them")
+    if config.dataset_weights:
+        yield ConfigError(
+            "--dataset_weights is for --dataset; weights of --data_path stand before each prefix: 0.3 a 0.7 b"
+        )
+    if config.columns:
+        yield ConfigError(f"--columns is for rows, {given} has none: leave it out")
+    if config.split_dataset_ratio:
+        yield ConfigError(
+            f"--split_dataset_ratio {config.split_dataset_ratio:g} sets rows of --dataset apart, {given} has none: "
+            "name text files with --val_dataset"
+        )
+    try:
+        parse_blend(data_path)
+    except ConfigError as error:
+        yield error
 
 
 def _data_refusals(config: TrainConfig) -> Iterator[ConfigError]:

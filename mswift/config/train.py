@@ -256,6 +256,10 @@ class PtConfig(TrainConfig):
     command: ClassVar[str] = "pt"
     """What a recipe says that is for it: `command: pt`."""
 
+    data_path: tuple[str, ...] = ()
+    """In place of dataset: prefixes of megatron-core's .bin and .idx files (documents that are tokens already), or
+    weights and prefixes by turns: 0.3 a 0.7 b. Nothing is tokenised or copied."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(TrainConfig):

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mswift.data.batch import NO_CHANNEL, Sample
 from mswift.data.hashing import content_hash, file_hash
+from mswift.data.one_writer import WRITER_FAILED, HandOver, made_by_writer
 from mswift.data.partial import JOURNAL, read_journal, sole_builder, write_journal
 from mswift.errors import DataError
 
@@ -45,11 +46,18 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("MSWIFT_CACHE") or "~/.cache/mswift").expanduser()
 
 
+class Tokens(Protocol):
+    """A stream of token ids, an array or several that are joined when they are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, where: slice, /) -> NDArray[np.int32]: ...
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """An open entry; the arrays are read-only maps of its files."""
 
-    tokens: NDArray[np.int32]
+    tokens: Tokens
     """int32 [tokens]"""
     mask: NDArray[np.uint8] | None
     """uint8 [tokens]: the place of the token's loss weight in `weights`; 0 where nothing is learned."""
@@ -195,38 +203,24 @@ def open_or_build(
     with_mask: bool,
     is_writer: bool,
     barrier: Callable[[], None],
-    hand_over: Callable[[Path | None], Path | None] | None = None,
+    hand_over: HandOver | None = None,
 ) -> TokenStore:
-    """The entry at `locate()`; the writer builds it where it is missing or damaged, the others wait at `barrier`.
+    """The entry at `locate()`; the writer builds it where it is missing or damaged (see `made_by_writer`).
 
-    `build` fills the writer and returns the report. `hand_over`, called by all after the barrier, gives each the path
-    that the writer of its machine found (None: the writer failed); without it every process locates the entry by
-    itself. An error of the writer is raised there and reaches the others as a DataError, after the barrier: nobody is
-    left waiting.
+    `build` fills the writer and returns the report.
     """
-    directory: Path | None = None
-    if is_writer:
-        try:
-            directory = locate()
-            _ensure(directory, build, with_mask)
-        except BaseException:
-            directory = None
-            raise
-        finally:
-            barrier()
-            if hand_over is not None:
-                hand_over(directory)
-    else:
-        barrier()
-        directory = locate() if hand_over is None else hand_over(None)
-    failed = "the process of this machine that tokenises the data failed, see its message"
-    if directory is None:
-        raise DataError(failed)
+
+    def make() -> Path:
+        directory = locate()
+        _ensure(directory, build, with_mask)
+        return directory
+
+    directory = made_by_writer(make, locate, is_writer=is_writer, barrier=barrier, hand_over=hand_over)
     try:
         return open_store(directory)
     except (FileNotFoundError, DataError) as error:
         raise DataError(
-            f"{failed} (if it did not: it writes to "
+            f"{WRITER_FAILED} (if it did not: it writes to "
             f"another disk than this one reads, name a common one with --cache_dir; {directory}: {error})"
         ) from None
 

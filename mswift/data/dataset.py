@@ -10,7 +10,6 @@ on its own, and an epoch holds as many samples as without them, shared out among
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ from mswift.config.agents import AgentTemplate
 from mswift.data.batch import NO_CHANNEL, Sample
 from mswift.data.cache import (
     FORMAT_VERSION,
-    MOST_CHANNELS,
     StoreWriter,
     TokenStore,
     default_cache_dir,
@@ -32,7 +30,8 @@ from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.pool import default_num_proc
 from mswift.data.report import FileReport
-from mswift.data.selection import Selection, mixture
+from mswift.data.samples import Samples, by_source, mixed, whole
+from mswift.data.selection import Selection
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.tokenizer import Tokenizer, tokenizer_identity
 from mswift.data.truncation import Strategy
@@ -72,28 +71,10 @@ class DataOptions:
     """Processes that tokenise; None: see `pool.default_num_proc`."""
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Which tokens of a store each sample holds."""
-
-    starts: NDArray[np.int64]
-    """int64 [samples]"""
-    ends: NDArray[np.int64]
-    """int64 [samples]"""
-    fingerprint: str
-    num_tokens: int
-    num_trained_tokens: int
-    shares: tuple[str, ...] = ()
-    """A line on each source of a mixture."""
-    channels: NDArray[np.uint8] | None = None
-    """uint8 [samples]: the place of each one's channel in `channel_names`."""
-    channel_names: tuple[str, ...] = ()
-
-
 class TokenDataset:
     """Samples in a fixed order, read from memory-mapped files; safe to share between processes."""
 
-    def __init__(self, store: TokenStore, samples: _Samples) -> None:
+    def __init__(self, store: TokenStore, samples: Samples) -> None:
         self._tokens, self._mask, self._weights = store.tokens, store.mask, store.weights
         self._starts, self._ends = samples.starts, samples.ends
         self._channels = samples.channels
@@ -111,8 +92,8 @@ class TokenDataset:
         self.entry = store.rejected_path.parent
         """The directory in the token cache."""
         self.rejected_path = store.rejected_path
-        """One JSON object for every bad row: file, row, reason, content."""
-        self.summary = "\n".join([*(report.line() for report in reports), *samples.shares, self._total()])
+        """One JSON object for every bad row (file, row, reason, content), where there is one."""
+        self.summary = "\n".join([*(report.line() for report in reports), *samples.lines, self._total()])
         """One line per file (rows, what was left out and why), and one in all."""
 
     def __len__(self) -> int:
@@ -197,14 +178,20 @@ def build_dataset(
         raise ConfigError(
             f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
         )
-    samples = _mixed(kind, store, options) if options.weights else _whole(kind, store, options)
-    if options.by_source and len(sources) > 1:
-        samples = _by_source(kind, store, options, [source.spec for source in sources])
-    data = TokenDataset(store, samples)
+    data = TokenDataset(store, _samples(store, options, [source.spec for source in sources], flag))
     if options.strict and data.num_rejected_rows:
         first = next(report["reasons"][0] for report in store.report["files"] if report["reasons"])
         raise DataError(f"{first} (--strict; without it the row is left out)")
     return data
+
+
+def _samples(store: TokenStore, options: DataOptions, specs: Sequence[str], flag: str) -> Samples:
+    """Every sample once, or as the weights say."""
+    if options.by_source and len(specs) > 1:
+        return by_source(store, options.max_length, specs)
+    if options.weights:
+        return mixed(store, options.weights, options.selection.seed, options.max_length, flag)
+    return whole(store, options.max_length)
 
 
 def write_rejected(path: Path, datasets: Sequence[TokenDataset]) -> None:
@@ -213,83 +200,9 @@ def write_rejected(path: Path, datasets: Sequence[TokenDataset]) -> None:
         path.unlink(missing_ok=True)
         return
     with path.open("wb") as stream:
-        for data in datasets:
+        for data in (data for data in datasets if data.num_rejected_rows):
             with data.rejected_path.open("rb") as rejected:
                 shutil.copyfileobj(rejected, stream)
-
-
-def _whole(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
-    """Every sample of the store once."""
-    num_tokens = len(store.tokens)
-    if store.mask is not None:
-        trained = int(np.count_nonzero(store.mask))
-        return _Samples(
-            store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, trained,
-            channels=store.channels, channel_names=store.channel_names,
-        )  # fmt: skip
-    starts, ends = _cut(0, num_tokens, options.max_length)
-    fingerprint = content_hash({"stream": store.fingerprint, "max_length": options.max_length})
-    return _Samples(starts, ends, fingerprint, num_tokens, num_tokens - 1)
-
-
-def _mixed(kind: Kind, store: TokenStore, options: DataOptions) -> _Samples:
-    """Samples of each source by its weight."""
-    starts, ends, bounds = _cut_by_source(kind, store, options)
-    sizes = [after - before for before, after in pairwise([0, *bounds])]
-    if 0 in sizes:
-        raise DataError(f"--dataset_weights: source {sizes.index(0) + 1} of --dataset has no sample; leave it out")
-    chosen = mixture(sizes, options.weights, options.selection.seed)
-    lines = [
-        f"source {i}: weight {weight:g}, {len(rows):,} of {size:,} samples ({len(rows) / size:.3g} times)"
-        for i, (weight, rows, size) in enumerate(zip(options.weights, chosen, sizes, strict=True), start=1)
-    ]
-    ids = np.concatenate([rows + first for rows, first in zip(chosen, [0, *bounds], strict=False)])
-    lengths = (ends - starts - 1)[ids]
-    trained = int(lengths.sum())
-    if store.mask is not None:
-        trained = int(np.add.reduceat(store.mask != 0, starts, dtype=np.int64)[ids].sum())
-    weights = {"weights": list(options.weights), "seed": options.selection.seed, "max_length": options.max_length}
-    fingerprint = content_hash({"store": store.fingerprint, **weights})
-    return _Samples(
-        starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines),
-        None if store.channels is None else store.channels[ids], store.channel_names,
-    )  # fmt: skip
-
-
-def _by_source(kind: Kind, store: TokenStore, options: DataOptions, specs: Sequence[str]) -> _Samples:
-    """Every sample of the store once, with its source for a channel. Sources are cut on their own."""
-    starts, ends, bounds = _cut_by_source(kind, store, options)
-    names = [Path(spec).name for spec in specs]
-    names = list(specs if len(set(names)) < len(names) else names)
-    if len(set(names)) < len(names) or len(names) > MOST_CHANNELS:
-        raise ConfigError(
-            f"--val_dataset: {len(names)} files of {len(set(names))} names, and the loss of each is reported under its "
-            f"name: give every file once, and {MOST_CHANNELS} at most"
-        )
-    whole = _whole(kind, store, options)
-    sizes = np.diff([0, *bounds])
-    trained = whole.num_trained_tokens if store.mask is not None else int((ends - starts - 1).sum())
-    channels = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
-    fingerprint = content_hash({"samples": whole.fingerprint, "by_source": True})
-    return _Samples(starts, ends, fingerprint, whole.num_tokens, trained, (), channels, tuple(names))
-
-
-def _cut_by_source(
-    kind: Kind, store: TokenStore, options: DataOptions
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-    """Starts and ends of samples, those of every source on their own, and how many there are up to the end of each."""
-    if kind == "sft":
-        return store.offsets[:-1], store.offsets[1:], [pieces for pieces, _ in store.report["source_ends"]]
-    tokens = [0, *(tokens for _, tokens in store.report["source_ends"])]
-    cuts = [_cut(*edges, options.max_length) for edges in pairwise(tokens)]
-    starts, ends = (np.concatenate(edges) for edges in zip(*cuts, strict=True))
-    return starts, ends, list(accumulate(len(cut[0]) for cut in cuts))
-
-
-def _cut(first: int, last: int, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Starts and ends of the samples of a stream that lies at [first, last)."""
-    starts = np.arange(first, last - 1, max_length, dtype=np.int64)
-    return starts, np.minimum(starts + max_length + 1, last)
 
 
 def _key(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from mswift.config.blend import Blend
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
+from mswift.data.indexed_dataset import build_indexed
 from mswift.data.loss_scale import PLAIN, LossScale, parse_loss_scale
 from mswift.data.packed import Dataset, PackedDataset, samples_of
 from mswift.data.selection import Selection
@@ -28,6 +30,7 @@ from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.collective import ended_by, from_writer, patient_barrier
 from mswift.train.hang import collective_timeout
+from mswift.train.inputs import blend_of
 from mswift.train.memory import lora_config, saved_modules
 from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.prediction import prediction_line
@@ -72,7 +75,15 @@ def build_data(
             flag=flag, hand_over=lambda path: from_writer(path, is_writer),
         )  # fmt: skip
 
-    data, val_data = build("--dataset", config.dataset, options), None
+    def build_blend(blend: Blend) -> TokenDataset:
+        return build_indexed(
+            blend, tokenizer, max_length=config.max_length, seed=config.seed,
+            vocab_size=reader.table.spec.vocab_size, cache_dir=config.cache_dir, is_writer=is_writer,
+            barrier=patient_barrier, hand_over=lambda path: from_writer(path, is_writer),
+        )  # fmt: skip
+
+    blend, val_data = blend_of(config), None
+    data = build_blend(blend) if blend.prefixes else build("--dataset", config.dataset, options)
     if options.loss_scale.by_channel and not data.channel_names:
         raise ConfigError("--enable_channel_loss: no row of --dataset has a `channel`; leave the flag out")
     watched = replace(options, weights=(), by_source=True, loss_scale=replace(options.loss_scale, by_channel=False))
@@ -81,7 +92,7 @@ def build_data(
         val_data = build("--dataset", config.dataset, apart)
     elif config.val_dataset:
         val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
-    for flag, some in (("--dataset", data), ("--val_dataset", val_data)):
+    for flag, some in (("--data_path" if blend.prefixes else "--dataset", data), ("--val_dataset", val_data)):
         if some is not None:
             _check_fits(flag, some, reader.table.spec, tokenizer)
     if config.packing:

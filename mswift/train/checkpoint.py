@@ -161,8 +161,8 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
     if state.data_fingerprint != fingerprint:
         raise ConfigError(
             f"--dataset: the tokenised data differs from that of step {state.step} ({state.num_samples} samples "
-            f"then, {num_samples} now); pass the same --dataset, --max_length and tokenizer, or start a new run "
-            "with another --output_dir"
+            f"then, {num_samples} now); pass the same --dataset (or --data_path), --max_length and tokenizer, or start "
+            "a new run with another --output_dir"
         )
 
 

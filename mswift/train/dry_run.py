@@ -11,13 +11,14 @@ from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.quantization import FIELD
+from mswift.data.indexed import open_indexed
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
 from mswift.refusals import dims_of, train_dtype, train_refusals
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
-from mswift.train.inputs import input_refusals, model_config, open_model
+from mswift.train.inputs import blend_of, input_refusals, model_config, open_model
 from mswift.train.memory import ACTIVATIONS, StageMemory, checkpoint_bytes, idle_parameters, stage_memory
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
@@ -68,6 +69,7 @@ def needs_of(config: TrainConfig) -> tuple[dict[str, int], int]:
     files = [
         *(path for path in model.iterdir() if path.is_file()),
         *(path for source in sources for path in source.paths),
+        *(path for prefix in blend_of(config).prefixes for path in open_indexed(prefix, "--data_path").paths),
     ]
     sizes = {str(path.absolute()): path.stat().st_size for path in files}
     return sizes, checkpoint_bytes(config, table, _DTYPE_BYTES[train_dtype(config, stored)])
@@ -142,8 +144,10 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: i
 
 
 def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    shares = [f"{weight:g} " for weight in config.dataset_weights] or [""] * len(config.dataset)
-    yield "data", ", ".join(map("".join, zip(shares, config.dataset, strict=False))) or "none"
+    blend = blend_of(config)
+    items, weights = blend.prefixes or config.dataset, blend.weights or config.dataset_weights
+    shares = [f"{weight:g} " for weight in weights] or [""] * len(items)
+    yield "data", ", ".join(map("".join, zip(shares, items, strict=False))) or "none"
     split = f"{config.split_dataset_ratio:.3g} of the rows" if config.split_dataset_ratio else "none"
     yield "validation", ", ".join(config.val_dataset) or split
     iters, epochs = config.train_iters, config.num_train_epochs

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mswift import rundir
-from mswift.config.train import SftConfig, TrainConfig
+from mswift.config.blend import Blend, parse_blend
+from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
+from mswift.data.indexed import open_indexed
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.sources import parse_source
 from mswift.engine_refusals import check_four_bit_base, dropout_with_packing
@@ -34,6 +36,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: read_chat_template(config.chat_template),
         *(partial(parse_source, spec, "--dataset") for spec in config.dataset),
         *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
+        *(partial(open_indexed, prefix, "--data_path") for prefix in blend_of(config).prefixes),
         *([partial(parse_loss_scale, config.loss_scale)] if isinstance(config, SftConfig) else []),
         lambda: start_of(config),
     ]
@@ -44,6 +47,14 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         except MswiftError as error:
             refusals.append(error)
     return refusals
+
+
+def blend_of(config: TrainConfig) -> Blend:
+    """--data_path; nothing where it is not given or makes no sense, which is refused elsewhere."""
+    try:
+        return parse_blend(config.data_path if isinstance(config, PtConfig) else ())
+    except ConfigError:
+        return Blend(())
 
 
 def open_model(config: TrainConfig, model: Path) -> WeightReader:

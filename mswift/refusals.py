@@ -7,8 +7,9 @@ works. What only the data or the names of the model's modules can tell is refuse
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mswift.config.blend import parse_blend
@@ -28,6 +29,7 @@ from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
 
+MIXTURE_SUFFIXES = (".yaml", ".yml")
 _LORA_FLAGS = (
     *(
         "lora_rank",
@@ -297,7 +299,11 @@ def _data_path_refusals(config: TrainConfig, data_path: tuple[str, ...]) -> Iter
 
 def _data_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     weights, ratio = config.dataset_weights, config.split_dataset_ratio
-    if weights and len(weights) != len(config.dataset):
+    if weights and holds_mixture(config.dataset):
+        yield ConfigError(
+            f"--dataset_weights: --dataset {config.dataset[0]} has the weights of its sources; leave the flag out"
+        )
+    elif weights and len(weights) != len(config.dataset):
         yield ConfigError(
             f"--dataset_weights has {len(weights)} numbers for {len(config.dataset)} items of --dataset: give one each"
         )
@@ -319,6 +325,11 @@ def _data_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         parse_columns(config.columns)
     except ConfigError as error:
         yield error
+
+
+def holds_mixture(dataset: Sequence[str]) -> bool:
+    """Whether an item of --dataset is a YAML file of sources (see `mswift.data.mixture`)."""
+    return any(Path(item).suffix in MIXTURE_SUFFIXES for item in dataset)
 
 
 def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:

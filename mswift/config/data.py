@@ -22,8 +22,8 @@ class DataConfig:
     model: str | None = None
     """Directory of the model whose tokenizer and chat template are used; info of entries needs none."""
     dataset: tuple[str, ...]
-    """What --dataset of pt and sft takes: files, folders, hub data sets, PATH:SUBSET#N. info: or directories that build
-    printed."""
+    """What --dataset of pt and sft takes: files, folders, hub data sets, PATH:SUBSET#N, a YAML mixture. info: or
+    directories that build printed."""
     val_dataset: tuple[str, ...] = ()
     """build, info: files to evaluate on, as of pt and sft."""
     split_dataset_ratio: float = 0.0

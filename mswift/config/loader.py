@@ -75,6 +75,11 @@ def _fields(name: str, node: yaml.Node, where: str) -> dict[str, list[str]]:
     return {f"{name}.{key.value}": _texts(value, f"{where}: {name}.{key.value}") for key, value in node.value}
 
 
+def scalar_text(node: yaml.Node) -> str | None:
+    """The text of one value exactly as written; None for a list, a mapping or null."""
+    return str(node.value) if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS else None
+
+
 def _texts(node: yaml.Node, where: str) -> list[str]:
     if isinstance(node, yaml.ScalarNode):
         if node.tag == _NULL:

@@ -77,7 +77,8 @@ class TrainConfig:
 
     # -- data
     dataset: tuple[str, ...] = ()
-    """Files, folders or hub data sets to train on; PATH#N takes N rows of it, PATH:SUBSET a subset."""
+    """Files, folders or hub data sets to train on; PATH#N takes N rows of it, PATH:SUBSET a subset. Or one YAML file
+    that lists them, each with its weight or its epochs."""
     dataset_weights: tuple[float, ...] = ()
     """Shares of the items of dataset in an epoch, one number each. Default: every sample once."""
     dataset_sampling: Literal["without_replacement", "with_replacement", "first"] = "without_replacement"

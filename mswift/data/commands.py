@@ -12,6 +12,7 @@ from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, TokenDataset, build_dataset
 from mswift.data.info import describe
 from mswift.data.loss_scale import PLAIN, parse_loss_scale
+from mswift.data.mixture import read_mixture
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import ConfigError, DataError
@@ -72,9 +73,10 @@ def _datasets(config: DataConfig, files: Path) -> Iterator[tuple[str, TokenDatas
     options = data_options(config)
     apart = replace(options, selection=replace(options.selection, part="validation"))
     whole = replace(options, selection=Selection())
+    specs_of_dataset = read_mixture(config.dataset).specs
     for flag, specs, chosen, wanted in (
-        ("--dataset", config.dataset, options, True),
-        ("--dataset", config.dataset, apart, bool(config.split_dataset_ratio)),
+        ("--dataset", specs_of_dataset, options, True),
+        ("--dataset", specs_of_dataset, apart, bool(config.split_dataset_ratio)),
         ("--val_dataset", config.val_dataset, whole, bool(config.val_dataset)),
     ):
         if wanted:

@@ -30,7 +30,7 @@ from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.pool import default_num_proc
 from mswift.data.report import FileReport
-from mswift.data.samples import Samples, by_source, mixed, whole
+from mswift.data.samples import Samples, ShareKind, by_source, mixed, whole
 from mswift.data.selection import Selection
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.tokenizer import Tokenizer, tokenizer_identity
@@ -63,6 +63,8 @@ class DataOptions:
     """(name in the file, name that is meant)."""
     weights: tuple[float, ...] = ()
     """Shares of the sources in an epoch; none: every sample once."""
+    epochs: tuple[float, ...] = ()
+    """How often the samples of each source come in an epoch; in place of weights."""
     by_source: bool = False
     """The channel of a sample is the source that it comes from, where there are several."""
     strict: bool = False
@@ -186,11 +188,13 @@ def build_dataset(
 
 
 def _samples(store: TokenStore, options: DataOptions, specs: Sequence[str], flag: str) -> Samples:
-    """Every sample once, or as the weights say."""
+    """Every sample once, or as weights or epochs say."""
     if options.by_source and len(specs) > 1:
         return by_source(store, options.max_length, specs)
-    if options.weights:
-        return mixed(store, options.weights, options.selection.seed, options.max_length, flag)
+    if options.weights or options.epochs:
+        kind: ShareKind = "weights" if options.weights else "epochs"
+        numbers = options.weights or options.epochs
+        return mixed(store, kind, numbers, options.selection.seed, options.max_length, flag)
     return whole(store, options.max_length)
 
 

@@ -75,7 +75,7 @@ def build_indexed(
     store = _store(files, scan, entry)
     samples = whole(store, max_length)
     if blend.weights:
-        samples = mixed(store, blend.weights, seed, max_length, FLAG)
+        samples = mixed(store, "weights", blend.weights, seed, max_length, FLAG)
     lines = [_line(file, tokenizer) for file in files]
     return TokenDataset(store, replace(samples, lines=(*lines, *samples.lines)))
 

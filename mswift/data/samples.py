@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mswift.data.cache import MOST_CHANNELS, TokenStore
 from mswift.data.hashing import content_hash
-from mswift.data.selection import mixture
+from mswift.data.selection import mixture, repeated
 from mswift.errors import ConfigError, DataError
+
+ShareKind = Literal["weights", "epochs"]
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,34 @@ def whole(store: TokenStore, max_length: int) -> Samples:
     return Samples(starts, ends, fingerprint, num_tokens, num_tokens - 1)
 
 
-def mixed(store: TokenStore, weights: Sequence[float], seed: int, max_length: int, flag: str) -> Samples:
-    """Samples of each source by its weight; a stream is cut source by source.
+def mixed(
+    store: TokenStore, kind: ShareKind, numbers: Sequence[float], seed: int, max_length: int, flag: str
+) -> Samples:
+    """Samples of each source by its weight, or by its epochs; a stream is cut source by source.
 
     DataError, which calls the list of sources `flag`, for one without a sample.
     """
     starts, ends, bounds = _cut_by_source(store, max_length)
     sizes = [after - before for before, after in pairwise([0, *bounds])]
     if 0 in sizes:
-        raise DataError(f"{flag}: source {sizes.index(0) + 1} has a weight and no sample; leave it out")
-    chosen = mixture(sizes, weights, seed)
+        raise DataError(f"{flag}: source {sizes.index(0) + 1} has no sample; leave it out")
+    chosen = mixture(sizes, numbers, seed) if kind == "weights" else repeated(sizes, numbers, seed)
+    word = "weight" if kind == "weights" else kind
     lines = [
-        f"source {i}: weight {weight:g}, {len(rows):,} of {size:,} samples ({len(rows) / size:.3g} times)"
-        for i, (weight, rows, size) in enumerate(zip(weights, chosen, sizes, strict=True), start=1)
+        f"source {i}: {word} {number:g}, {len(rows):,} of {size:,} samples ({len(rows) / size:.3g} times)"
+        for i, (number, rows, size) in enumerate(zip(numbers, chosen, sizes, strict=True), start=1)
     ]
+    if kind == "epochs" and (none := [i for i, rows in enumerate(chosen) if not len(rows)]):
+        raise DataError(
+            f"{flag}: {lines[none[0]]}: too few epochs for one sample; give it {1 / sizes[none[0]]:.3g} or more, or "
+            "leave it out"
+        )
     ids = np.concatenate([rows + first for rows, first in zip(chosen, [0, *bounds], strict=False)])
     lengths = (ends - starts - 1)[ids]
     trained = int(lengths.sum())
     if store.mask is not None:
         trained = int(np.add.reduceat(store.mask != 0, starts, dtype=np.int64)[ids].sum())
-    parts = {"weights": list(weights), "seed": seed, "max_length": max_length}
+    parts = {kind: list(numbers), "seed": seed, "max_length": max_length}
     fingerprint = content_hash({"store": store.fingerprint, **parts})
     return Samples(
         starts[ids], ends[ids], fingerprint, int(lengths.sum()) + len(ids), trained, tuple(lines),

@@ -124,9 +124,18 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[N
     shares = np.floor(exact).astype(np.int64)
     for i in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
         shares[i] += 1
+    return _drawn(sizes, shares.tolist(), seed)
+
+
+def repeated(sizes: Sequence[int], epochs: Sequence[float], seed: int) -> list[NDArray[np.int64]]:
+    """Samples of each source, sorted, epochs x size of them (halves up): all of them whole times, the rest drawn."""
+    return _drawn(sizes, [int(size * often + 0.5) for size, often in zip(sizes, epochs, strict=True)], seed)
+
+
+def _drawn(sizes: Sequence[int], counts: Sequence[int], seed: int) -> list[NDArray[np.int64]]:
     return [
-        np.sort(draw(size, int(share), "without_replacement", _key(seed, _MIXTURE, index)))
-        for index, (size, share) in enumerate(zip(sizes, shares, strict=True))
+        np.sort(draw(size, count, "without_replacement", _key(seed, _MIXTURE, index)))
+        for index, (size, count) in enumerate(zip(sizes, counts, strict=True))
     ]
 
 

@@ -15,6 +15,7 @@ from mswift.data.documents import encode_piece, is_long, long_pieces
 from mswift.data.encoding import renamed_row
 from mswift.data.formats import Record, required_row
 from mswift.data.loss_scale import parse_loss_scale
+from mswift.data.mixture import read_mixture
 from mswift.data.report import FileReport
 from mswift.data.rows import to_conversation, to_document
 from mswift.data.selection import Selection, selected_parts
@@ -36,7 +37,7 @@ def main(config: DataConfig, model: Path) -> int:
         raise ConfigError(f"--num_rows {config.num_rows}: at least 1; --num_rows 3")
     tokenizer = load_tokenizer(model)
     use_chat_template(tokenizer, config.chat_template)
-    sources = [parse_source(spec) for spec in config.dataset]
+    sources = [parse_source(spec) for spec in read_mixture(config.dataset).specs]
     columns = parse_columns(config.columns)
     color = config.color == "always" or (config.color == "auto" and sys.stdout.isatty())
     selection = Selection(config.dataset_sampling, config.seed)

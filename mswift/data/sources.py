@@ -102,6 +102,14 @@ def parse_source(spec: str, flag: str = "--dataset") -> Source:
     raise ConfigError(f"{flag} {spec}: there is no file {path}{_nearest(path.expanduser())}")
 
 
+def beside(spec: str, folder: Path) -> str:
+    """`spec` as a file in `folder` means it: paths are relative to that; the name of a hub data set stays."""
+    there = str(folder / Path(spec).expanduser())
+    here = any((folder / Path(name).expanduser()).exists() for name, *_ in _readings(spec))
+    hub = any(_HUB_NAME.fullmatch(name) and not _looks_like_a_file(str(folder / name)) for name, *_ in _readings(spec))
+    return spec if hub and not here else there
+
+
 def _readings(spec: str) -> Iterator[tuple[str, str | None, str | None]]:
     """(path, subset, count) as `spec` can be read, the most literal first."""
     found = re.fullmatch(r"(.+)#([^#/]*)", spec)

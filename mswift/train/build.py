@@ -17,6 +17,7 @@ from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.indexed_dataset import build_indexed
 from mswift.data.loss_scale import PLAIN, LossScale, parse_loss_scale
+from mswift.data.mixture import read_mixture
 from mswift.data.packed import Dataset, PackedDataset, samples_of
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
@@ -51,6 +52,7 @@ def build_data(
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
     use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and config.tuner_type == "full")
+    sources = read_mixture(config.dataset, config.dataset_weights)
     selection = Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio)
     options = DataOptions(
         max_length=config.max_length,
@@ -62,7 +64,8 @@ def build_data(
         cache_dir=config.cache_dir,
         selection=selection,
         columns=parse_columns(config.columns),
-        weights=config.dataset_weights,
+        weights=sources.weights,
+        epochs=sources.epochs,
         strict=config.strict,
         num_proc=config.dataset_num_proc,
     )
@@ -83,13 +86,15 @@ def build_data(
         )  # fmt: skip
 
     blend, val_data = blend_of(config), None
-    data = build_blend(blend) if blend.prefixes else build("--dataset", config.dataset, options)
+    data = build_blend(blend) if blend.prefixes else build("--dataset", sources.specs, options)
     if options.loss_scale.by_channel and not data.channel_names:
         raise ConfigError("--enable_channel_loss: no row of --dataset has a `channel`; leave the flag out")
-    watched = replace(options, weights=(), by_source=True, loss_scale=replace(options.loss_scale, by_channel=False))
+    watched = replace(
+        options, weights=(), epochs=(), by_source=True, loss_scale=replace(options.loss_scale, by_channel=False)
+    )
     if config.split_dataset_ratio:
         apart = replace(watched, selection=replace(selection, part="validation"))
-        val_data = build("--dataset", config.dataset, apart)
+        val_data = build("--dataset", sources.specs, apart)
     elif config.val_dataset:
         val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
     for flag, some in (("--data_path" if blend.prefixes else "--dataset", data), ("--val_dataset", val_data)):

@@ -15,10 +15,10 @@ from mswift.data.indexed import open_indexed
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
-from mswift.refusals import dims_of, train_dtype, train_refusals
+from mswift.refusals import dims_of, holds_mixture, train_dtype, train_refusals
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
-from mswift.train.inputs import blend_of, input_refusals, model_config, open_model
+from mswift.train.inputs import blend_of, input_refusals, mixture_of, model_config, open_model
 from mswift.train.memory import ACTIVATIONS, StageMemory, checkpoint_bytes, idle_parameters, stage_memory
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
@@ -63,11 +63,12 @@ def needs_of(config: TrainConfig) -> tuple[dict[str, int], int]:
     model = _weights_of(config)
     table, stored, _ = _model(config, model)
     sources = [
-        *(parse_source(spec) for spec in config.dataset),
+        *(parse_source(spec) for spec in mixture_of(config).specs),
         *(parse_source(s, "--val_dataset") for s in config.val_dataset),
     ]
     files = [
         *(path for path in model.iterdir() if path.is_file()),
+        *(Path(item) for item in config.dataset if holds_mixture(config.dataset)),
         *(path for source in sources for path in source.paths),
         *(path for prefix in blend_of(config).prefixes for path in open_indexed(prefix, "--data_path").paths),
     ]
@@ -144,9 +145,10 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: i
 
 
 def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    blend = blend_of(config)
-    items, weights = blend.prefixes or config.dataset, blend.weights or config.dataset_weights
-    shares = [f"{weight:g} " for weight in weights] or [""] * len(items)
+    blend, mixture = blend_of(config), mixture_of(config)
+    items = blend.prefixes or mixture.specs
+    shares = [f"{weight:g} " for weight in blend.weights or mixture.weights]
+    shares = shares or [f"{number:g} epochs of " for number in mixture.epochs] or [""] * len(items)
     yield "data", ", ".join(map("".join, zip(shares, items, strict=False))) or "none"
     split = f"{config.split_dataset_ratio:.3g} of the rows" if config.split_dataset_ratio else "none"
     yield "validation", ", ".join(config.val_dataset) or split

@@ -15,6 +15,7 @@ from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
 from mswift.data.indexed import open_indexed
 from mswift.data.loss_scale import parse_loss_scale
+from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
 from mswift.engine_refusals import check_four_bit_base, dropout_with_packing
 from mswift.errors import ConfigError, MswiftError
@@ -34,7 +35,8 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         lambda: read_chat_template(config.chat_template),
-        *(partial(parse_source, spec, "--dataset") for spec in config.dataset),
+        lambda: read_mixture(config.dataset, config.dataset_weights),
+        *(partial(parse_source, spec, "--dataset") for spec in mixture_of(config).specs),
         *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
         *(partial(open_indexed, prefix, "--data_path") for prefix in blend_of(config).prefixes),
         *([partial(parse_loss_scale, config.loss_scale)] if isinstance(config, SftConfig) else []),
@@ -55,6 +57,14 @@ def blend_of(config: TrainConfig) -> Blend:
         return parse_blend(config.data_path if isinstance(config, PtConfig) else ())
     except ConfigError:
         return Blend(())
+
+
+def mixture_of(config: TrainConfig) -> Mixture:
+    """--dataset and its weights; nothing where a mixture file is wrong, which is refused elsewhere."""
+    try:
+        return read_mixture(config.dataset, config.dataset_weights)
+    except ConfigError:
+        return Mixture(())
 
 
 def open_model(config: TrainConfig, model: Path) -> WeightReader:

@@ -19,7 +19,7 @@ output_dir/
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,13 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def data_wait(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Of the time of these steps (rows of metrics.jsonl), the share spent waiting for data; None: no row tells it."""
+    told = [(row["step_seconds"], row["data_wait"]) for row in rows if "data_wait" in row]
+    total = sum(seconds for seconds, _ in told)
+    return sum(seconds * share for seconds, share in told) / total if total > 0 else None
 
 
 def truncate_metrics(output_dir: Path, step: int) -> list[dict[str, Any]]:

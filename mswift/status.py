@@ -33,6 +33,8 @@ class RunStatus:
     """The newest row of metrics.jsonl."""
     seconds_per_step: float | None
     """Wall time of the newest steps, without evaluation and saving."""
+    data_wait: float | None
+    """The share of it that was spent waiting for data."""
     seconds_left: float | None
     checkpoint: str | None
     checkpoint_age_seconds: float | None
@@ -65,7 +67,8 @@ def read_status(output_dir: Path, now: float | None = None) -> RunStatus:
     checkpoint = rundir.checkpoint_dir(output_dir, steps[-1]) if steps else None
     left = None if per_step is None or last_step is None or state != "running" else (last_step - step) * per_step
     return RunStatus(
-        str(output_dir), state, reason, step, last_step, rows[-1] if rows else None, per_step, left,
+        str(output_dir), state, reason, step, last_step, rows[-1] if rows else None, per_step,
+        rundir.data_wait(rows[-_NEWEST:]), left,
         None if checkpoint is None else str(checkpoint),
         None if checkpoint is None else now - (checkpoint / rundir.COMMIT).stat().st_mtime,
         len(starts), sum(event.get("repeated_steps", 0) for event in starts), goodput(events, rows, seen),
@@ -144,7 +147,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if row := status.metrics:
         parts = [f"epoch {row['epoch']:.3g}", *(_number(row, name) for name in ("loss", "grad_norm", "lr"))]
         yield "newest", ", ".join(parts + ([_number(row, "eval_loss")] if "eval_loss" in row else []))
-        yield "speed", f"{row['tokens_per_second']:,.0f} tokens/s, {status.seconds_per_step or 0:.3g} s a step"
+        wait = "" if status.data_wait is None else f", {status.data_wait:.1%} of it waiting for data"
+        yield "speed", f"{row['tokens_per_second']:,.0f} tokens/s, {status.seconds_per_step or 0:.3g} s a step{wait}"
     if status.seconds_left is not None:
         yield "left", f"{timedelta(seconds=round(status.seconds_left))} without evaluation and saving"
     if status.checkpoint is None:

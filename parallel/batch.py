@@ -99,8 +99,12 @@ def sequence_multiple(dims: ParallelDims) -> int:
 
     every tensor-parallel rank under sequence parallelism.
     """
-    chunks = 2 * dims.cp if dims.cp > 1 else 1
-    return chunks * (dims.tp if dims.sequence_parallel else 1)
+    return document_multiple(dims) * (dims.tp if dims.sequence_parallel else 1)
+
+
+def document_multiple(dims: ParallelDims) -> int:
+    """What the positions of a packed document are padded to a multiple of."""
+    return 2 * dims.cp if dims.cp > 1 else 1
 
 
 def _check_shapes(microbatches: Sequence[Microbatch]) -> None:
@@ -120,7 +124,7 @@ def _check_shapes(microbatches: Sequence[Microbatch]) -> None:
 
 def _padded_documents(batch: Microbatch, dims: ParallelDims) -> tuple[int, ...]:
     assert batch.documents is not None
-    unit = 2 * dims.cp if dims.cp > 1 else 1
+    unit = document_multiple(dims)
     return tuple(-(-length // unit) * unit for length in batch.documents)
 
 

@@ -27,6 +27,10 @@ class BatchPlan:
     dp_size: int
     seq_multiple: int
     pad_token_id: int
+    document_multiple: int = 1
+    """What each packed sample is padded to a multiple of where a rank lays a microbatch out."""
+    microbatch_multiple: int = 1
+    """The same for all the rows of a packed microbatch together; it divides `seq_multiple`."""
     per_sample: bool = False
     """The weights of each sample sum up to 1 (--loss_normalization sample)."""
 
@@ -42,6 +46,7 @@ class StepBatch:
     squared_lengths: int
     """Sum over all samples of the square of their positions."""
     padding_tokens: int
+    """Positions that are computed for nothing, by all data-parallel ranks."""
 
 
 def training_batch(data: Dataset, plan: BatchPlan, seed: int, consumed_samples: int) -> StepBatch:
@@ -67,11 +72,14 @@ def assemble(data: Dataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
     lengths = data.lengths[real]  # positions: the last token of a sample is only a target
     longest = max(int(lengths.max(initial=1)), 1)
     seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
-    rows = dealt(ids, data.squares, plan) if isinstance(data, PackedDataset) else _by_rank(ids, plan)
+    if isinstance(data, PackedDataset):
+        rows, positions = dealt(ids, data.squares, plan), _packed_positions(data, ids, seq_length, plan)
+    else:
+        rows, positions = _by_rank(ids, plan), len(ids) * seq_length
     microbatches = [_microbatch(data, row_ids, seq_length, plan) for row_ids in rows]
     tokens = int(lengths.sum())
     squares = int(squared_lengths(data, real).sum())
-    return StepBatch(microbatches, list(ids), tokens, squares, len(ids) * seq_length - tokens)
+    return StepBatch(microbatches, list(ids), tokens, squares, positions - tokens)
 
 
 def _by_rank(ids: Sequence[int], plan: BatchPlan) -> list[list[int]]:
@@ -86,12 +94,41 @@ def dealt(ids: Sequence[int], costs: NDArray[np.int64], plan: BatchPlan) -> list
 
     Dealt to and fro from the dearest on: packs to microbatches of the global batch, then those to ranks. `costs` by id.
     """
+    hands, dearest = _hands(ids, costs, plan)
+    return [[ids[place] for place in hands[:, slot]] for slot in dearest[:, plan.dp_rank]]
+
+
+def _hands(
+    ids: Sequence[int], costs: NDArray[np.int64], plan: BatchPlan
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places in `ids` by microbatch of the global batch [B, slots], and slots by [microbatch of a rank, rank]."""
     slots = len(ids) // plan.micro_batch_size
     price = np.array([costs[i] if i >= 0 else 0 for i in ids])
     hands = _to_and_fro(np.argsort(-price, kind="stable").reshape(plan.micro_batch_size, slots))
     dearest = np.argsort(-price[hands].sum(axis=0), kind="stable").reshape(-1, plan.dp_size)
-    mine = _to_and_fro(dearest)[:, plan.dp_rank]
-    return [[ids[place] for place in hands[:, slot]] for slot in mine]
+    return hands, _to_and_fro(dearest)
+
+
+def _packed_positions(data: PackedDataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> int:
+    """Positions that all data-parallel ranks compute in a step.
+
+    As mswift.parallel.batch.rank_batches pads: every sample and the rest of every row to the multiple of documents,
+    every microbatch to that of microbatches, and all microbatches of a rank to its longest.
+    """
+    rows = np.array([_padded_row(data, i, seq_length, plan.document_multiple) for i in ids])
+    hands, dearest = _hands(ids, data.squares, plan)
+    longest = _up(rows[hands].sum(axis=0), plan.microbatch_multiple)[dearest].max(axis=0)  # [ranks]
+    return int(longest.sum()) * len(dearest)
+
+
+def _padded_row(data: PackedDataset, index: int, seq_length: int, multiple: int) -> int:
+    lengths = data.samples.lengths[data.packs[index]] if index >= 0 else np.zeros(0, dtype=np.int64)
+    return int(_up(np.append(lengths, seq_length - lengths.sum()), multiple).sum())
+
+
+def _up(values: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    """To the next multiple."""
+    return -(-values // multiple) * multiple
 
 
 def _to_and_fro(rounds: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from mswift.data.selection import Selection
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
-from mswift.parallel.batch import sequence_multiple
+from mswift.parallel.batch import document_multiple, sequence_multiple
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 from mswift.refusals import check_schedule, parse_columns, train_dtype
 from mswift.stages import describe_cut
@@ -197,6 +197,8 @@ def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: To
         dp_size=dims.dp,
         seq_multiple=math.lcm(8, sequence_multiple(dims)),
         pad_token_id=pad if pad < vocab_size else 0,  # never a target, and behind every real token
+        document_multiple=document_multiple(dims),
+        microbatch_multiple=sequence_multiple(dims),
         per_sample=config.loss_normalization == "sample",
     )
 

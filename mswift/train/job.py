@@ -2,7 +2,8 @@
 
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.train import checkpoint
-from mswift.train.batches import training_batch
+from mswift.train.batches import StepBatch, training_batch
 from mswift.train.build import batch_plan, build_data, built_engine, learning_rate, num_steps, print_banner
 from mswift.train.collective import agreed, ended_by, largest, lost_ranks_in_words
 from mswift.train.entry import enter_run_directory
@@ -39,6 +40,7 @@ from mswift.train.metrics import (
 )
 from mswift.train.not_finite import NotFiniteSteps
 from mswift.train.parts import Run
+from mswift.train.prefetch import ahead
 from mswift.train.resume import ResumePoint
 from mswift.train.run import Start
 from mswift.train.saver import Saver
@@ -138,13 +140,15 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
     """All steps that are left, or those until a signal; on rank 0 watched by a bar, metrics.jsonl and TensorBoard."""
     config, first_step = run.config, state.step if state else 0
     run.skipped_steps = state.skipped_steps if state else 0
+    consumed = state.consumed_samples if state else 0
+    batches = _batches(run, consumed, run.last_step - first_step)
     steps = train(
         run.engine,
-        lambda consumed: training_batch(run.data, run.plan, config.seed, consumed),
+        batches,
         learning_rate(config, run.last_step),
         first_step,
         run.last_step,
-        state.consumed_samples if state else 0,
+        consumed,
         run.watch.at,
         len(samples_of(run.data).channel_names),
     )
@@ -156,7 +160,8 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         watchers += [TensorBoard(run.output_dir, first_step)] if config.tensorboard else []
     stopped_by, step = 0, first_step
     ledger = Ledger(run.output_dir)
-    with watching(watchers), ledger.failing(lambda: step) if run.rank == 0 else nullcontext():
+    failing = ledger.failing(lambda: step) if run.rank == 0 else nullcontext()
+    with watching(watchers), failing, closing(batches):
         for done in steps:
             step = done.step
             if not not_finite.check(done):
@@ -164,10 +169,12 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
                 raise not_finite.error(done)
             started = time.perf_counter()
             evaluation = _evaluate_if_due(run, done)
-            record = _record(run, done, {"evaluation": time.perf_counter() - started}, evaluation)
+            seconds = {"evaluation": time.perf_counter() - started}
+            mine = (request.number, saver.is_busy, round(1e6 * done.data_seconds / done.seconds))
+            stopped_by, any_busy, data_wait = largest(mine, run.device)
+            record = _record(run, done, seconds, data_wait / 1e6, evaluation)
             for watcher in watchers:  # before the save: a step whose checkpoint is there is in the metrics
                 watcher.step(record)
-            stopped_by, any_busy = largest((request.number, saver.is_busy), run.device)
             run.watch.at(step, "saving")
             started = time.perf_counter()
             saved = saver.after_step(done, any_busy=bool(any_busy), last=bool(stopped_by) or step == run.last_step)
@@ -186,6 +193,13 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
     return STOPPED_STATUS if step < run.last_step else 0
 
 
+def _batches(run: Run, consumed_samples: int, num_steps: int) -> Generator[StepBatch, None, None]:
+    """This rank's share of the batches of the steps that are left, the next one read while one is computed."""
+    size = run.config.global_batch_size
+    places = range(consumed_samples, consumed_samples + num_steps * size, size)
+    return ahead(lambda place: training_batch(run.data, run.plan, run.config.seed, place), places)
+
+
 def _print_end(run: Run, state: checkpoint.RunState | None, step: int, stopped_by: int) -> None:
     """Where the run stands, its newest checkpoint, its curve."""
     if step < run.last_step:
@@ -195,12 +209,17 @@ def _print_end(run: Run, state: checkpoint.RunState | None, step: int, stopped_b
         )
     elif state is not None and state.step >= run.last_step:
         print(f"nothing to do: the run is at step {state.step} and its length is {run.last_step} steps")
+    share = rundir.data_wait(rundir.read_metrics(run.output_dir))
+    if share is not None:
+        print(f"waiting for data: {share:.2%} of the time of all steps")
     print(f"checkpoint: {rundir.resolve_checkpoint(run.output_dir)}")
     if picture := plot_loss(run.output_dir):
         print(f"loss curve: {picture}")
 
 
-def _record(run: Run, done: FinishedStep, seconds: dict[str, float], evaluation: Evaluation | None) -> StepRecord:
+def _record(
+    run: Run, done: FinishedStep, seconds: dict[str, float], data_wait: float, evaluation: Evaluation | None
+) -> StepRecord:
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
@@ -221,6 +240,7 @@ def _record(run: Run, done: FinishedStep, seconds: dict[str, float], evaluation:
         loss_weights=done.result.weight_sum,
         padding_tokens=done.batch.padding_tokens,
         step_seconds=done.seconds,
+        data_wait=data_wait,
         seconds={"data": done.data_seconds, **done.result.seconds, **seconds},
         tokens_per_second=tokens / done.seconds,
         tokens_per_second_per_device=tokens / done.seconds / world_size,

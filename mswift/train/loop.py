@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from mswift.data.packed import Dataset, samples_of
 from mswift.parallel.megatron.engine import LossPart, MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
+from mswift.train.prefetch import ahead
 from mswift.train.schedule import LearningRate
 
 NO_NAME = "(none)"
@@ -21,13 +23,13 @@ class FinishedStep:
     lr: float
     batch: StepBatch
     result: StepResult
-    data_seconds: float
+    data_seconds: float  # waiting for the batch
     seconds: float  # data, forward, backward, optimizer
 
 
 def train(
     engine: MegatronEngine,
-    next_batch: Callable[[int], StepBatch],
+    batches: Iterator[StepBatch],
     schedule: LearningRate,
     first_step: int,
     last_step: int,
@@ -35,9 +37,9 @@ def train(
     note: Callable[[int, str], None],
     num_channels: int = 0,
 ) -> Iterator[FinishedStep]:
-    """Run steps first_step+1 .. last_step. `next_batch(consumed_samples)` is this rank's share of the next batch.
+    """Run steps first_step+1 .. last_step. `batches`: this rank's share of the batch of each of them.
 
-    `num_channels`: of those in its microbatches, 0 where they have none.
+    `consumed_samples`: before the first of them. `num_channels`: of those in its microbatches, 0 where they have none.
 
     `note(step, doing)` hears what comes next. A step whose loss or gradient norm is not finite made no update
     (`result.updated`); whoever consumes the steps decides about it.
@@ -45,7 +47,7 @@ def train(
     for step in range(first_step, last_step):
         note(step + 1, "reading data")
         started = time.perf_counter()
-        batch = next_batch(consumed_samples)
+        batch = next(batches)
         data_seconds = time.perf_counter() - started
         note(step + 1, "computing")
         lr = schedule.at(step)
@@ -66,14 +68,16 @@ class Evaluation:
 def evaluate(
     engine: MegatronEngine, data: Dataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Loss over all of the data; neither generators nor the data position move. `note` is called before each batch."""
+    """Loss over all of the data; neither generators nor the data position move. `note` is called at each batch."""
     names = samples_of(data).channel_names
     total, parts = LossPart(0.0, 0.0), [LossPart(0.0, 0.0)] * len(names)
-    for ids in evaluation_batches(data, plan):
-        note()
-        more, more_parts = engine.evaluate(assemble(data, plan, ids).microbatches, len(names))
-        total = total.plus(more)
-        parts = [part.plus(further) for part, further in zip(parts, more_parts, strict=True)]
+    note()
+    with closing(ahead(lambda ids: assemble(data, plan, ids), evaluation_batches(data, plan))) as batches:
+        for batch in batches:
+            note()
+            more, more_parts = engine.evaluate(batch.microbatches, len(names))
+            total = total.plus(more)
+            parts = [part.plus(further) for part, further in zip(parts, more_parts, strict=True)]
     return Evaluation(total.mean, by_channel(names, parts))
 
 

@@ -28,6 +28,8 @@ class StepRecord:
     made no update for that (--nan_policy skip).
     `mtp_loss` is that of multi-token-prediction layers where they are trained, the mean over them, divided by
     `loss_weights` as the loss is, and no part of `loss`.
+    `data_wait` is the share of the step's time in which the rank that waited longest for its batch did so; `seconds`
+    are those of rank 0.
     `mfu` is model FLOP/s over the device's dense peak, null where that peak is unknown.
     """
 
@@ -42,6 +44,7 @@ class StepRecord:
     loss_weights: float
     padding_tokens: int
     step_seconds: float
+    data_wait: float
     seconds: dict[str, float]
     tokens_per_second: float
     tokens_per_second_per_device: float
@@ -117,6 +120,7 @@ class Progress:
             **{f"loss[{name}]": _number(value) for name, value in (record.channel_loss or {}).items()},
             "lr": f"{record.lr:.2e}",
             "tok/s": f"{record.tokens_per_second:,.0f}",
+            "data_wait": f"{record.data_wait:.1%}",
         }
         if record.mtp_loss is not None:
             parts["mtp_loss"] = f"{record.mtp_loss:.4f}"
@@ -160,6 +164,7 @@ class TensorBoard:
             "train/lr": record.lr,
             "speed/tokens_per_second": record.tokens_per_second,
             "speed/mfu": record.mfu,
+            "speed/data_wait": record.data_wait,
             "eval/loss": record.eval_loss,
             **{f"train/loss/{name}": value for name, value in (record.channel_loss or {}).items()},
             **{f"eval/loss/{name}": value for name, value in (record.eval_losses or {}).items()},

@@ -314,6 +314,8 @@ def test_a_bad_row_is_left_out_said_and_written_down(home: Path, tmp_path: Path,
     assert (json.loads(line)["file"], json.loads(line)["row"]) == ("bad.jsonl", 6)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["eval_loss"] > 0
+    assert 0 < metrics[0]["data_wait"] < 1
+    assert f"waiting for data: {metrics[0]['data_wait']:.2%} of the time of all steps" in printed
     refused(capsys, 1, [*run, "--output_dir", str(tmp_path / "other"), "--strict"], "line 6, column 2: bad JSON")
 
 

@@ -5,7 +5,9 @@ fp32; at most 1e-5 from transformers and 5e-6 from one unpacked Megatron rank (m
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 
 from mswift.data.dataset import DataOptions, build_dataset
 from mswift.data.packed import Dataset, PackedDataset
+from mswift.parallel.batch import document_multiple, rank_batches, sequence_multiple
+from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan, StepBatch, assemble, dealt, evaluation_batches, training_batch
 from tests.support.parity import Batch, differences, megatron_run, random_model, reference
 from tests.support.spaces import weights_of
@@ -156,6 +160,33 @@ def test_every_sample_lies_in_one_row_as_it_is(
     assert {rank.squared_lengths for rank in ranks} == {int((samples.lengths**2).sum())}
     positions = sum(batch.tokens.numel() for rank in ranks for batch in rank.microbatches)
     assert {rank.tokens + rank.padding_tokens for rank in ranks} == {positions}
+
+
+@pytest.mark.parametrize("degrees", [{"cp": 2}, {"cp": 4}, {"cp": 2, "tp": 2, "sequence_parallel": True}, {"tp": 2}])
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (2, 1), (2, 3)])
+def test_padding_is_counted_as_ranks_pad(
+    samples: Any, degrees: dict[str, Any], dp_size: int, micro_batch_size: int
+) -> None:
+    """Every position that a context-parallel rank gets, over all ranks."""
+    packs = PackedDataset(samples, CAPACITY, "bestfit")
+    model_ranks = degrees.get("cp", 1) * degrees.get("tp", 1)
+    dims = ParallelDims(world_size=dp_size * model_ranks, **degrees)
+    size = 2 * dp_size * micro_batch_size
+    for consumed in (0, size):
+        ranks = []
+        for dp_rank in range(dp_size):
+            each = replace(
+                plan(dp_size, micro_batch_size, dp_rank, size),
+                seq_multiple=lcm(8, sequence_multiple(dims)),
+                document_multiple=document_multiple(dims),
+                microbatch_multiple=sequence_multiple(dims),
+            )
+            ranks.append(training_batch(packs, each, 1, consumed))
+        positions = 0
+        for rank in ranks:
+            for cp_rank in range(dims.cp):
+                positions += sum(part.tokens.numel() for part in rank_batches(rank.microbatches, dims, cp_rank))
+        assert {rank.tokens + rank.padding_tokens for rank in ranks} == {positions}
 
 
 def test_a_step_has_the_same_packs_at_every_layout(samples: Any) -> None:

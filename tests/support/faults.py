@@ -14,8 +14,13 @@ import torch
 
 
 def at_step(rank: int, *, of: int, step: int, global_batch_size: int, what: str, until: int | None = None) -> None:
-    """On rank `of`, when it reads the data of a step (or steps up to `until`): a signal to itself, a wait for ever,
-    a batch that is not finite."""
+    """On rank `of`, at a step (or steps up to `until`): a signal to itself when it comes to the step; a read of the
+    step's data that takes for ever; a batch that is not finite."""
+    if rank != of:
+        return
+    if what.startswith("SIG"):
+        _signal_at(range(step, (until or step) + 1), signal.Signals[what])
+        return
     from mswift.train import job
 
     read = job.training_batch
@@ -23,17 +28,27 @@ def at_step(rank: int, *, of: int, step: int, global_batch_size: int, what: str,
     def training_batch(*arguments: Any) -> Any:
         now = arguments[-1] // global_batch_size + 1
         batch = read(*arguments)
-        if rank == of and step <= now <= (until or step):
+        if step <= now <= (until or step):
             if what == "sleep":
                 time.sleep(600)
-            elif what == "poison":
-                for microbatch in batch.microbatches:
-                    microbatch.loss_weights[0, :4] = torch.inf
-            else:
-                os.kill(os.getpid(), signal.Signals[what])
+            for microbatch in batch.microbatches:
+                microbatch.loss_weights[0, :4] = torch.inf
         return batch
 
     job.training_batch = training_batch
+
+
+def _signal_at(steps: range, number: int) -> None:
+    from mswift.train.hang import HangWatch
+
+    at = HangWatch.at
+
+    def told(self: HangWatch, step: int, doing: str) -> None:
+        at(self, step, doing)
+        if step in steps and doing == "reading data":
+            os.kill(os.getpid(), number)
+
+    HangWatch.at = told  # type: ignore[method-assign]
 
 
 def full_disk(rank: int, *, name: str, limit: int) -> None:

@@ -10,7 +10,7 @@ from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 
 TIMED = {"step_seconds", "seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device",
-         "memory_bytes", "mfu", "eval_loss"}  # fmt: skip
+         "memory_bytes", "mfu", "eval_loss", "data_wait"}  # fmt: skip
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:

@@ -58,6 +58,19 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     assert read_status(tmp_path).state == "killed"  # the lock is free and nothing was said
 
 
+def test_the_share_of_time_that_went_into_waiting_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By time, not by steps; rows of before it was measured tell nothing."""
+    Ledger(tmp_path).start(0, 4, 1)
+    log(tmp_path, 1)
+    assert read_status(tmp_path).data_wait is None
+    rows = [row(2, 1.0) | {"data_wait": 0.5}, row(3, 9.0) | {"data_wait": 0.1}]
+    with (tmp_path / rundir.METRICS).open("a") as file:
+        file.writelines(json.dumps(each) + "\n" for each in rows)
+    assert read_status(tmp_path).data_wait == pytest.approx(0.14)
+    main(["status", str(tmp_path)])
+    assert "4 s a step, 14.0% of it waiting for data" in capsys.readouterr().out
+
+
 def test_looking_does_not_keep_a_run_out(tmp_path: Path) -> None:
     Ledger(tmp_path).start(0, 10, 1)
     read_status(tmp_path)

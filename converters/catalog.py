@@ -35,14 +35,17 @@ def config_path(model: Path) -> Path:
 def read_config(model_dir: Path, ignored: Collection[str] | None = None, *, or_file: bool = False) -> dict[str, Any]:
     """The parsed config.json of a Hugging Face directory, without the fields in `ignored`.
 
-    or_file: the file itself may be given. ignored: None for those that `--ignore_config_fields` named when the
+    or_file: the file itself, *.json, may be given. ignored: None for those that `--ignore_config_fields` named when the
     directory was made. ConfigError or CheckpointError in words.
     """
     path = config_path(model_dir)
     if not model_dir.exists():
         raise ConfigError(f"{model_dir} does not exist; --model takes a model directory on this machine")
-    if model_dir.is_file() and not or_file:
-        raise ConfigError(f"{model_dir} is a file; --model takes a model directory on this machine")
+    if model_dir.is_file() and not (or_file and model_dir.suffix == ".json"):
+        raise ConfigError(
+            f"{model_dir} is a file; --model takes a model directory on this machine (a dry run of training also a "
+            "config.json)"
+        )
     if not path.is_file():
         raise ConfigError(f"{model_dir}: no config.json; {what_it_is(model_dir)}")
     config = _parse(path)

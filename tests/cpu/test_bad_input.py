@@ -191,7 +191,7 @@ def test_directories_of_another_kind_and_the_command_that_makes_the_right_one(
     works([*lora[:-1], str(hf)])
     refused(capsys, 2, [*merge, str(run)], str(run), "training run")
     refused(capsys, 1, dry(home / "lora" / "checkpoint-2"), "holds a LoRA adapter and no model weights")
-    file, absent = model / "config.json", tmp_path / "absent"
+    file, absent = model / "model.safetensors", tmp_path / "absent"
     for path, what in ((file, "file"), (absent, "")):
         for argv in (dry(path), [*infer, str(path)], [*merge, str(path)], ["verify", str(path)],
                      ["export", "--model", str(path), "--output_dir", str(hf)],

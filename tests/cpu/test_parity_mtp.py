@@ -142,8 +142,8 @@ def gradients_of_states(payload: dict[str, Any]) -> dict[str, np.ndarray[Any, An
     start = torch.randn((3 * tokens.shape[1], len(tokens), table.spec.hidden_size))
     states = [start.clone().requires_grad_() for _ in range(3)]
     parts = zip(states[0].chunk(3), depths, strict=True)
-    sums = [_weighted_sum(model._losses(x, d.labels, d.loss_weights), d.loss_weights) for x, d in parts]
-    schedule._with_predictions(SCALE, torch.stack(sums), weights)[0].backward()
+    sums = [_weighted_sum(*model._losses(x, d.labels, d.loss_weights), d.loss_weights) for x, d in parts]
+    schedule._of_sums(2, SCALE, torch.stack(sums), weights)[0].backward()
     rest = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
     MTPLossAutoScaler.set_loss_scale(torch.ones(()))
     for x, by_token in zip(states[1:], (True, False), strict=True):
@@ -271,9 +271,9 @@ def recomputed_without_gradients() -> Iterator[None]:
 
 @contextmanager
 def added_up_once_more() -> Iterator[None]:
-    """The loss further ahead, which comes second; only where it is fused with the output layer: a scalar."""
+    """The loss further ahead, which comes second."""
     from mswift.parallel.megatron import model
 
     sum_of, factors = model._weighted_sum, cycle((1, 2))
-    with patch.object(model, "_weighted_sum", lambda x, w: sum_of(x, w) * (next(factors) if not x.dim() else 1)):
+    with patch.object(model, "_weighted_sum", lambda total, *rest: sum_of(total, *rest) * next(factors)):
         yield

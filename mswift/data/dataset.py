@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mswift.config.agents import AgentTemplate
+from mswift.data.apart import Apart
 from mswift.data.batch import NO_CHANNEL, Sample
 from mswift.data.cache import (
     FORMAT_VERSION,
@@ -77,7 +78,9 @@ class TokenDataset:
     """Samples in a fixed order, read from memory-mapped files; safe to share between processes."""
 
     def __init__(self, store: TokenStore, samples: Samples) -> None:
-        self._tokens, self._mask, self._weights = store.tokens, store.mask, store.weights
+        self._tokens = Apart(store.tokens) if isinstance(store.tokens, np.ndarray) else store.tokens
+        self._mask = None if store.mask is None else Apart(store.mask)
+        self._weights = store.weights
         self._starts, self._ends = samples.starts, samples.ends
         self._channels = samples.channels
         self.channel_names = samples.channel_names

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mswift.data.apart import Apart
 from mswift.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -138,7 +139,7 @@ class JoinedTokens:
     """The streams of several files, one behind the other; what is read is int32."""
 
     def __init__(self, parts: Sequence[NDArray[np.integer[Any]]]) -> None:
-        self._parts = parts
+        self._parts = [Apart(part) for part in parts]
         self._ends = list(accumulate(map(len, parts)))
 
     def __len__(self) -> int:

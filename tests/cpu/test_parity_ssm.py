@@ -22,8 +22,8 @@ from tests.support.spaces import Arrays, weights_of
 MAMBA = {"n_groups": 4, "chunk_size": 10, "time_step_min": 0.6}
 ATTENTION = {"intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"}
 MIXERS_ONLY = MAMBA | {name: value for name, value in BASE.items() if name not in ATTENTION}
-# Qwen3-Next's gated norms divide small outputs by their size: with an epsilon of 1e-6 transformers in fp32 is 2.7e-5 from
-# itself in fp64, no oracle for 1e-5.
+# Qwen3-Next's gated norms divide small outputs by their size: with an epsilon of 1e-6 transformers in fp32 is 2.7e-5
+# from itself in fp64, no oracle for 1e-5.
 MODELS: dict[str, dict[str, Any]] = {
     "mamba2": MIXERS_ONLY | {"model_type": "mamba2", "num_heads": 8, "head_dim": 16, "state_size": 24},
     "mamba2-one-group": MIXERS_ONLY | {

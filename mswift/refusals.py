@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mswift.config.blend import parse_blend
+from mswift.config.streaming import streaming_refusals
 from mswift.config.train import PtConfig, TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.engine_refusals import (
@@ -62,6 +63,7 @@ _AT_LEAST_ONE = (
         "recompute_num_layers",
         "packing_length",
         "dataset_num_proc",
+        "streaming_block_rows",
     ),
     "max_model_len",
 )
@@ -254,6 +256,7 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     elif not config.dataset:
         yield ConfigError("--dataset is required: give one file or more, as --dataset FILE#N for N of its rows")
     yield from _data_refusals(config)
+    yield from streaming_refusals(config)
     yield from _start_refusals(config)
     if config.world_size is not None and not config.dry_run:
         yield ConfigError(

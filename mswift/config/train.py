@@ -103,6 +103,11 @@ class TrainConfig:
     """Which samples share a row: the best fit, longest first (least padding), or the next ones in file order."""
     packing_length: int | None = None
     """Positions of a packed row. Default: max_length."""
+    streaming: bool = False
+    """Tokenise while training, a block of rows at a time, for data that is not to be tokenised whole before the first
+    step; samples are shuffled (and packed) within a block. Needs train_iters."""
+    streaming_block_rows: int = 100_000
+    """streaming: rows of a block, in file order; fewer where they have more than 256 MiB."""
     dataset_num_proc: int | None = None
     """Processes that tokenise; decides no token. Default: one a processor, up to 8; 1 for less than 16 MiB of data."""
     cache_dir: str | None = None

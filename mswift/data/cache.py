@@ -30,7 +30,7 @@ from mswift.errors import DataError
 FORMAT_VERSION = 6
 MOST_WEIGHTS = MOST_CHANNELS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
-_REJECTED = "rejected.jsonl"
+REJECTED = "rejected.jsonl"
 INDEX = "index.json"
 CHECKPOINT_BYTES = 16 << 20
 """Written between two checkpoints of a build."""
@@ -109,7 +109,7 @@ class StoreWriter:
     """
 
     def __init__(self, directory: Path, with_mask: bool) -> None:
-        names = ("tokens.bin", "offsets.bin", *(["mask.bin", "channels.bin"] if with_mask else []), _REJECTED)
+        names = ("tokens.bin", "offsets.bin", *(["mask.bin", "channels.bin"] if with_mask else []), REJECTED)
         journal = read_journal(directory) or _EMPTY
         self.resumed: dict[str, Any] | None = journal["state"]
         """What `checkpoint` was given last; None at the beginning."""
@@ -153,7 +153,7 @@ class StoreWriter:
 
     def reject(self, line: bytes) -> None:
         """Append the description of a bad row to rejected.jsonl."""
-        self._files[_REJECTED].write(line)
+        self._files[REJECTED].write(line)
 
     def is_due(self) -> bool:
         """Whether a checkpoint is worth its time."""
@@ -254,10 +254,10 @@ def open_store(directory: Path) -> TokenStore:
         channels=channels,
         channel_names=tuple(index["channels"]) if channels is not None else (),
         fingerprint=content_hash(
-            {name: entry for name, entry in index["files"].items() if name != _REJECTED}
+            {name: entry for name, entry in index["files"].items() if name != REJECTED}
             | {name: index[name] for name in ("weights", "channels")}
         ),
-        rejected_path=directory / _REJECTED,
+        rejected_path=directory / REJECTED,
     )
 
 

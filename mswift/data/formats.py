@@ -60,14 +60,30 @@ def read_file(path: Path) -> Iterator[Record]:
     else:
         values = json_values(text_pieces(path), str(path))
     for number, value in enumerate(values, start=1):
-        where = f"{path}, row {number}"
-        if isinstance(value, dict):
-            yield Record(number, where, value)
-        elif isinstance(value, DataError):
-            yield Record(number, where, None, value)
-        else:
-            reason = f"a row must be a JSON object, this is a {type(value).__name__}"
-            yield Record(number, where, None, DataError(f"{where}: {reason}"))
+        yield _record(path, number, value)
+
+
+def has_offsets(path: Path) -> bool:
+    """Whether `read_lines` reads it: JSON with a value a line, not compressed."""
+    suffix = path.suffix.lower()
+    return suffix in (".json", ".jsonl") and _one_value_a_line(path, suffix)
+
+
+def read_lines(path: Path, row: int, line: int, offset: int) -> Iterator[tuple[Record, Line]]:
+    """The rows behind `offset` bytes, which hold `row` rows in `line` lines; each with the line that it stands on."""
+    lines = (found for found in text_lines(path, line, offset) if not found.blank)
+    for number, found in enumerate(lines, start=row + 1):
+        yield _record(path, number, _parse(found)), found
+
+
+def _record(path: Path, number: int, value: Any) -> Record:
+    where = f"{path}, row {number}"
+    if isinstance(value, dict):
+        return Record(number, where, value)
+    if isinstance(value, DataError):
+        return Record(number, where, None, value)
+    reason = f"a row must be a JSON object, this is a {type(value).__name__}"
+    return Record(number, where, None, DataError(f"{where}: {reason}"))
 
 
 def required_row(record: Record, *, streamed: bool = False) -> Row:

@@ -18,6 +18,8 @@ class PackedDataset:
     def __init__(self, samples: TokenDataset, capacity: int, strategy: Strategy) -> None:
         """Packs of at most `capacity` positions; ValueError for a longer sample."""
         self.samples = samples
+        self.channel_names = samples.channel_names
+        """As of its samples."""
         self.packs = pack(samples.lengths, capacity, strategy)
         self.lengths = self.packs.sums(samples.lengths)
         """int64 [packs]; positions each pack fills in a row."""
@@ -39,16 +41,52 @@ class PackedDataset:
         """The samples of pack `index` by their ids, in the order in which they lie in its row."""
         return {number: self.samples.sample(number) for number in self.packs[index].tolist()}
 
+    def sample_lengths(self, index: int) -> NDArray[np.int64]:
+        """Positions of each sample of pack `index`, int64."""
+        return self.samples.lengths[self.packs[index]]
 
-Dataset = TokenDataset | PackedDataset
-"""What a run is trained on."""
+
+class Window:
+    """Rows of a stream that follow each other: samples of some blocks, or packs of them."""
+
+    channel_names: tuple[str, ...] = ()
+
+    def __init__(self, rows: Sequence[tuple[int, TokenDataset | PackedDataset, int]]) -> None:
+        """The number of each row in its stream, and where it is."""
+        self.numbers = [number for number, _, _ in rows]
+        self._rows = [(data, index) for _, data, index in rows]
+        self.lengths = np.array([data.lengths[index] for data, index in self._rows], dtype=np.int64)
+        """int64 [rows]; positions that each fills in a batch."""
+        self.packed = any(isinstance(data, PackedDataset) for data, _ in self._rows)
+        self.squares = np.array([squared_lengths(data, [index])[0] for data, index in self._rows], dtype=np.int64)
+
+    def row(self, index: int) -> dict[int, Sample]:
+        """The samples of row `index` of the window; those of a pack by their numbers in its block."""
+        data, place = self._rows[index]
+        return data.row(place)
+
+    def sample_lengths(self, index: int) -> NDArray[np.int64]:
+        """Positions of each sample of row `index`, int64."""
+        data, place = self._rows[index]
+        return data.sample_lengths(place) if isinstance(data, PackedDataset) else data.lengths[[place]]
 
 
-def samples_of(data: Dataset) -> TokenDataset:
+Stored = TokenDataset | PackedDataset
+"""A data set that is there as a whole."""
+Dataset = Stored | Window
+"""What batches are made of."""
+
+
+def samples_of(data: Stored) -> TokenDataset:
     """The samples themselves."""
     return data.samples if isinstance(data, PackedDataset) else data
 
 
+def is_packed(data: Dataset) -> bool:
+    """Whether its rows hold several samples."""
+    return data.packed if isinstance(data, Window) else isinstance(data, PackedDataset)
+
+
 def squared_lengths(data: Dataset, ids: Sequence[int]) -> NDArray[np.int64]:
     """Sum of the squares of the samples' positions in each of these rows (samples or packs); int64 [ids]."""
-    return data.squares[ids] if isinstance(data, PackedDataset) else data.lengths[ids] ** 2
+    return data.lengths[ids] ** 2 if isinstance(data, TokenDataset) else data.squares[ids]

@@ -25,6 +25,10 @@ class Line:
     where: str
     text: str
     error: DataError | None = None
+    number: int = 0
+    """From 1, in its file."""
+    end: int = 0
+    """Bytes of the (uncompressed) file up to its end."""
 
     @property
     def blank(self) -> bool:
@@ -53,18 +57,25 @@ class LongText:
         return "".join(self.pieces())
 
 
-def text_lines(path: Path) -> Iterator[Line]:
-    """Lines in order; one UTF-8 byte-order mark at the start is taken off. DataError: a damaged compressed file."""
+def text_lines(path: Path, before: int = 0, offset: int = 0) -> Iterator[Line]:
+    """Lines in order; one UTF-8 byte-order mark at the start is taken off. DataError: a damaged compressed file.
+
+    Those behind `offset` bytes, which hold `before` lines, of a file that is not compressed.
+    """
     with _opened(path) as stream:
-        for number, data in enumerate(stream, start=1):
+        if offset:
+            stream.seek(offset)
+        for number, data in enumerate(stream, start=before + 1):
+            offset += len(data)
             where = f"{path}, line {number}"
             if b"\0" in data:
-                yield Line(where, "", _nul_error(path, where))
+                yield Line(where, "", _nul_error(path, where), number, offset)
                 continue
             try:
-                yield Line(where, data.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield Line(where, data.decode("utf-8-sig" if number == 1 else "utf-8"), None, number, offset)
             except UnicodeDecodeError as error:
-                yield Line(where, "", DataError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"))
+                reason = f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                yield Line(where, "", DataError(reason), number, offset)
 
 
 def text_pieces(path: Path) -> Iterator[str]:

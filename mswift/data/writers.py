@@ -1,7 +1,7 @@
 """Rows -> the token files of the cache, batch by batch in order, with a report of every row that is left out."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -131,6 +131,27 @@ class _Writing:
             "source_ends": self._ends,
             "unused_columns": [name for name, _ in self._columns if not self._found[name]],
         }
+
+
+def write_rows(
+    writer: StoreWriter,
+    files: Iterable[tuple[str, Iterator[Record]]],
+    encoder: DocumentEncoder | ConversationEncoder,
+    columns: Columns,
+    how: HowToWrite,
+) -> Mapping[str, Any]:
+    """Some rows of files (each by its name), read as they are needed; there may be none that is good."""
+    split: _Split = encoder.split if isinstance(encoder, DocumentEncoder) else lambda *_: iter(())
+
+    def steps() -> Iterator[_Step]:
+        for name, records in files:
+            yield _PartBegins(FileReport(name, None))
+            yield from _batches(records, name, split, Position())
+
+    writing = _Writing(writer, columns, Selection())
+    for step, encoded in in_order(steps(), encoder, how.num_proc):
+        writing.take(step, encoded)
+    return writing.report()
 
 
 def write_documents(

@@ -5,15 +5,17 @@ who computes which of them. With packing, packs are counted in place of samples.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mswift.data.batch import collate_packs
+from mswift.data.dataset import TokenDataset
 from mswift.data.order import sample_ids
-from mswift.data.packed import Dataset, PackedDataset, samples_of, squared_lengths
+from mswift.data.packed import Dataset, PackedDataset, Stored, Window, is_packed, squared_lengths
+from mswift.data.stream import StreamDataset
 from mswift.parallel.megatron.engine import Microbatch
 
 
@@ -49,13 +51,16 @@ class StepBatch:
     """Positions that are computed for nothing, by all data-parallel ranks."""
 
 
-def training_batch(data: Dataset, plan: BatchPlan, seed: int, consumed_samples: int) -> StepBatch:
-    """The batch that follows `consumed_samples` samples of the endless shuffled order."""
+def training_batch(data: Stored | StreamDataset, plan: BatchPlan, seed: int, consumed_samples: int) -> StepBatch:
+    """The batch that follows `consumed_samples` samples of the endless shuffled order (of a stream: of its own)."""
+    if isinstance(data, StreamDataset):
+        window = data.window(consumed_samples, plan.global_batch_size)
+        return replace(assemble(window, plan, range(plan.global_batch_size)), sample_ids=window.numbers)
     ids = sample_ids(len(data), seed, consumed_samples, plan.global_batch_size)
     return assemble(data, plan, [int(i) for i in ids])
 
 
-def evaluation_batches(data: Dataset, plan: BatchPlan) -> list[list[int]]:
+def evaluation_batches(data: Stored, plan: BatchPlan) -> list[list[int]]:
     """The whole data set in its own order, in global batches; the last is filled up with -1 (a row of padding)."""
     size = plan.global_batch_size
     ids = list(range(len(data)))
@@ -72,10 +77,10 @@ def assemble(data: Dataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
     lengths = data.lengths[real]  # positions: the last token of a sample is only a target
     longest = max(int(lengths.max(initial=1)), 1)
     seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
-    if isinstance(data, PackedDataset):
-        rows, positions = dealt(ids, data.squares, plan), _packed_positions(data, ids, seq_length, plan)
-    else:
+    if isinstance(data, TokenDataset) or not is_packed(data):
         rows, positions = _by_rank(ids, plan), len(ids) * seq_length
+    else:
+        rows, positions = dealt(ids, data.squares, plan), _packed_positions(data, ids, seq_length, plan)
     microbatches = [_microbatch(data, row_ids, seq_length, plan) for row_ids in rows]
     tokens = int(lengths.sum())
     squares = int(squared_lengths(data, real).sum())
@@ -109,7 +114,7 @@ def _hands(
     return hands, _to_and_fro(dearest)
 
 
-def _packed_positions(data: PackedDataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> int:
+def _packed_positions(data: PackedDataset | Window, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> int:
     """Positions that all data-parallel ranks compute in a step.
 
     As mswift.parallel.batch.rank_batches pads: every sample and the rest of every row to the multiple of documents,
@@ -121,8 +126,8 @@ def _packed_positions(data: PackedDataset, ids: Sequence[int], seq_length: int, 
     return int(longest.sum()) * len(dearest)
 
 
-def _padded_row(data: PackedDataset, index: int, seq_length: int, multiple: int) -> int:
-    lengths = data.samples.lengths[data.packs[index]] if index >= 0 else np.zeros(0, dtype=np.int64)
+def _padded_row(data: PackedDataset | Window, index: int, seq_length: int, multiple: int) -> int:
+    lengths = data.sample_lengths(index) if index >= 0 else np.zeros(0, dtype=np.int64)
     return int(_up(np.append(lengths, seq_length - lengths.sum()), multiple).sum())
 
 
@@ -143,8 +148,7 @@ def _microbatch(data: Dataset, ids: Sequence[int], seq_length: int, plan: BatchP
     rows = [list(data.row(i).values()) if i >= 0 else [] for i in ids]
     if plan.per_sample:
         rows = [[sample.counting_one() for sample in row] for row in rows]
-    names = samples_of(data).channel_names
+    names = data.channel_names
     batch, documents = collate_packs(rows, seq_length, plan.pad_token_id, names)
     tokens, labels, weights, channels = (torch.from_numpy(array) for array in batch)
-    packed = isinstance(data, PackedDataset)
-    return Microbatch(tokens, labels, weights, documents if packed else None, channels if names else None)
+    return Microbatch(tokens, labels, weights, documents if is_packed(data) else None, channels if names else None)

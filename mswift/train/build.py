@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.indexed_dataset import build_indexed
 from mswift.data.loss_scale import PLAIN, LossScale, parse_loss_scale
 from mswift.data.mixture import read_mixture
-from mswift.data.packed import Dataset, PackedDataset, samples_of
+from mswift.data.packed import PackedDataset, Stored
 from mswift.data.selection import Selection
+from mswift.data.stream import StreamDataset
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
@@ -37,16 +39,17 @@ from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.prediction import prediction_line
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
+from mswift.train.streaming import training_stream
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lora import LoraConfig
 
 
 def build_data(
     kind: Kind, config: TrainConfig, reader: WeightReader, info: RankInfo, *, resumed: bool
-) -> tuple[Dataset, Dataset | None, Tokenizer]:
+) -> tuple[Stored | StreamDataset, Stored | None, Tokenizer]:
     """Training data, validation data (or None) and the tokenizer; tokenised once per node, then shared.
 
-    With --packing each rank finds the packs itself, the same ones.
+    With --packing each rank finds the packs itself, the same ones. A stream has not started.
     """
     tokenizer = load_tokenizer(reader.hf_files)
     if isinstance(reader, GrownReader):
@@ -86,7 +89,12 @@ def build_data(
         )  # fmt: skip
 
     blend, val_data = blend_of(config), None
-    data = build_blend(blend) if blend.prefixes else build("--dataset", sources.specs, options)
+    data: TokenDataset | StreamDataset
+    if config.streaming:
+        check = partial(_check_fits, "--dataset", spec=reader.table.spec, tokenizer=tokenizer)
+        data = training_stream(kind, config, sources.specs, info, tokenizer, options, check)
+    else:
+        data = build_blend(blend) if blend.prefixes else build("--dataset", sources.specs, options)
     if options.loss_scale.by_channel and not data.channel_names:
         raise ConfigError("--enable_channel_loss: no row of --dataset has a `channel`; leave the flag out")
     watched = replace(
@@ -98,12 +106,13 @@ def build_data(
     elif config.val_dataset:
         val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
     for flag, some in (("--data_path" if blend.prefixes else "--dataset", data), ("--val_dataset", val_data)):
-        if some is not None:
+        if isinstance(some, TokenDataset):
             _check_fits(flag, some, reader.table.spec, tokenizer)
     if config.packing:
         length, strategy = config.row_length, config.packing_strategy
         packed_val = None if val_data is None else PackedDataset(val_data, length, strategy)
-        return PackedDataset(data, length, strategy), packed_val, tokenizer
+        packed = PackedDataset(data, length, strategy) if isinstance(data, TokenDataset) else data
+        return packed, packed_val, tokenizer
     return data, val_data, tokenizer
 
 
@@ -204,7 +213,7 @@ def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: To
 
 
 def num_steps(config: TrainConfig, num_samples: int) -> int:
-    """Optimizer steps of the run; the last epoch is rounded up to whole batches."""
+    """Optimizer steps of the run; the last epoch is rounded up to whole batches. `num_samples`: 0 of a stream."""
     if config.train_iters is not None:
         return config.train_iters
     assert config.num_train_epochs is not None  # refused before
@@ -243,13 +252,13 @@ def _stage_lines(dims: ParallelDims, num_layers: int) -> dict[str, str]:
     return {f"  stage {n}": held for n, held in enumerate(describe_cut(dims.cut(num_layers), dims.pp))}
 
 
-def _loss_line(config: TrainConfig, data: Dataset) -> str:
+def _loss_line(config: TrainConfig, data: Stored | StreamDataset) -> str:
     """What the loss is."""
     what = {"token": "mean over the tokens", "sample": "mean over the samples, of each over its tokens"}
     parts = [what[config.loss_normalization] + " of a global batch, by loss weights"]
     if isinstance(config, SftConfig):
         parts.append(f"--loss_scale {config.loss_scale}")
-    if names := [name for name in samples_of(data).channel_names if name]:
+    if names := [name for name in data.channel_names if name]:
         parts.append(f"apart for {', '.join(names)}")
     return "; ".join(parts)
 
@@ -260,8 +269,8 @@ def print_banner(
     dtype: str,
     parameters: tuple[int, int],
     held: Sequence[str],
-    data: Dataset,
-    val_data: Dataset | None,
+    data: Stored | StreamDataset,
+    val_data: Stored | None,
     last_step: int,
 ) -> None:
     """Say what will happen before it does. `parameters`: (of the model, trained); `held`: bytes of either kind."""

@@ -12,7 +12,7 @@ checkpoint-<step>/
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class RunState:
     """Where a run stands, beside its tensors.
 
     dtype: "F32" or "BF16", what it computes in; base: fingerprint of the model it was started from;
-    skipped_steps: those without an update (--nan_policy skip); order_version: of `mswift.data.order`.
+    skipped_steps: those without an update (--nan_policy skip); order_version: of `mswift.data.order`;
+    stream: where each source stands (--streaming, see `mswift.data.stream`); num_samples is 0 then.
     """
 
     step: int
@@ -51,6 +52,7 @@ class RunState:
     base: Mapping[str, str] = field(default_factory=dict)
     skipped_steps: int = 0
     order_version: int = 1
+    stream: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -158,6 +160,12 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
                 f"--{name}: the run of this --output_dir has {then}, the command says {value}; {remedy}, or start "
                 "a new run with another --output_dir"
             )
+    if state.stream and state.data_fingerprint != fingerprint:
+        raise ConfigError(
+            f"--dataset: the streamed files (names in their order, sizes, contents) or the tokenizer are not those of "
+            f"step {state.step}; pass the same ones, --dataset_weights, --columns and --max_length, or start a new run "
+            "with another --output_dir"
+        )
     if state.data_fingerprint != fingerprint:
         raise ConfigError(
             f"--dataset: the tokenised data differs from that of step {state.step} ({state.num_samples} samples "

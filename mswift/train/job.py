@@ -13,7 +13,8 @@ from mswift import rundir
 from mswift.config.loader import dump, to_dict
 from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
-from mswift.data.packed import samples_of
+from mswift.data.packed import Stored, samples_of
+from mswift.data.stream import StreamDataset, epoch_at, num_samples
 from mswift.data.tokenizer import Tokenizer
 from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
@@ -46,6 +47,7 @@ from mswift.train.run import Start
 from mswift.train.saver import Saver
 from mswift.train.side_files import side_files, tokenizer_files
 from mswift.train.signals import STOPPED_STATUS, StopRequest, stop_request
+from mswift.train.streaming import started
 from mswift.train.untrained import warn_of_untrained_tokens
 from mswift.tuners.peft_config import CONFIG_FILE
 
@@ -53,7 +55,8 @@ from mswift.tuners.peft_config import CONFIG_FILE
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
           "mtp_num_layers",
-          "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization")  # fmt: skip
+          "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization",
+          "streaming", "streaming_block_rows")  # fmt: skip
 
 
 def run_job(start: Start, device: torch.device) -> int:
@@ -70,7 +73,7 @@ def _run(start: Start, device: torch.device) -> int:
     """Build the parts, continue where there is something to continue, train."""
     config, info, dims, reader, point = start.config, start.info, start.dims, start.reader, start.point
     data, val_data, tokenizer = build_data(start.kind, config, reader, info, resumed=start.resume is not None)
-    last_step = num_steps(config, len(data))
+    last_step = num_steps(config, num_samples(data))
     output_dir = Path(config.output_dir)
     with built_engine(config, reader, dims, device, resumed=start.resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
@@ -90,7 +93,7 @@ def _run(start: Start, device: torch.device) -> int:
                 _open_run_directory(run, state)
                 warn_of_untrained_tokens(config, reader, tokenizer)
                 print_banner(start, device, engine.config.dtype, parameters, held, data, val_data, run.last_step)
-        with stop_request() as request, watch.watching():
+        with stop_request() as request, watch.watching(), started(data, state):
             return _train(run, state, request)
 
 
@@ -109,7 +112,8 @@ def _resume(run: Run, path: Path, tokenizer: Tokenizer) -> checkpoint.RunState:
     """Load the checkpoint at `path` after proving that data, chat template, adapter, dtype and base are the same."""
     with agreed(f"continuing {path}"):
         state, config = checkpoint.read_state(path), to_dict(run.config)
-        checkpoint.check_same_data(state, run.data.fingerprint, len(run.data), {name: config[name] for name in _FIXED})
+        fixed = {name: config[name] for name in _FIXED}
+        checkpoint.check_same_data(state, run.data.fingerprint, num_samples(run.data), fixed)
         check_chat_template(path, run.config.chat_template, state.config.get("chat_template"), tokenizer)
         checkpoint.check_same_dtype(state, run.engine.config.dtype)
         if run.engine.config.lora is not None:
@@ -131,8 +135,9 @@ def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
 def _open_run_directory(run: Run, state: checkpoint.RunState | None) -> None:
     """The configuration for people to read, the bad rows, and the metrics cut back to where the run continues."""
     (run.output_dir / rundir.CONFIG).write_text(dump(run.config), encoding="utf-8")
-    data = [samples_of(data) for data in (run.data, run.val_data) if data is not None]
-    write_rejected(run.output_dir / rundir.REJECTED, data)
+    data = [samples_of(data) for data in (run.data, run.val_data) if isinstance(data, Stored)]
+    if state is None or not isinstance(run.data, StreamDataset):  # a stream adds to it
+        write_rejected(run.output_dir / rundir.REJECTED, data)
     Ledger(run.output_dir).start(state.step if state else 0, run.last_step, run.dims.world_size)
 
 
@@ -150,7 +155,7 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         run.last_step,
         consumed,
         run.watch.at,
-        len(samples_of(run.data).channel_names),
+        len(run.data.channel_names),
     )
     saver = Saver(run)
     not_finite = NotFiniteSteps(run)
@@ -183,6 +188,8 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
                     watcher.saved(saved)
                 if run.rank == 0:
                     ledger.saved(int(saved.name.rpartition("-")[2]), time.perf_counter() - started)
+            if isinstance(run.data, StreamDataset):
+                run.data.finished(done.consumed_samples)
             if stopped_by:
                 break
     if state is None and run.last_step == 0:
@@ -233,7 +240,7 @@ def _record(
         loss=finite(done.result.loss),
         grad_norm=finite(done.result.grad_norm),
         lr=done.lr,
-        epoch=done.consumed_samples / len(run.data),
+        epoch=epoch_at(run.data, done.consumed_samples),
         consumed_samples=done.consumed_samples,
         tokens=tokens,
         trained_tokens=done.result.num_tokens,
@@ -257,7 +264,7 @@ def _record(
 
 def _channels(run: Run, done: FinishedStep) -> dict[str, Any]:
     """Loss and loss weights of each channel of the step's samples."""
-    names, parts = samples_of(run.data).channel_names, done.result.channels
+    names, parts = run.data.channel_names, done.result.channels
     if not names:
         return {}
     losses = {name: finite(value) for name, value in by_channel(names, parts).items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from mswift.data.packed import Dataset, samples_of
+from mswift.data.packed import Stored
 from mswift.parallel.megatron.engine import LossPart, MegatronEngine, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.prefetch import ahead
@@ -66,10 +66,10 @@ class Evaluation:
 
 
 def evaluate(
-    engine: MegatronEngine, data: Dataset, plan: BatchPlan, note: Callable[[], None] = lambda: None
+    engine: MegatronEngine, data: Stored, plan: BatchPlan, note: Callable[[], None] = lambda: None
 ) -> Evaluation:
     """Loss over all of the data; neither generators nor the data position move. `note` is called at each batch."""
-    names = samples_of(data).channel_names
+    names = data.channel_names
     total, parts = LossPart(0.0, 0.0), [LossPart(0.0, 0.0)] * len(names)
     note()
     with closing(ahead(lambda ids: assemble(data, plan, ids), evaluation_batches(data, plan))) as batches:

@@ -6,7 +6,8 @@ The engine has made no update then, on any rank, and all ranks were told the sam
 import json
 from pathlib import Path
 
-from mswift.data.packed import Dataset
+from mswift.data.packed import Stored
+from mswift.data.stream import StreamDataset
 from mswift.errors import MswiftError
 from mswift.train.collective import agreed
 from mswift.train.loop import FinishedStep
@@ -66,7 +67,7 @@ def batch_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"not-finite-{step}.jsonl"
 
 
-def save_batch(path: Path, done: FinishedStep, data: Dataset) -> None:
+def save_batch(path: Path, done: FinishedStep, data: Stored | StreamDataset) -> None:
     """First what was computed, then one line a sample of the global batch: id, tokens, their loss weights.
 
     Where samples are packed, sample_ids are those of packs.

@@ -7,7 +7,8 @@ import torch
 
 from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
-from mswift.data.packed import Dataset
+from mswift.data.packed import Stored
+from mswift.data.stream import StreamDataset
 from mswift.parallel.megatron.engine import MegatronEngine
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
@@ -25,8 +26,8 @@ class Run:
     reader: WeightReader
     engine: MegatronEngine
     plan: BatchPlan
-    data: Dataset
-    val_data: Dataset | None
+    data: Stored | StreamDataset
+    val_data: Stored | None
     last_step: int
     output_dir: Path
     hf_files: dict[str, bytes]

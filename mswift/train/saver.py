@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mswift.config.loader import to_dict
 from mswift.data.order import ORDER_VERSION
+from mswift.data.stream import StreamDataset, num_samples
 from mswift.train.checkpoint import RunState, engine_layout
 from mswift.train.loop import FinishedStep
 from mswift.train.parts import Run
@@ -75,10 +76,11 @@ class Saver:
             world_size=run.dims.world_size,
             layout=engine_layout(run.engine),
             data_fingerprint=run.data.fingerprint,
-            num_samples=len(run.data),
+            num_samples=num_samples(run.data),
             config=to_dict(run.config),
             dtype=run.engine.config.dtype,
             base=run.base,
             skipped_steps=run.skipped_steps,
             order_version=ORDER_VERSION,
+            stream=run.data.state_at(consumed_samples) if isinstance(run.data, StreamDataset) else (),
         )

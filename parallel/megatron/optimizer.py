@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -59,16 +58,21 @@ class ShardedOptimizer:
         return grad_norm, updated
 
     def _clip(self, grad_norm: float) -> None:
-        """As ChainedOptimizer.step does, which leaves no moment between the norm and the update."""
+        """As megatron-core's clip_grad_by_total_norm_fp32, which makes a scaled copy of every gradient, but in place.
+
+        AdamW divides, and stores what it divided, in its own pass over the gradients; SGD's are multiplied before.
+        """
+        limit = self._config.clip_grad
+        factor = limit / (grad_norm + 1e-6) if limit > 0 else 1.0
         for inner in self._inners:
-            options = inner.config
-            if options.clip_grad > 0 and not inner.is_stub_optimizer and (parameters := inner.get_parameters()):
-                clip_grad_by_total_norm_fp32(
-                    parameters,
-                    max_norm=options.clip_grad,
-                    total_norm=grad_norm,
-                    use_decoupled_grad=options.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )
+            if inner.is_stub_optimizer:
+                continue
+            gradients = [parameter.grad for parameter in inner.get_parameters() if parameter.grad is not None]
+            if self._config.optimizer == "adam":
+                divisor = torch.tensor(1 / factor, device=gradients[0].device) if factor < 1 and gradients else None
+                inner.optimizer.grad_scale = divisor
+            elif factor < 1 and gradients:
+                torch._foreach_mul_(gradients, factor)
 
     @property
     def bytes_per_element(self) -> int:

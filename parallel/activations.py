@@ -25,7 +25,8 @@ class _Swiglu(torch.autograd.Function):
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
         torch.mul(gradient, activated, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=grad_gate)
+        of_activated = torch.mul(gradient, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(of_activated, gate, grad_input=grad_gate)
         return out
 
 

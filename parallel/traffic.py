@@ -79,9 +79,8 @@ def step_traffic(
         raise ValueError(f"no formula for {reason}")
     stage = _Stage(spec, dims, shape, pp_rank)
     found = [*stage.tensor(), *stage.context(), *stage.experts(), *stage.pipeline()]
-    gathers = 1 + (experts > 0)  # megatron-core gathers all weights once for each of its optimizers
-    found += _replicas("dp", dense, dims.dp * dims.cp, gathers * shape.dtype_bytes, gathers)
-    found += _replicas("edp", experts, dims.edp, gathers * shape.dtype_bytes, gathers)
+    found += _replicas("dp", dense, dims.dp * dims.cp, shape.dtype_bytes)
+    found += _replicas("edp", experts, dims.edp, shape.dtype_bytes)
     return _merged(found)
 
 
@@ -95,12 +94,12 @@ def sent_by_axis(traffic: Iterable[Traffic], dims: ParallelDims) -> Mapping[str,
     return sent
 
 
-def _replicas(axis: str, elements: int, ranks: int, gathered_bytes: int, gathers: int) -> Iterator[Traffic]:
+def _replicas(axis: str, elements: int, ranks: int, dtype_bytes: int) -> Iterator[Traffic]:
     """The distributed optimizer: gradients are summed to their owners, updated weights come back."""
     if ranks > 1 and elements:
         padded = -(-elements // math.lcm(ranks, PADDING)) * math.lcm(ranks, PADDING)
         yield Traffic(axis, "reduce_scatter", 1, GRADIENT_BYTES * padded)
-        yield Traffic(axis, "all_gather", gathers, gathered_bytes * padded)
+        yield Traffic(axis, "all_gather", 1, dtype_bytes * padded)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ class ShardedOptimizer:
     """
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
-        self._config = config
+        self._config, self._chunks = config, chunks
         core_config = optimizer_config(config, overlap_param_gather=chunks[0].ddp_config.overlap_param_gather)
         groups = get_standard_config_overrides(core_config)
         if config.lora_b_lr_ratio != 1:
@@ -53,9 +54,17 @@ class ShardedOptimizer:
         updated = may_update(grad_norm)
         if updated:
             self._clip(grad_norm)
-            self._chained.step_with_ready_grads()
+            self._update()
         self._chained.zero_grad()
         return grad_norm, updated
+
+    def _update(self) -> None:
+        """As ChainedOptimizer.step_with_ready_grads, which gathers all weights once for each optimizer of the chain."""
+        for inner in self._inners:
+            MixedPrecisionOptimizer.step_with_ready_grads(inner)
+        for chunk in self._chunks:
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
 
     def _clip(self, grad_norm: float) -> None:
         """As megatron-core's clip_grad_by_total_norm_fp32, which makes a scaled copy of every gradient, but in place.

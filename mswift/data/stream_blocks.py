@@ -109,6 +109,8 @@ class BlockMaker(BlockReader):
         if self._thread is not None:
             self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # another stream of the run is still there
+            self._folder.parent.rmdir()
 
     def _start(self, number: int) -> None:
         self._thread = threading.Thread(target=self._make, args=(number,), daemon=True)

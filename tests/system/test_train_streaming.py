@@ -38,7 +38,7 @@ def test_four_steps_are_two_and_two(home: Path, tmp_path: Path, case: str) -> No
     assert log(parts) == log(whole)
     assert log(whole)[-1]["epoch"] >= 1
     assert tensors(parts / "checkpoint-4") == tensors(whole / "checkpoint-4")
-    assert list((home / "cache" / "streams").glob("*/*")) == []
+    assert list((home / "cache" / "streams").iterdir()) == []
     for path in (parts, whole):
         (line,) = (path / rundir.REJECTED).read_text().splitlines()
         assert '"row": 8' in line
@@ -59,3 +59,7 @@ def test_the_layout_chooses_no_samples_and_other_files_are_refused(home: Path, t
     assert "--dataset: the streamed files (names in their order, sizes, contents)" in text
     text = run(command(home, "sft", one, *base, "4", "--streaming_block_rows", "7"), status=2)
     assert "--streaming_block_rows: the run of this --output_dir has 6, the command says 7; pass 6" in text
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(f"- path: {data}\n  epochs: 2\n")
+    text = run(command(home, "sft", tmp_path / "three", "--dataset", str(mixture), *base[2:], "1"), status=2)
+    assert "gives epochs, which need the number of samples, and --streaming does not count them" in text

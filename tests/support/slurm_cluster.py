@@ -22,8 +22,8 @@ ClusterName=test
 SlurmctldHost={host}({network}.1)
 SlurmctldPort=16917
 AuthType=auth/munge
-# cred_expire is also the time a requeued job waits before it may start (120 s by default)
-AuthInfo=socket={home}/munge/sock,cred_expire=2
+# cred_expire is also the time a requeued job waits before it may start (120 s by default, and for less than 5)
+AuthInfo=socket={home}/munge/sock,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root

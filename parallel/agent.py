@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WRONG_COMMAND = 2
-_LAST_WORDS_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 15.0
 _PR_SET_PDEATHSIG = 1
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from benchmarks.conversion.processes import command, run_until
 from mswift.converters.verify import verify
-from tests.cpu.test_convert_process import weights
 from tests.support.checkpoints import random_model
+from tests.system.test_convert_process import weights
 
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "head_dim": 512, "vocab_size": 32000, "num_hidden_layers": 2}
 MOST_LOST_BYTES = 56 << 20

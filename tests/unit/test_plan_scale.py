@@ -15,8 +15,8 @@ from tests.support.deepseek import FP8, V3, hub_tensors, in_fp8
 from tests.support.sparse import write_sparse_model
 
 SHARD_BYTES = 8_450_000_000
-LARGEST_SECONDS = 5.0
-"""Of CPU; 0.9 on one idle core of an EPYC, and 10 are promised."""
+LARGEST_SECONDS = 10.0
+"""Of CPU, as promised; 0.9 (the way back 2.0) on one idle core of an EPYC, up to 6.7 on a shared Xeon."""
 LARGEST_BYTES = 1 << 30
 
 PROGRAM = """

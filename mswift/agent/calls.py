@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from mswift.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,22 @@ def skip_space(text: str, start: int) -> int:
 
 def read_object(text: str, start: int, what: str) -> tuple[dict[str, Any], int]:
     """The JSON object at `start`, behind white space, and where it ends. NotACall for anything else."""
-    start = skip_space(text, start)
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-    except ValueError as error:
-        raise NotACall(f"{what} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise NotACall(f"{what} is no JSON object")
-    return value, end
+    return _read(text, start, what, dict, "object")
 
 
 def read_list(text: str, start: int, what: str) -> tuple[list[Any], int]:
     """The JSON list at `start`, likewise."""
+    return _read(text, start, what, list, "list")
+
+
+def _read(text: str, start: int, what: str, kind: type[T], name: str) -> tuple[T, int]:
     start = skip_space(text, start)
     try:
         value, end = _DECODER.raw_decode(text, start)
     except ValueError as error:
         raise NotACall(f"{what} is not JSON ({error})") from None
-    if not isinstance(value, list):
-        raise NotACall(f"{what} is no JSON list")
+    if not isinstance(value, kind):
+        raise NotACall(f"{what} is no JSON {name}")
     return value, end
 
 

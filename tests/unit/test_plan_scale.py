@@ -15,16 +15,27 @@ from tests.support.deepseek import FP8, V3, hub_tensors, in_fp8
 from tests.support.sparse import write_sparse_model
 
 SHARD_BYTES = 8_450_000_000
-LARGEST_SECONDS = 10.0
-"""Of CPU, as promised; 0.9 (the way back 2.0) on one idle core of an EPYC, up to 6.7 on a shared Xeon."""
+LARGEST_TIME = 8.0
+"""CPU time, in that of a bare loop of 10 million steps in the same process: hosts differ threefold in seconds.
+
+2.2 to 4.6 of them on a Xeon with other work, where a loop took 2.2 s; on an idle EPYC the longest plan took 2.0 s.
+"""
 LARGEST_BYTES = 1 << 30
 
 PROGRAM = """
 import json, re, sys, time
 from pathlib import Path
+def loop():
+    started, total = time.process_time(), 0
+    for step in range(2_500_000):
+        total += step * step
+    return time.process_time() - started
+before, started = loop() + loop(), time.process_time()
 {work}
+taken = time.process_time() - started
+unit = before + loop() + loop()
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's too
-print(json.dumps([time.process_time(), int(peak[1]) * 1024, text]))
+print(json.dumps([taken / unit, int(peak[1]) * 1024, text]))
 """
 PLAN = """
 from mswift.converters import describe, engine
@@ -39,11 +50,11 @@ text = f"{len(reader.table.hf):,} tensors"
 
 
 def measured(work: str, model: Path, to: str = "megatron") -> tuple[float, int, str]:
-    """(CPU seconds, peak bytes, text) of a process that does this and nothing else, without torch."""
+    """(CPU time in loops, peak bytes, text) of a process that does this and nothing else, without torch."""
     program = PROGRAM.format(work=work)
     done = subprocess.run([sys.executable, "-c", program, str(model), to], capture_output=True, text=True, check=True)
-    seconds, peak, text = json.loads(done.stdout)
-    return seconds, peak, text
+    taken, peak, text = json.loads(done.stdout)
+    return taken, peak, text
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +65,11 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_deepseek_v3_is_planned_in_seconds(deepseek_v3: Path) -> None:
-    seconds, peak, text = measured(PLAN, deepseek_v3)
+    taken, peak, text = measured(PLAN, deepseek_v3)
     assert "46,181 tensors, 682,636,487,424 elements" in text
     assert "each element moves exactly once" in text
     assert "dropped model.layers.61.embed_tokens.weight: equal to model.embed_tokens.weight" in text
-    assert seconds < LARGEST_SECONDS, seconds
+    assert taken < LARGEST_TIME, taken
     assert peak < LARGEST_BYTES, peak
 
 
@@ -67,17 +78,17 @@ def test_deepseek_v3_in_fp8_is_planned_in_seconds(tmp_path: Path) -> None:
     tensors = in_fp8(hub_tensors(V3))
     assert len(tensors) == 91_991
     write_sparse_model(tmp_path / "m", V3 | {"quantization_config": FP8}, tensors, SHARD_BYTES // 2)
-    seconds, peak, text = measured(PLAN, tmp_path / "m")
+    taken, peak, text = measured(PLAN, tmp_path / "m")
     assert "46,181 tensors, 682,636,487,424 elements" in text
     assert "(45,808 tensors): F8_E4M3 times F32 scale of each 128x128 block, rounded to BF16" in text
-    assert seconds < LARGEST_SECONDS, seconds
+    assert taken < LARGEST_TIME, taken
     assert peak < LARGEST_BYTES, peak
 
 
 def test_training_opens_deepseek_v3_in_seconds(deepseek_v3: Path) -> None:
-    seconds, peak, text = measured(READER, deepseek_v3)
+    taken, peak, text = measured(READER, deepseek_v3)
     assert text == "46,181 tensors"
-    assert seconds < LARGEST_SECONDS, seconds
+    assert taken < LARGEST_TIME, taken
     assert peak < LARGEST_BYTES, peak
 
 
@@ -92,9 +103,9 @@ def test_the_way_back_is_planned_in_seconds(tmp_path: Path) -> None:
     destination.finish()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(V3))
-    seconds, peak, text = measured(PLAN, tmp_path, "hf")
+    taken, peak, text = measured(PLAN, tmp_path, "hf")
     assert "46,181 tensors, 682,636,487,424 elements" in text
-    assert seconds < LARGEST_SECONDS, seconds
+    assert taken < LARGEST_TIME, taken
     assert peak < LARGEST_BYTES, peak
 
 
@@ -118,7 +129,7 @@ def test_qwen3_235b_is_planned_in_seconds(spelling: str, count: int, tmp_path: P
     table = ModelTable(QWEN3_235B, family, spec_for(QWEN3_235B, family), spelling)
     tensors = {name: ("BF16", table.hf[name]) for name in table.hf_order}
     write_sparse_model(tmp_path / "m", QWEN3_235B, tensors, SHARD_BYTES)
-    seconds, peak, text = measured(PLAN, tmp_path / "m")
+    taken, peak, text = measured(PLAN, tmp_path / "m")
     assert f"{count:,} tensors, 235,093,634,560 elements" in text
-    assert seconds < LARGEST_SECONDS, seconds
+    assert taken < LARGEST_TIME, taken
     assert peak < LARGEST_BYTES, peak

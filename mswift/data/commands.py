@@ -9,14 +9,13 @@ from mswift.config.data import DataConfig
 from mswift.data import show
 from mswift.data.cache import INDEX, open_store
 from mswift.data.chat_template import use_chat_template
-from mswift.data.dataset import DataOptions, TokenDataset, build_dataset
+from mswift.data.dataset import TokenDataset, build_dataset
+from mswift.data.flags import data_options
 from mswift.data.info import describe
-from mswift.data.loss_scale import PLAIN, parse_loss_scale
 from mswift.data.mixture import read_mixture
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import ConfigError, DataError
-from mswift.refusals import parse_columns
 
 
 def main(config: DataConfig) -> int:
@@ -45,23 +44,6 @@ def main(config: DataConfig) -> int:
     return 0
 
 
-def data_options(config: DataConfig) -> DataOptions:
-    """What a run with the same flags has."""
-    sft = config.kind == "sft"
-    return DataOptions(
-        max_length=config.max_length,
-        truncation_strategy=config.truncation_strategy if sft else "delete",
-        system=config.system if sft else None,
-        loss_scale=parse_loss_scale(config.loss_scale, by_channel=config.enable_channel_loss) if sft else PLAIN,
-        agent_template=config.agent_template if sft else None,
-        cache_dir=config.cache_dir,
-        selection=Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio),
-        columns=parse_columns(config.columns),
-        strict=config.strict,
-        num_proc=config.dataset_num_proc,
-    )
-
-
 def _datasets(config: DataConfig, files: Path) -> Iterator[tuple[str, TokenDataset]]:
     """What a run reads: --dataset, and what it is evaluated on. Tokenised unless the cache has it."""
     if config.split_dataset_ratio and config.val_dataset:
@@ -70,7 +52,7 @@ def _datasets(config: DataConfig, files: Path) -> Iterator[tuple[str, TokenDatas
         raise ConfigError(f"--split_dataset_ratio {config.split_dataset_ratio:g}: at least 0 and below 1, as 0.01")
     tokenizer = load_tokenizer(files)
     use_chat_template(tokenizer, config.chat_template)
-    options = data_options(config)
+    options = data_options(config.kind, config)
     apart = replace(options, selection=replace(options.selection, part="validation"))
     whole = replace(options, selection=Selection())
     specs_of_dataset = read_mixture(config.dataset).specs

@@ -16,8 +16,8 @@ from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
+from mswift.data.flags import data_options
 from mswift.data.indexed_dataset import build_indexed
-from mswift.data.loss_scale import PLAIN, LossScale, parse_loss_scale
 from mswift.data.mixture import read_mixture
 from mswift.data.packed import PackedDataset, Stored
 from mswift.data.selection import Selection
@@ -27,7 +27,7 @@ from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import document_multiple, sequence_multiple
 from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
-from mswift.refusals import check_schedule, parse_columns, train_dtype
+from mswift.refusals import check_schedule, train_dtype
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
@@ -56,23 +56,9 @@ def build_data(
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
     use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and config.tuner_type == "full")
     sources = read_mixture(config.dataset, config.dataset_weights)
-    selection = Selection(config.dataset_sampling, config.seed, config.split_dataset_ratio)
-    options = DataOptions(
-        max_length=config.max_length,
-        truncation_strategy=config.truncation_strategy if isinstance(config, SftConfig) else "delete",
-        system=config.system if isinstance(config, SftConfig) else None,
-        loss_scale=_loss_scale(config) if isinstance(config, SftConfig) else PLAIN,
-        agent_template=config.agent_template if isinstance(config, SftConfig) else None,
-        model_positions=reader.table.spec.max_position_embeddings,
-        cache_dir=config.cache_dir,
-        selection=selection,
-        columns=parse_columns(config.columns),
-        weights=sources.weights,
-        epochs=sources.epochs,
-        strict=config.strict,
-        num_proc=config.dataset_num_proc,
-    )
-
+    positions = reader.table.spec.max_position_embeddings
+    options = data_options(kind, config)
+    options = replace(options, model_positions=positions, weights=sources.weights, epochs=sources.epochs)
     is_writer = info.local_rank == 0
 
     def build(flag: str, specs: tuple[str, ...], options: DataOptions) -> TokenDataset:
@@ -101,7 +87,7 @@ def build_data(
         options, weights=(), epochs=(), by_source=True, loss_scale=replace(options.loss_scale, by_channel=False)
     )
     if config.split_dataset_ratio:
-        apart = replace(watched, selection=replace(selection, part="validation"))
+        apart = replace(watched, selection=replace(options.selection, part="validation"))
         val_data = build("--dataset", sources.specs, apart)
     elif config.val_dataset:
         val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
@@ -114,10 +100,6 @@ def build_data(
         packed = PackedDataset(data, length, strategy) if isinstance(data, TokenDataset) else data
         return packed, packed_val, tokenizer
     return data, val_data, tokenizer
-
-
-def _loss_scale(config: SftConfig) -> LossScale:
-    return parse_loss_scale(config.loss_scale, by_channel=config.enable_channel_loss)
 
 
 def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer) -> None:

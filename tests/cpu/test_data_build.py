@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,8 @@ from mswift.cli.main import main
 from mswift.cli.options import parse
 from mswift.config.data import DataConfig
 from mswift.config.train import PtConfig, SftConfig
-from mswift.data.commands import data_options
 from mswift.data.dataset import DataOptions, build_dataset
+from mswift.data.flags import data_options
 from mswift.data.tokenizer import load_tokenizer
 from mswift.launchers.environment import RankInfo
 from mswift.train import build as train_build
@@ -94,7 +93,7 @@ def test_the_options_are_those_of_a_run(monkeypatch, kind, config_class):
     reader = SimpleNamespace(hf_files=MODEL, table=SimpleNamespace(spec=SimpleNamespace(max_position_embeddings=None)))
     with pytest.raises(KeyError):
         train_build.build_data(kind, parse(config_class, flags), reader, RankInfo.single(), resumed=False)
-    assert seen == [replace(data_options(parse(DataConfig, ["build", "--kind", kind, *flags])), model_positions=None)]
+    assert seen == [data_options(kind, parse(DataConfig, ["build", "--kind", kind, *flags]))]
 
 
 @pytest.mark.parametrize("kind", ["pt", "sft"])

@@ -236,8 +236,8 @@ def _stage_lines(dims: ParallelDims, num_layers: int) -> dict[str, str]:
 
 def _loss_line(config: TrainConfig, data: Stored | StreamDataset) -> str:
     """What the loss is."""
-    what = {"token": "mean over the tokens", "sample": "mean over the samples, of each over its tokens"}
-    parts = [what[config.loss_normalization] + " of a global batch, by loss weights"]
+    what = {"token": "tokens of a global batch", "sample": "samples of a global batch, of each over its tokens"}
+    parts = [f"mean over the {what[config.loss_normalization]}, by loss weights"]
     if isinstance(config, SftConfig):
         parts.append(f"--loss_scale {config.loss_scale}")
     if names := [name for name in data.channel_names if name]:

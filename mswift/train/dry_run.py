@@ -231,11 +231,11 @@ def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: Para
 
 def _table(stages: Sequence[StageMemory]) -> str:
     head = ("stage", "parameters", "trained", "weights", "gradients", "optimizer", "activations", "total")
-    lines = ["".join(f"{name:>13}" for name in head)]
+    lines = ["".join(f"{name:>15}" for name in head)]
     for number, stage in enumerate(stages):
         parts = (stage.weights_bytes, stage.gradients_bytes, stage.optimizer_bytes, stage.activations_bytes)
         cells = (number, f"{stage.parameters:,}", f"{stage.trained:,}", *map(_size, parts), _size(stage.total_bytes))
-        lines.append("".join(f"{cell:>13}" for cell in cells))
+        lines.append("".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 

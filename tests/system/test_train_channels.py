@@ -87,8 +87,8 @@ def test_equals_transformers(home: Path, normalization: str) -> None:
         assert row["eval_loss"] == pytest.approx(mean, rel=1e-5)
         assert f"loss[a] {row['channel_loss']['a']:.4f}" in said
         assert f"eval_loss[val.jsonl] {row['eval_losses']['val.jsonl']:.4f}" in said
-        what = "mean over the samples, of each over its tokens" if per_sample else "mean over the tokens"
-        assert f"{what} of a global batch, by loss weights; --loss_scale react; apart for" in said
+        what = "samples of a global batch, of each over its tokens" if per_sample else "tokens of a global batch"
+        assert f"mean over the {what}, by loss weights; --loss_scale react; apart for" in said
     other = {"token": "sample", "sample": "token"}[normalization]
     changed = [other if word == normalization else word for word in argv]
     text = run([*changed, "--train_iters", "2"], status=2)

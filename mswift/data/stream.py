@@ -76,9 +76,20 @@ class SourceStream:
                     "what was wrong with bad rows is in rejected.jsonl in --output_dir"
                 )
             self._open_block()
+            self._check_place()
         index = int(self._order[self._taken])
         self._taken += 1
         return self._first + index, self._rows, index
+
+    def _check_place(self) -> None:
+        """A run stands in its block where it stood when it was saved, so the block has as many rows as then."""
+        found = 0 if self._rows is None else len(self._rows)
+        if self._taken > found:
+            raise DataError(
+                f"{self._name}: the run has taken {self._taken:,} samples of data block {self._block}, which has only "
+                f"{found:,} now: its rows changed while their files kept size, beginning and end; bring the files back "
+                "or start a new run in another --output_dir"
+            )
 
     def _next_block(self, block: Block) -> None:
         self._first += 0 if self._rows is None else len(self._rows)

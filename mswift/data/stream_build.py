@@ -1,5 +1,6 @@
 """The sources of a stream, and what decides its samples; see `stream`."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,15 +85,17 @@ def build_stream(
     )
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
     folder = root / "streams" / content_hash({"samples": fingerprint, "owner": stream.owner})[:40]
+    one_at_a_time = threading.Lock()  # transformers keeps the {% generation %} marks of a text in the shared template
 
     def fill(writer: StoreWriter, files: Files, paths: Sequence[Path]) -> Mapping[str, Any]:
         how = HowToWrite(options.strict, False, options.num_proc or default_num_proc(paths))
-        encoder: DocumentEncoder | ConversationEncoder = (
-            DocumentEncoder(tokenizer, columns, strict=how.strict)
-            if kind == "pt"
-            else ConversationEncoder(tokenizer, columns, sft, strict=how.strict)
-        )
-        return write_rows(writer, files, encoder, columns, how)
+        with one_at_a_time:
+            encoder: DocumentEncoder | ConversationEncoder = (
+                DocumentEncoder(tokenizer, columns, strict=how.strict)
+                if kind == "pt"
+                else ConversationEncoder(tokenizer, columns, sft, strict=how.strict)
+            )
+            return write_rows(writer, files, encoder, columns, how)
 
     def rows_of(number: int, block: Block) -> TokenDataset | PackedDataset | None:
         opened(number, block)

@@ -10,6 +10,7 @@ from mswift.data.commands import main
 from mswift.data.dataset import DataOptions, build_dataset
 from mswift.data.mixture import read_mixture
 from mswift.data.selection import Selection
+from mswift.data.stream_build import StreamOptions, build_stream
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import DataError
 from tests.support.tiny import tiny_tokenizer
@@ -81,3 +82,21 @@ def test_the_data_command_reads_it(home, capsys, action):
     said = capsys.readouterr().out
     assert "a.jsonl" in said
     assert "b.jsonl" in said
+
+
+def test_streams_of_a_mixture_share_a_template_with_marks(home, tmp_path):
+    """transformers collects the places of {% generation %} in the compiled template: two threads would mix them."""
+    for name in "ab":
+        rows = [{"query": f"say {name}{i}", "response": f"{name}{i}" * (1 + i % 9)} for i in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    specs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    rejected = []
+    data = build_stream(
+        "sft", specs, load_tokenizer(home), DataOptions(200, cache_dir=tmp_path, weights=(0.5, 0.5), num_proc=1),
+        StreamOptions(400, None, "owner"), is_writer=True, check=lambda _: None, say=print,
+        opened=lambda _, block: rejected.append(block.rejected.read_text()),
+    )  # fmt: skip
+    data.start(0, None)
+    data.window(0, 8)
+    data.close()
+    assert rejected == ["", ""]

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,10 @@ def test_errors(tmp_path):
     for data, text in ((writer, "bad.jsonl, row 1"), (reader, "that tokenises the data failed: .*bad.jsonl, row 1")):
         with pytest.raises(DataError, match=text):
             data.window(0, 1)
+    data = _stream([good], tmp_path / "cache")
+    data.start(6, [{"epoch": 0, "block": 0, "place": asdict(Place()), "first": 0, "taken": 6}])
+    with pytest.raises(DataError, match="has taken 6 samples of data block 0, which has only 4 now"):
+        data.window(6, 1)
     with pytest.raises(ValueError, match="stands at 0 cannot be read at 8"):
         _stream([good], tmp_path / "cache").window(8, 1)
 

@@ -1,8 +1,10 @@
 """A real SLURM on this machine: slurmctld and two slurmd, each node with its own network, host name and processes.
 
 Needs root, network namespaces and Debian's packages (tests/support/install_slurm.sh). Everything lies in one folder.
+Several stand side by side: each takes a place, which is a bridge, a network, a port and the names of its nodes' spaces.
 """
 
+import fcntl
 import os
 import platform
 import shutil
@@ -14,17 +16,19 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "ip", "nsenter", "unshare")
-BRIDGE, NETWORK = "mswbr0", "10.78.0"
+NUM_PLACES = 8
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 CONF = """
 ClusterName=test
 SlurmctldHost={host}({network}.1)
-SlurmctldPort=16917
+SlurmctldPort={port}
 AuthType=auth/munge
 # cred_expire is also the time a requeued job waits before it may start (120 s by default, and for less than 5)
 AuthInfo=socket={home}/munge/sock,cred_expire=5
 CredType=cred/munge
+# clusters side by side share the cgroup of a node's name: their jobs must not share a number
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={home}/state
@@ -74,6 +78,7 @@ class Cluster:
         self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Cluster":
+        self._take_place()
         try:
             self._write_files()
             self._make_network()
@@ -93,6 +98,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for node in self._slurmds:
+            self.kill_node(node)  # unshare ignores SIGTERM while its child lives
         for process in reversed(self._processes):
             process.terminate()
         deadline = time.monotonic() + 5
@@ -102,10 +109,12 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for node in NODES:
-            subprocess.run(["ip", "netns", "del", f"msw-{node}"], capture_output=True, check=False)
-            subprocess.run(["ip", "link", "del", f"msw-{node}"], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+        self._remove_network()
+        os.close(self._lock)
+
+    def space(self, node: str) -> str:
+        """The network namespace of a node, and the name of its link here."""
+        return f"msw{self.place}-{node}"
 
     def client(self, *argv: str, check: bool = True, cwd: Path | None = None) -> str:
         """Output of a client command, both streams."""
@@ -132,9 +141,10 @@ class Cluster:
         """A slurmd in namespaces of its own; whatever runs in them dies with it."""
         (self.home / f"spool-{node}").mkdir(exist_ok=True)
         # nsenter, not `ip netns exec`, which mounts /sys anew, where slurmd then finds no cgroups
-        enter = ("nsenter", f"--net=/run/netns/msw-{node}", "unshare", "--ipc", "--pid", "--fork", "--kill-child")
+        enter = ("nsenter", f"--net=/run/netns/{self.space(node)}")
+        apart = ("unshare", "--ipc", "--pid", "--fork", "--kill-child")
         commands = f"mount -t tmpfs shm /dev/shm; hostname {node}; slurmd -D -N {node} & wait"
-        self._slurmds[node] = self._start(*enter, *self._with_hosts("--mount-proc"), commands)
+        self._slurmds[node] = self._start(*enter, *apart, *self._with_hosts("--mount-proc"), commands)
 
     def kill_node(self, node: str) -> None:
         """The node dies: every process in it, at once."""
@@ -142,14 +152,14 @@ class Cluster:
 
     def processes(self, node: str, words: str) -> list[int]:
         """Processes (numbers on this machine) of a node whose command line holds `words`."""
-        found = []
+        found, marks = [], {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.environ['SLURM_CONF']}".encode()}
         for entry in Path("/proc").iterdir():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                name = f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                ours = marks <= set((entry / "environ").read_bytes().split(b"\0"))
             except (OSError, ValueError):
                 continue
-            if entry.name.isdecimal() and name and words in command:
+            if entry.name.isdecimal() and ours and words in command:
                 found.append(int(entry.name))
         return found
 
@@ -174,7 +184,8 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         host = platform.node()
-        names = [f"127.0.0.1 localhost\n{NETWORK}.1 {host}", *(f"{NETWORK}.{11 + i} {n}" for i, n in enumerate(NODES))]
+        network = self._network
+        names = [f"127.0.0.1 localhost\n{network}.1 {host}", *(f"{network}.{11 + i} {n}" for i, n in enumerate(NODES))]
         (self.home / "hosts").write_text("\n".join(names) + "\n")
         lines = Path("/etc/nsswitch.conf").read_text().splitlines()
         files_only = ["hosts: files" if line.startswith("hosts:") else line for line in lines]
@@ -185,22 +196,45 @@ class Cluster:
         (self.home / "plugstack.conf").write_text("")
         v1 = Path("/sys/fs/cgroup/freezer").is_dir()
         (self.home / "cgroup.conf").write_text(CGROUP_V1 if v1 else "")
-        conf = CONF.format(host=host, home=self.home, network=NETWORK, proctrack="cgroup" if v1 else "linuxproc")
+        proctrack = "cgroup" if v1 else "linuxproc"
+        ids = {"port": 16917 + self.place, "first_job": 1 + 10_000 * self.place}
+        conf = CONF.format(host=host, home=self.home, network=network, proctrack=proctrack, **ids)
         (self.home / "slurm.conf").write_text(conf)
+
+    def _take_place(self) -> None:
+        """A free place, for as long as the lock is held; what a killed run left there is removed."""
+        for place in range(NUM_PLACES):
+            lock = os.open(f"/run/lock/mswift-test-slurm-{place}", os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                continue
+            self.place, self._lock = place, lock
+            self._bridge, self._network = f"mswbr{place}", f"10.78.{place}"
+            self._remove_network()
+            return
+        pytest.fail(f"{NUM_PLACES} test clusters are up already")
+
+    def _remove_network(self) -> None:
+        for node in NODES:
+            subprocess.run(["ip", "netns", "del", self.space(node)], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", self.space(node)], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True, check=False)
 
     def _make_network(self) -> None:
         def ip(*argv: str) -> None:
             subprocess.run(["ip", *argv], check=True, capture_output=True, timeout=20)
 
-        ip("link", "add", BRIDGE, "type", "bridge")
-        ip("addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
+        ip("link", "add", self._bridge, "type", "bridge")
+        ip("addr", "add", f"{self._network}.1/24", "dev", self._bridge)
+        ip("link", "set", self._bridge, "up")
         for number, node in enumerate(NODES):
-            space = f"msw-{node}"
+            space = self.space(node)
             ip("netns", "add", space)
             ip("link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
-            ip("link", "set", space, "master", BRIDGE, "up")
-            ip("-n", space, "addr", "add", f"{NETWORK}.{11 + number}/24", "dev", "eth0")
+            ip("link", "set", space, "master", self._bridge, "up")
+            ip("-n", space, "addr", "add", f"{self._network}.{11 + number}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "lo", "up")
             ip("-n", space, "link", "set", "eth0", "up")
 

@@ -63,24 +63,23 @@ def packing_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             if value != type(config).__dataclass_fields__[name].default:
                 yield ConfigError(f"--{name} {value} has no effect without --packing: add --packing, or leave it out")
         return
-    if isinstance(config, PtConfig):
-        yield ConfigError(
-            "--packing with pt: it joins all documents and cuts them every --max_length tokens, so that its rows are "
-            "full already: leave it out"
-        )
     length = config.packing_length
+    if config.packing_strategy == "concat-and-split":
+        if not isinstance(config, PtConfig):
+            yield ConfigError(
+                "--packing_strategy concat-and-split cuts samples where a row ends, which is for pt: use "
+                "--packing_strategy bestfit or sequential"
+            )
+        if length not in (None, config.max_length):
+            yield ConfigError(
+                f"--packing_length {length}: rows of --packing_strategy concat-and-split have --max_length "
+                f"{config.max_length} positions: leave it out"
+            )
     if length is not None and length < config.max_length:
         yield ConfigError(
             f"--packing_length {length} is below --max_length {config.max_length}, and no sample is cut to be packed: "
             f"use --packing_length {config.max_length} or more"
         )
-    if config.lora_dropout:
-        yield ConfigError(dropout_with_packing(f"--lora_dropout {config.lora_dropout:g}"))
-
-
-def dropout_with_packing(flag: str) -> str:
-    """Why the two do not go together."""
-    return f"{flag} with --packing is not supported (dropout counts positions by rows): leave out one of them"
 
 
 def check_packing(config: TrainConfig, spec: ModelSpec) -> None:

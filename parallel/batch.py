@@ -24,7 +24,8 @@ class Microbatch:
     tokens, labels: int64 [b, s]; loss_weights: float32 [b, s], 0 where there is nothing to learn. documents: None, a
     row is one sequence; else the lengths of what is packed in the rows, row by row, padding at a row's end included,
     b * s in all. A document sees itself alone and its positions count from 0. channels: uint8 [b, s], the number
-    under which the loss of a position is reported apart, or None.
+    under which the loss of a position is reported apart, or None. rows: the places of the rows in the global batch,
+    where they are packed; they decide what dropout drops.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class Microbatch:
     loss_weights: Tensor
     documents: tuple[int, ...] | None = None
     channels: Tensor | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,20 @@ def rank_batches(
 
     ahead = [tuple(of(moved(batch, depth + 1)) for depth in range(num_ahead)) for batch in microbatches]
     return [replace(of(batch), ahead=further) for batch, further in zip(microbatches, ahead, strict=True)]
+
+
+def packed_places(batch: Microbatch, dims: ParallelDims, cp_rank: int, seq_length: int) -> tuple[Tensor, Tensor]:
+    """Of every position of a packed microbatch on this rank its row in the global batch and its place in that row.
+
+    int64 [seq_length / n] each. Places are counted before padding, so that a layout does not change them.
+    """
+    if batch.rows is None:
+        raise ValueError("packed rows that do not say which rows of the global batch they are")
+    size, columns = batch.tokens.shape
+    rows = torch.tensor(batch.rows)[:, None].expand(size, columns)
+    places = torch.arange(columns).expand(size, columns)
+    _, (rows, places) = _laid_out(batch, [rows, places], dims, cp_rank, seq_length)
+    return rows[0], places[0]
 
 
 def moved(batch: Microbatch, depth: int) -> Microbatch:
@@ -136,6 +152,15 @@ def _padded_length(batch: Microbatch, dims: ParallelDims) -> int:
 
 def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int) -> RankBatch:
     tensors = [batch.tokens, batch.labels, batch.loss_weights, *([] if batch.channels is None else [batch.channels])]
+    documents, tensors = _laid_out(batch, tensors, dims, cp_rank, length)
+    tokens, labels, loss_weights, *channels = tensors
+    return RankBatch(tokens, labels, loss_weights, documents, length, channels[0] if channels else None)
+
+
+def _laid_out(
+    batch: Microbatch, tensors: Sequence[Tensor], dims: ParallelDims, cp_rank: int, length: int
+) -> tuple[tuple[int, ...] | None, list[Tensor]]:
+    """Padded documents, and this rank's part of `tensors` [b, s]."""
     documents = None
     if batch.documents is None:
         tensors = [F.pad(x, (0, length - x.shape[1])) for x in tensors]
@@ -148,8 +173,7 @@ def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int
     if dims.cp > 1:
         share = Share(documents or (length,), (cp_rank,), dims.cp)
         tensors = [x.index_select(1, natural_rows(share, x.device)) for x in tensors]
-    tokens, labels, loss_weights, *channels = tensors
-    return RankBatch(tokens, labels, loss_weights, documents, length, channels[0] if channels else None)
+    return documents, list(tensors)
 
 
 def _places(lengths: Sequence[int], padded: Sequence[int]) -> Tensor:

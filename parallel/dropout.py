@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Which microbatch a forward pass computes. rows: int64 [b], of the global batch.
+    """Which microbatch a forward pass computes. rows: int64 [b], of the global batch; of packed ones [s, 1], by token.
 
-    positions: int64 [s], of the tokens of this context-parallel rank in the whole sequence; None: all, in order.
+    positions: int64 [s], of the tokens of this context-parallel rank in the whole sequence (packed: in the row before
+    samples were padded); None: all, in order.
     """
 
     seed: int
@@ -106,18 +107,19 @@ def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first
     device = x.device
     positions = place.positions
     tokens = torch.arange(first_token, first_token + s) if positions is None else positions[first_token:][:s]
+    rows = place.rows if place.rows.dim() == 1 else place.rows[first_token:][:s]
     features = torch.arange(first_feature, first_feature + i)
     key = f"{place.seed}:{place.step}:{name}"
-    kept = keep(key, place.rows.to(device), tokens.to(device), features.to(device), probability)
+    kept = keep(key, rows.to(device), tokens.to(device), features.to(device), probability)
     return x * kept * (1 / (1 - probability))
 
 
 def keep(key: str, rows: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
-    """bool [tokens, rows, features], true with 1 - probability."""
+    """bool [tokens, rows, features], true with 1 - probability. rows: [rows], or [tokens, 1]: a row for each token."""
     digest = hashlib.sha256(key.encode()).digest()
     one, two = (int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4))
     row = _mixed(rows.to(torch.int32) ^ one)
-    token = _mixed(row[None, :] ^ _mixed(tokens.to(torch.int32))[:, None])
+    token = _mixed(row ^ _mixed(tokens.to(torch.int32))[:, None])
     feature = _mixed(features.to(torch.int32) ^ two)
     word = _mixed(token[:, :, None] ^ feature)
     return word >= int(probability * 2**32) - 2**31

@@ -98,11 +98,13 @@ class TrainConfig:
     max_length: int = 2048
     """Tokens in a sample."""
     packing: bool = False
-    """sft: rows of several samples, none of them cut, that do not see each other; a batch then counts in such packs."""
-    packing_strategy: Literal["bestfit", "sequential"] = "bestfit"
-    """Which samples share a row: the best fit, longest first (least padding), or the next ones in file order."""
+    """Rows of several samples that do not see each other; a batch then counts in such packs. pt: a sample is a document
+    (of more than max_length: pieces of it)."""
+    packing_strategy: Literal["bestfit", "sequential", "concat-and-split"] = "bestfit"
+    """Which samples share a row: the best fit, longest first (least padding); sequential: the next ones in file order,
+    as long as they fit; concat-and-split (pt): the next ones, cut where a row ends (no padding)."""
     packing_length: int | None = None
-    """Positions of a packed row. Default: max_length."""
+    """Positions of a packed row. Default: max_length; concat-and-split has no other."""
     streaming: bool = False
     """Tokenise while training, a block of rows at a time, for data that is not to be tokenised whole before the first
     step; samples are shuffled (and packed) within a block. Needs train_iters."""
@@ -257,7 +259,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PtConfig(TrainConfig):
-    """Continued pretraining on plain text: documents are joined and cut to max_length."""
+    """Continued pretraining on plain text: documents are joined and cut to max_length, or packed."""
 
     command: ClassVar[str] = "pt"
     """What a recipe says that is for it: `command: pt`."""

@@ -4,7 +4,8 @@ sft: one row is one sample (or several, see `template`), of at most max_length t
 file order, each ended by the end token, and cut every L = max_length tokens: sample i holds the tokens i * L to
 (i + 1) * L of the stream, both included, so that it fills L positions of a batch and every token but the very first is
 a target exactly once. The last sample is shorter; nothing is left out. With weights, the stream of each source is cut
-on its own, and an epoch holds as many samples as without them, shared out among the sources by the weights.
+on its own, and an epoch holds as many samples as without them, shared out among the sources by the weights. Packed
+documents stay apart (see `samples`).
 """
 
 import shutil
@@ -31,7 +32,7 @@ from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.pool import default_num_proc
 from mswift.data.report import FileReport
-from mswift.data.samples import Samples, ShareKind, by_source, mixed, whole
+from mswift.data.samples import Cut, CutKind, Samples, ShareKind, by_source, mixed, whole
 from mswift.data.selection import Selection
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.tokenizer import Tokenizer, tokenizer_identity
@@ -49,6 +50,8 @@ class DataOptions:
     max_length: int
     truncation_strategy: Strategy = "delete"
     """sft: what becomes of a sample of more than max_length tokens."""
+    cut: CutKind = "joined"
+    """pt: whether and how a sample is part of one document."""
     system: str | None = None
     """sft: system message of rows that have none."""
     loss_scale: LossScale = PLAIN
@@ -183,7 +186,10 @@ def build_dataset(
         raise ConfigError(
             f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
         )
-    data = TokenDataset(store, _samples(store, options, [source.spec for source in sources], flag))
+    samples = _samples(store, options, [source.spec for source in sources], flag)
+    if not len(samples.starts):
+        raise DataError(f"{flag}: every document is a single token, which predicts nothing; write text in them")
+    data = TokenDataset(store, samples)
     if options.strict and data.num_rejected_rows:
         first = next(report["reasons"][0] for report in store.report["files"] if report["reasons"])
         raise DataError(f"{first} (--strict; without it the row is left out)")
@@ -192,13 +198,14 @@ def build_dataset(
 
 def _samples(store: TokenStore, options: DataOptions, specs: Sequence[str], flag: str) -> Samples:
     """Every sample once, or as weights or epochs say."""
+    cut = Cut(options.max_length, options.cut)
     if options.by_source and len(specs) > 1:
-        return by_source(store, options.max_length, specs)
+        return by_source(store, cut, specs)
     if options.weights or options.epochs:
         kind: ShareKind = "weights" if options.weights else "epochs"
         numbers = options.weights or options.epochs
-        return mixed(store, kind, numbers, options.selection.seed, options.max_length, flag)
-    return whole(store, options.max_length)
+        return mixed(store, kind, numbers, options.selection.seed, cut, flag)
+    return whole(store, cut)
 
 
 def write_rejected(path: Path, datasets: Sequence[TokenDataset]) -> None:

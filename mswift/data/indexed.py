@@ -71,6 +71,11 @@ class IndexedFile:
             row = int(wrong[0])
             raise _damaged(path, f"document {row:,} ends at sequence {bounds[row + 1]:,} and begins at {bounds[row]:,}")
 
+    def ends(self) -> NDArray[np.int64]:
+        """Where each document ends, in tokens; int64 [documents]."""
+        bytes_before = np.append(self.pointers, self.tokens.nbytes)
+        return bytes_before[self.documents[1:]] // self.tokens.dtype.itemsize
+
     def document(self, index: int) -> NDArray[np.integer[Any]]:
         """The tokens of one document."""
         item = self.tokens.dtype.itemsize

@@ -21,7 +21,7 @@ from mswift.data.dataset import TokenDataset
 from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.indexed import IndexedFile, JoinedTokens, open_indexed
 from mswift.data.one_writer import HandOver, made_by_writer
-from mswift.data.samples import mixed, whole
+from mswift.data.samples import Cut, mixed, whole
 from mswift.data.tokenizer import Tokenizer, end_token_id
 from mswift.errors import ConfigError, DataError
 
@@ -35,7 +35,7 @@ def build_indexed(
     blend: Blend,
     tokenizer: Tokenizer,
     *,
-    max_length: int,
+    cut: Cut,
     seed: int,
     vocab_size: int,
     cache_dir: str | Path | None,
@@ -47,8 +47,8 @@ def build_indexed(
 
     DataError for damaged files, ConfigError for a token that a model of `vocab_size` rows does not have.
     """
-    if max_length < 2:
-        raise ConfigError(f"--max_length {max_length}: a sample needs at least 2 tokens, --max_length 2048")
+    if cut.length < 2:
+        raise ConfigError(f"--max_length {cut.length}: a sample needs at least 2 tokens, --max_length 2048")
     files = [open_indexed(prefix, FLAG) for prefix in blend.prefixes]
     root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
@@ -73,23 +73,26 @@ def build_indexed(
                 "tokenise it with the tokenizer of --model"
             )
     store = _store(files, scan, entry)
-    samples = whole(store, max_length)
+    samples = whole(store, cut)
     if blend.weights:
-        samples = mixed(store, "weights", blend.weights, seed, max_length, FLAG)
+        samples = mixed(store, "weights", blend.weights, seed, cut, FLAG)
+    if not len(samples.starts):
+        raise DataError(f"{FLAG}: every document is a single token, which predicts nothing; leave out --packing")
     lines = [_line(file, tokenizer) for file in files]
     return TokenDataset(store, replace(samples, lines=(*lines, *samples.lines)))
 
 
 def _store(files: Sequence[IndexedFile], scan: dict[str, Any], entry: Path) -> TokenStore:
-    """One piece a file, so that a mixture has its sources."""
+    """The documents of all files; each file is a source of a mixture."""
     ends = list(accumulate(len(file.tokens) for file in files))
     if ends[-1] < 2:
         raise DataError(f"{FLAG} {files[0].prefix}: it holds one token, and a sample has at least 2")
+    ends_of = [file.ends() + end - len(file.tokens) for file, end in zip(files, ends, strict=True)]
     return TokenStore(
         tokens=JoinedTokens([file.tokens for file in files]),
         mask=None,
         weights=np.array([0, 1], dtype=np.float32),
-        offsets=np.array([0, *ends], dtype=np.int64),
+        offsets=np.concatenate([[0], *ends_of]),
         channels=None,
         channel_names=(),
         largest_token=max(scan["largest"]),

@@ -3,7 +3,8 @@
 No sample is cut and none is left out. Padding that a layout asks for is added at run time, so that packs do not depend
 on it. `bestfit` is best-fit decreasing (D. S. Johnson et al., SIAM J. Comput. 3, 1974): the longest sample first, each
 into the fullest row that has room for it. Lengths are whole numbers, so rows with the same room left are one class and
-samples of one length go to a class together; the work is that of sorting. `sequential` fills one row after the other.
+samples of one length go to a class together; the work is that of sorting. `sequential` fills one row after the other,
+and so does `concat-and-split`, whose samples were cut where rows end (`samples.Cut`).
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Strategy = Literal["bestfit", "sequential"]
+Strategy = Literal["bestfit", "sequential", "concat-and-split"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def pack(lengths: NDArray[np.int64], capacity: int, strategy: Strategy) -> Packs
     """
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(f"samples of {lengths.min()} to {lengths.max()} positions in packs of {capacity}")
-    if strategy == "sequential":
+    if strategy != "bestfit":
         return _sequential(lengths, capacity)
     longest_first = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
     rows = _best_fit(np.bincount(lengths), capacity, len(lengths))

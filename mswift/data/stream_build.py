@@ -16,7 +16,7 @@ from mswift.data.packed import PackedDataset
 from mswift.data.packing import Strategy
 from mswift.data.places import Bounds, Cursor
 from mswift.data.pool import default_num_proc
-from mswift.data.samples import whole
+from mswift.data.samples import Cut, whole
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.stream import SourceStream, StreamDataset
 from mswift.data.stream_blocks import Block, BlockMaker, BlockReader, Files
@@ -81,6 +81,7 @@ def build_stream(
             "options": asdict(sft) if kind == "sft" else options.max_length,
             "block": [stream.block_rows, BLOCK_BYTES],
             "packing": stream.packing,
+            **({} if options.cut == "joined" else {"cut": options.cut}),
         }
     )
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
@@ -101,7 +102,10 @@ def build_stream(
         opened(number, block)
         if block.store is None:
             return None
-        data = TokenDataset(block.store, whole(block.store, options.max_length))
+        samples = whole(block.store, Cut(options.max_length, options.cut))
+        if not len(samples.starts):
+            return None  # documents of a single token
+        data = TokenDataset(block.store, samples)
         check(data)
         return data if stream.packing is None else PackedDataset(data, *stream.packing)
 

@@ -78,29 +78,29 @@ def assemble(data: Dataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
     longest = max(int(lengths.max(initial=1)), 1)
     seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
     if isinstance(data, TokenDataset) or not is_packed(data):
-        rows, positions = _by_rank(ids, plan), len(ids) * seq_length
+        rows, positions = _by_rank(len(ids), plan), len(ids) * seq_length
     else:
         rows, positions = dealt(ids, data.squares, plan), _packed_positions(data, ids, seq_length, plan)
-    microbatches = [_microbatch(data, row_ids, seq_length, plan) for row_ids in rows]
+    microbatches = [_microbatch(data, ids, places, seq_length, plan) for places in rows]
     tokens = int(lengths.sum())
     squares = int(squared_lengths(data, real).sum())
     return StepBatch(microbatches, list(ids), tokens, squares, positions - tokens)
 
 
-def _by_rank(ids: Sequence[int], plan: BatchPlan) -> list[list[int]]:
-    """Microbatch m of rank d has the ids m x B x dp + d x B onwards."""
+def _by_rank(count: int, plan: BatchPlan) -> list[list[int]]:
+    """Microbatch m of rank d has the places m x B x dp + d x B onwards of the global batch."""
     stride = plan.micro_batch_size * plan.dp_size
     first = plan.dp_rank * plan.micro_batch_size
-    return [list(ids[at + first :][: plan.micro_batch_size]) for at in range(0, len(ids), stride)]
+    return [list(range(at + first, at + first + plan.micro_batch_size)) for at in range(0, count, stride)]
 
 
 def dealt(ids: Sequence[int], costs: NDArray[np.int64], plan: BatchPlan) -> list[list[int]]:
-    """The packs of each microbatch of this rank, such that ranks have equally much to compute in every microbatch.
+    """Places in `ids` of the packs of each microbatch of this rank; ranks have equally much to compute in each.
 
     Dealt to and fro from the dearest on: packs to microbatches of the global batch, then those to ranks. `costs` by id.
     """
     hands, dearest = _hands(ids, costs, plan)
-    return [[ids[place] for place in hands[:, slot]] for slot in dearest[:, plan.dp_rank]]
+    return [hands[:, slot].tolist() for slot in dearest[:, plan.dp_rank]]
 
 
 def _hands(
@@ -143,12 +143,17 @@ def _to_and_fro(rounds: NDArray[np.int64]) -> NDArray[np.int64]:
     return rounds
 
 
-def _microbatch(data: Dataset, ids: Sequence[int], seq_length: int, plan: BatchPlan) -> Microbatch:
-    """Rows of samples or packs; id -1 is a row of padding without loss. Tensors [B, S] on the CPU."""
-    rows = [list(data.row(i).values()) if i >= 0 else [] for i in ids]
+def _microbatch(
+    data: Dataset, ids: Sequence[int], places: Sequence[int], seq_length: int, plan: BatchPlan
+) -> Microbatch:
+    """Rows of samples or packs at these places of `ids`; id -1 is a row of padding without loss. Tensors [B, S]."""
+    rows = [list(data.row(ids[place]).values()) if ids[place] >= 0 else [] for place in places]
     if plan.per_sample:
         rows = [[sample.counting_one() for sample in row] for row in rows]
     names = data.channel_names
     batch, documents = collate_packs(rows, seq_length, plan.pad_token_id, names)
     tokens, labels, weights, channels = (torch.from_numpy(array) for array in batch)
-    return Microbatch(tokens, labels, weights, documents if is_packed(data) else None, channels if names else None)
+    apart = channels if names else None
+    if not is_packed(data):
+        return Microbatch(tokens, labels, weights, None, apart)
+    return Microbatch(tokens, labels, weights, documents, apart, tuple(places))

@@ -20,6 +20,7 @@ from mswift.data.flags import data_options
 from mswift.data.indexed_dataset import build_indexed
 from mswift.data.mixture import read_mixture
 from mswift.data.packed import PackedDataset, Stored
+from mswift.data.samples import Cut, CutKind
 from mswift.data.selection import Selection
 from mswift.data.stream import StreamDataset
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
@@ -58,7 +59,9 @@ def build_data(
     sources = read_mixture(config.dataset, config.dataset_weights)
     positions = reader.table.spec.max_position_embeddings
     options = data_options(kind, config)
-    options = replace(options, model_positions=positions, weights=sources.weights, epochs=sources.epochs)
+    options = replace(
+        options, model_positions=positions, weights=sources.weights, epochs=sources.epochs, cut=_cut(kind, config)
+    )
     is_writer = info.local_rank == 0
 
     def build(flag: str, specs: tuple[str, ...], options: DataOptions) -> TokenDataset:
@@ -69,7 +72,7 @@ def build_data(
 
     def build_blend(blend: Blend) -> TokenDataset:
         return build_indexed(
-            blend, tokenizer, max_length=config.max_length, seed=config.seed,
+            blend, tokenizer, cut=Cut(config.max_length, options.cut), seed=config.seed,
             vocab_size=reader.table.spec.vocab_size, cache_dir=config.cache_dir, is_writer=is_writer,
             barrier=patient_barrier, hand_over=lambda path: from_writer(path, is_writer),
         )  # fmt: skip
@@ -100,6 +103,13 @@ def build_data(
         packed = PackedDataset(data, length, strategy) if isinstance(data, TokenDataset) else data
         return packed, packed_val, tokenizer
     return data, val_data, tokenizer
+
+
+def _cut(kind: Kind, config: TrainConfig) -> CutKind:
+    """What becomes of documents."""
+    if kind != "pt" or not config.packing:
+        return "joined"
+    return "rows" if config.packing_strategy == "concat-and-split" else "documents"
 
 
 def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer) -> None:

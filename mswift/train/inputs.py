@@ -17,7 +17,7 @@ from mswift.data.indexed import open_indexed
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
-from mswift.engine_refusals import check_four_bit_base, dropout_with_packing
+from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
@@ -40,6 +40,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         *(partial(parse_source, spec, "--val_dataset") for spec in config.val_dataset),
         *(partial(open_indexed, prefix, "--data_path") for prefix in blend_of(config).prefixes),
         *([partial(parse_loss_scale, config.loss_scale)] if isinstance(config, SftConfig) else []),
+        partial(_check_rows_of_documents, config),
         lambda: start_of(config),
     ]
     refusals = []
@@ -49,6 +50,17 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         except MswiftError as error:
             refusals.append(error)
     return refusals
+
+
+def _check_rows_of_documents(config: TrainConfig) -> None:
+    """ConfigError for a mixture whose documents are to fill rows in their order; each stream has rows of its own."""
+    mixture = mixture_of(config)
+    drawn = mixture.weights or mixture.epochs or blend_of(config).weights
+    if config.packing and config.packing_strategy == "concat-and-split" and drawn and not config.streaming:
+        raise ConfigError(
+            "--packing_strategy concat-and-split fills rows with documents in file order, which weights and epochs of "
+            "a mixture do not keep: use --packing_strategy bestfit, or leave them out"
+        )
 
 
 def blend_of(config: TrainConfig) -> Blend:
@@ -112,8 +124,6 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
-    if config.packing and settings.dropout:
-        raise ConfigError(dropout_with_packing(f"--adapters {path}, which has lora_dropout {settings.dropout:g},"))
     if config.quant_method:
         check_four_bit_base(lora=True, dora=settings.dora)
     own = {

@@ -15,12 +15,12 @@ from torch import Tensor
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.engine_refusals import check_four_bit_base, check_prediction, check_prediction_flags
-from mswift.errors import CheckpointError, LayoutError
+from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
 from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
 from mswift.parallel.attention.share import Share, natural_rows
-from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
+from mswift.parallel.batch import Microbatch, RankBatch, packed_places, rank_batches
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import DTYPES, EngineConfig, check_device, ddp_config, transformer_config
@@ -200,7 +200,7 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         batches, weights = self._mine(microbatches, self.config.mtp_num_layers)
         self._weight_sum.fill_(weights)
-        with dropout.counted(self._chunks, self._places(batches)):
+        with dropout.counted(self._chunks, self._places(microbatches, batches)):
             sums = schedule.run(self._chunks, batches, self.device, forward_only=False, num_channels=num_channels)
         weight_sum = float(self._weight_sum)  # summed over ranks by _finalize_gradients
         count = sum(int(torch.count_nonzero(batch.loss_weights)) for batch in batches)
@@ -236,18 +236,19 @@ class MegatronEngine:
         batches = rank_batches(microbatches, self.dims, self.coordinate.cp, num_ahead)
         return batches, sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
 
-    def _places(self, batches: Sequence[RankBatch]) -> list[dropout.BatchPlace]:
+    def _places(self, microbatches: Sequence[Microbatch], batches: Sequence[RankBatch]) -> list[dropout.BatchPlace]:
         """Which rows of the global batch these are, for adapters with dropout; [] where there is none."""
         if self.config.lora is None or not self.config.lora.settings.dropout:
             return []
-        if any(batch.documents is not None for batch in batches):
-            raise LayoutError("--lora_dropout with packed rows is not supported: leave out one of them")
+        seed, step = self.config.seed, self.optimizer_step
+        if batches[0].documents is not None:
+            where = [packed_places(b, self.dims, self.coordinate.cp, batches[0].seq_length) for b in microbatches]
+            return [dropout.BatchPlace(seed, step, rows[:, None], places) for rows, places in where]
         size, cp = len(batches[0].tokens), self.dims.cp
         share = Share((batches[0].seq_length,), (self.coordinate.cp,), cp)
         positions = natural_rows(share, torch.device("cpu")) if cp > 1 else None
         first = [(m * self.dims.dp + self.coordinate.dp) * size for m in range(len(batches))]
-        step = self.optimizer_step
-        return [dropout.BatchPlace(self.config.seed, step, torch.arange(row, row + size), positions) for row in first]
+        return [dropout.BatchPlace(seed, step, torch.arange(row, row + size), positions) for row in first]
 
     @property
     def _reports(self) -> bool:

@@ -1,11 +1,12 @@
 """Dropout of adapters: the same elements at any layout, and with them what PEFT computes.
 
 PEFT's dropout modules are given the masks; everything else is PEFT's. Three steps, fp32, 1e-5 against PEFT and 5e-6
-against one rank.
+against one rank. Of packed rows PEFT computes each document by itself.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,42 +44,48 @@ class Masked(torch.nn.Module):
         place = self.counted[0].place()
         if place is None:
             return x
-        step, rows = place
-        tokens, features = (torch.arange(size) for size in x.shape[1:])
+        step, rows, first = place
+        tokens, features = torch.arange(first, first + x.shape[1]), torch.arange(x.shape[2])
         kept = keep(f"{SEED}:{step}:{self.name}", rows, tokens, features, PROBABILITY).transpose(0, 1)
         return x * kept / (1 - PROBABILITY)
 
 
 class Counted:
-    """Counts the forward passes of a model: one for logits, then the microbatches of each step."""
+    """Counts the forward passes of a model: one for logits, then the parts of each step."""
 
-    def __init__(self) -> None:
-        self.passes = -2
+    def __init__(self, parts: list[tuple[torch.Tensor, int]]) -> None:
+        """parts: rows of the global batch of every pass of a step, and the place in them where it begins."""
+        self.passes, self.parts = -2, parts
 
     def count(self, *_: Any) -> None:
         self.passes += 1
 
-    def place(self) -> tuple[int, torch.Tensor] | None:
+    def place(self) -> tuple[int, torch.Tensor, int] | None:
         if self.passes < 0:
             return None
-        batch, num_microbatches = len(random_steps()[0][0][0]), len(random_steps()[0])
-        step, number = divmod(self.passes, num_microbatches)
-        return step, torch.arange(number * batch, (number + 1) * batch)
+        step, number = divmod(self.passes, len(self.parts))
+        return step, *self.parts[number]
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("dropout")
+def by_peft(home: Path, counted: Counted, steps: Any = None) -> dict[str, Any]:
+    """Three steps of PEFT, whose dropouts have our masks."""
     random_model("qwen2").save_pretrained(home / "model")  # type: ignore[operator]
     adapter = random_adapter(home / "adapter", home / "model")
     edit_config(adapter, lora_dropout=PROBABILITY)
-    peft, counted = load_peft(home / "model", adapter, trainable=True), Counted()
+    peft = load_peft(home / "model", adapter, trainable=True)
     peft.register_forward_pre_hook(counted.count)
     for name, module in peft.named_modules():
         if hasattr(module, "lora_dropout"):
             assert module.lora_dropout["default"].p == PROBABILITY
             module.lora_dropout["default"] = Masked(name.removeprefix("base_model.model."), counted)
-    return peft_steps(home, peft)
+    return peft_steps(home, peft, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    batch, num_microbatches = len(random_steps()[0][0][0]), len(random_steps()[0])
+    rows = [torch.arange(number * batch, (number + 1) * batch) for number in range(num_microbatches)]
+    return by_peft(tmp_path_factory.mktemp("dropout"), Counted([(each, 0) for each in rows]))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,28 @@ def test_three_steps_equal_peft(truth: dict[str, Any], one: dict[str, Any]) -> N
 def test_every_layout_drops_the_same_elements(truth: dict[str, Any], one: dict[str, Any], layout: str) -> None:
     found = mswift_run(truth["home"], *LAYOUTS[layout])
     assert {n: d for n, d in differences(found, one, ALL).items() if not d <= OF_LAYOUTS} == {}
+
+
+DOCUMENTS = (7, 1, 16)
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What PEFT computes of the same rows, cut into documents."""
+    edges = list(pairwise([0, *accumulate(DOCUMENTS)]))
+    steps = [
+        [tuple(x[row : row + 1, a:b] for x in batch) for batch in step for row in range(2) for a, b in edges]
+        for step in random_steps()
+    ]
+    places = [(torch.tensor([row]), first) for row in range(4) for first, _ in edges]
+    return by_peft(tmp_path_factory.mktemp("packed-dropout"), Counted(places), steps)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2", "cp2"])
+def test_packed_documents_equal_peft_on_each_by_itself(apart: dict[str, Any], layout: str) -> None:
+    """Dropped are the elements of their rows and places, however a rank pads the documents."""
+    found = mswift_run(apart["home"], *LAYOUTS[layout], documents=DOCUMENTS)
+    assert {n: d for n, d in differences(found, apart, ALL[1:]).items() if not d <= TOLERANCE} == {}
 
 
 @contextmanager

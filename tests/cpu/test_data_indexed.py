@@ -20,6 +20,7 @@ from mswift.config.train import PtConfig
 from mswift.data.dataset import DataOptions, build_dataset
 from mswift.data.indexed import JoinedTokens, open_indexed
 from mswift.data.indexed_dataset import build_indexed
+from mswift.data.samples import Cut
 from mswift.data.selection import Selection
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import ConfigError, DataError
@@ -53,9 +54,9 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def build(tokenizer, tmp_path):
-    def build(*items, max_length=16, vocab_size=1000, seed=3):
+    def build(*items, max_length=16, vocab_size=1000, seed=3, kind="joined"):
         return build_indexed(
-            parse_blend(items), tokenizer, max_length=max_length, seed=seed, vocab_size=vocab_size,
+            parse_blend(items), tokenizer, cut=Cut(max_length, kind), seed=seed, vocab_size=vocab_size,
             cache_dir=tmp_path / "cache", is_writer=True, barrier=lambda: None,
         )  # fmt: skip
 
@@ -116,14 +117,16 @@ def test_joined_streams_are_one(parts, data):
     assert len(joined) == len(whole)
 
 
-@pytest.mark.parametrize("weights", [(), (0.3, 0.7)])
-def test_the_samples_are_those_of_the_same_documents_as_text(tokenizer, tmp_path, build, weights):
+@pytest.mark.parametrize(
+    ("weights", "kind"), [((), "joined"), ((0.3, 0.7), "joined"), ((), "rows"), ((0.3, 0.7), "documents")]
+)
+def test_the_samples_are_those_of_the_same_documents_as_text(tokenizer, tmp_path, build, weights, kind):
     """Documents tokenised by `pt`, written by megatron-core: the same samples, whole or as a mixture."""
     rng = np.random.default_rng(1)
     for name in "ab":
         rows = [" ".join(map(str, rng.integers(0, 100, size=n))) for n in rng.integers(1, 30, size=12)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    options = DataOptions(16, cache_dir=tmp_path / "cache", selection=Selection(seed=3), weights=weights)
+    options = DataOptions(16, cache_dir=tmp_path / "cache", selection=Selection(seed=3), weights=weights, cut=kind)
 
     def text(names, options):
         files = [str(tmp_path / f"{name}.jsonl") for name in names]
@@ -136,7 +139,7 @@ def test_the_samples_are_those_of_the_same_documents_as_text(tokenizer, tmp_path
         write_indexed(tmp_path / name, [[store[a:b].tolist()] for a, b in itertools.pairwise(offsets)], dtype)
     expected = text("ab", options)
     prefixes = [str(tmp_path / name) for name in "ab"]
-    found = build(*(chain(*zip(map(str, weights), prefixes, strict=True)) if weights else prefixes))
+    found = build(*(chain(*zip(map(str, weights), prefixes, strict=True)) if weights else prefixes), kind=kind)
     assert len(found) == len(expected) > 20
     for index in range(len(found)):
         ours, theirs = found.sample(index), expected.sample(index)
@@ -180,7 +183,7 @@ def test_the_others_take_what_the_writer_found(tmp_path, tokenizer):
 
     both = [
         build_indexed(
-            Blend((prefix,)), tokenizer, max_length=4, seed=0, vocab_size=9, cache_dir=tmp_path / "c",
+            Blend((prefix,)), tokenizer, cut=Cut(4), seed=0, vocab_size=9, cache_dir=tmp_path / "c",
             is_writer=is_writer, barrier=lambda: None, hand_over=hand_over,
         )
         for is_writer in (True, False)

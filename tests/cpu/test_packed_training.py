@@ -134,6 +134,75 @@ def test_samples_that_see_each_other_are_seen(samples: Any, unpacked: dict[str, 
     assert max(differences(found, unpacked, ("gradients",)).values()) > 1e-3
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """14 documents as `pt` has them, some longer than a row, by how they are cut."""
+    home = tmp_path_factory.mktemp("texts")
+    rows = [{"text": "".join(chr(97 + (i * j) % 26) for j in range(3 + i * 37 % 90))} for i in range(14)]
+    (home / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer(home)
+
+    def built(cut: Any, length: int = 48) -> Any:
+        options = DataOptions(max_length=length, cache_dir=home / "cache", cut=cut)
+        return build_dataset("pt", [str(home / "texts.jsonl")], tokenizer, options, is_writer=True,
+                             barrier=lambda: None, progress=False)  # fmt: skip
+
+    return built
+
+
+PACKED_TEXTS: list[tuple[str, str, Any]] = [
+    ("pp2", "documents", "bestfit"), ("cp2", "documents", "sequential"),
+    ("pp2", "rows", "concat-and-split"), ("cp2", "rows", "concat-and-split"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts_alone(texts: Any) -> dict[str, Any]:
+    """What transformers computes of each sample by itself, by how documents are cut."""
+    import torch
+
+    found = {}
+    for cut in ("documents", "rows"):
+        data, alone = texts(cut), []
+        for tokens in (torch.from_numpy(data.sample(n).tokens).long()[None] for n in range(len(data))):
+            alone.append((tokens[:, :-1], tokens[:, 1:], torch.ones(1, tokens.shape[1] - 1)))
+        found[cut] = reference(random_model(MODEL), [alone], SGD)
+    return found
+
+
+@pytest.mark.parametrize(("layout", "cut", "strategy"), PACKED_TEXTS)
+def test_packed_documents_equal_transformers_on_each_by_itself(
+    texts: Any, texts_alone: dict[str, Any], layout: str, cut: str, strategy: Any
+) -> None:
+    packs = PackedDataset(texts(cut), 48, strategy)
+    assert strategy != "concat-and-split" or set(packs.lengths[:-1].tolist()) == {48}
+    found = run(packs, layout)
+    assert {name: d for name, d in differences(found, texts_alone[cut], WHAT).items() if not d <= 1e-5} == {}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "cp2"])
+def test_another_document_moves_no_gradient(texts: Any, layout: str) -> None:
+    """Bit for bit; with it in the loss, or with documents that see each other, the gradients move."""
+    packs, joined = PackedDataset(texts("rows"), 48, "concat-and-split"), texts("joined")
+
+    def moved(data: Dataset, weight: float) -> float:
+        found = []
+        for token in (20, 60):
+            (rank,) = whole_set(data)
+            number = next(n for n, b in enumerate(rank.microbatches) if len(b.documents or (1, 1, 1)) > 2)
+            batch = rank.microbatches[number]
+            documents = batch.documents or (16, 16, 16)
+            place = slice(documents[0], sum(documents[:2]))
+            batch.loss_weights.view(-1)[place] = weight
+            batch.tokens.view(-1)[place] = token
+            found.append(megatron_run(*start(), as_steps([rank]), SGD, *LAYOUTS[layout]))
+        return max(differences(*found, ("gradients",)).values())
+
+    assert moved(packs, 0.0) == 0.0
+    assert moved(packs, 1.0) > 1e-3
+    assert moved(joined, 0.0) > 1e-3
+
+
 def read_back(ranks: Sequence[StepBatch]) -> list[tuple[list[int], list[int], list[float]]]:
     """(tokens, labels, weights) of every document of a step in which something is learned."""
     found = []
@@ -210,6 +279,7 @@ def test_ranks_have_equally_much_to_attend_to(
     size = dp_size * micro_batch_size * num_microbatches
     ids = list(range(size))[::-1]
     ranks = [dealt(ids, np.array(costs), plan(dp_size, micro_batch_size, rank, size)) for rank in range(dp_size)]
+    ranks = [[[ids[place] for place in batch] for batch in rank] for rank in ranks]
     assert sorted(i for rank in ranks for batch in rank for i in batch) == sorted(ids)
     assert {(len(rank), *map(len, rank)) for rank in ranks} == {
         (num_microbatches, *[micro_batch_size] * num_microbatches)

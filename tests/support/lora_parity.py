@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from tests.support.adapters import load_peft, random_adapter, short_name, trained_parameters
-from tests.support.parity import model_of, random_model, random_steps, reference
+from tests.support.parity import Batch, model_of, random_model, random_steps, reference
 from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import assemble, gather
 
@@ -37,10 +38,12 @@ def peft_run(
     return peft_steps(home, load_peft(home / "model", adapter, trainable=True), settings)
 
 
-def peft_steps(home: Path, peft: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Three steps of a PeftModel."""
+def peft_steps(
+    home: Path, peft: Any, settings: Mapping[str, Any] | None = None, steps: Sequence[Sequence[Batch]] | None = None
+) -> dict[str, Any]:
+    """Three steps of a PeftModel; `steps`: other ones."""
     names = {name for name, _ in trained_parameters(peft)}
-    result = reference(peft, random_steps(), SETTINGS | dict(settings or {}))
+    result = reference(peft, steps or random_steps(), SETTINGS | dict(settings or {}))
     for part in ("gradients", "weights", "momentum_buffer"):
         result[part] = {short_name(n): v for n, v in result[part].items() if short_name(n) in names}
         assert result[part].keys() == names
@@ -51,7 +54,8 @@ def mswift_run(home: Path, world_size: int, layout: Mapping[str, Any], **options
     """The same job on `world_size` ranks.
 
     Options: broken (a rule left out, or "file:function"), dtype, fresh (neither load nor train), run (save there, five
-    times), resume (a checkpoint to load in place of training), lora (a LoraConfig to train from its start), settings.
+    times), resume (a checkpoint to load in place of training), lora (a LoraConfig to train from its start), settings,
+    documents (lengths of what is packed in a row; the same in every one).
     """
     payload = {"home": home, "world_size": world_size, "layout": dict(layout), "options": options}
     ranks = run_ranks(world_size, "tests/support/lora_parity.py:on_rank", payload)
@@ -101,6 +105,8 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
             _break_model(engine, options.get("broken"))
             before = _frozen_hashes(engine)
             steps = [[Microbatch(*batch) for batch in step] for step in random_steps()]
+            if "documents" in options:
+                steps = [[_packed(b, number, options["documents"]) for number, b in enumerate(step)] for step in steps]
             result |= _train(engine, steps, dims.dp)
             result |= _save(engine, reader, options.get("run"))
             result["base_untouched"] = _frozen_hashes(engine) == before
@@ -109,6 +115,12 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         result |= _held(engine)
         engine.close()
     return result
+
+
+def _packed(batch: Any, number: int, documents: tuple[int, ...]) -> Any:
+    """Microbatch `number` of the global batch with documents in each of its rows."""
+    size = len(batch.tokens)
+    return replace(batch, documents=documents * size, rows=tuple(range(number * size, (number + 1) * size)))
 
 
 def _train(engine: Any, steps: Sequence[Sequence[Any]], dp: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mswift.data.packing import Packs, pack
 from tests.support.shared import shared_file
 
-STRATEGIES = ("bestfit", "sequential")
+STRATEGIES = ("bestfit", "sequential", "concat-and-split")
 CASES = st.integers(1, 30).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=60))
 )

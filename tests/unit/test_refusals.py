@@ -164,9 +164,9 @@ def test_the_remedy_of_a_message_works(change: dict[str, Any], world_size: int, 
         ),
         (dict(packing=True, packing_length=0), dict(packing_length=None), "--packing_length 0 must be at least 1"),
         (
-            dict(packing=True, tuner_type="lora", lora_dropout=0.05),
-            dict(packing=False),
-            "--lora_dropout 0.05 with --packing is not supported",
+            dict(packing=True, packing_strategy="concat-and-split"),
+            dict(packing_strategy="sequential"),
+            "--packing_strategy concat-and-split cuts samples where a row ends, which is for pt: use",
         ),
         (dict(columns="a=b"), dict(columns='{"a": "b"}'), "--columns a=b: it takes a JSON object of names"),
         (dict(columns='{"a": "q", "b": "q"}'), dict(columns='{"a": "q"}'), "two columns cannot have one name"),
@@ -233,11 +233,14 @@ def test_recurrent_layers_do_not_keep_samples_of_a_row_apart() -> None:
     check_train(dataclasses.replace(FINE, packing=True), SPEC, 1)
 
 
-def test_documents_of_pretraining_are_joined_and_not_packed() -> None:
-    config = PtConfig(model="m", dataset=("a.txt",), train_iters=10, packing=True)
-    with pytest.raises(ConfigError, match="--packing with pt: .* rows are full already: leave it out"):
-        check_train(config, SPEC, 1)
-    check_train(dataclasses.replace(config, packing=False), SPEC, 1)
+def test_rows_of_cut_documents_have_one_length() -> None:
+    config = PtConfig(model="m", dataset=("a.txt",), train_iters=10, packing=True, packing_strategy="concat-and-split")
+    with pytest.raises(
+        ConfigError, match="--packing_length 4096: rows of .* have --max_length 2048 positions: leave it"
+    ):
+        check_train(dataclasses.replace(config, packing_length=4096), SPEC, 1)
+    check_train(config, SPEC, 1)
+    check_train(dataclasses.replace(config, packing_strategy="bestfit", packing_length=4096), SPEC, 1)
 
 
 def test_float16_is_not_trained_in() -> None:

@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE := 1
 test test-system test-whole test-all: export OMP_NUM_THREADS := 1
 
-.PHONY: help venv demo demo-seeds test test-system test-whole test-all test-gpu lint format bench clean
+.PHONY: help venv vllm demo demo-seeds test test-system test-whole test-all test-gpu lint format bench clean
 
 help:
 	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 2 minutes)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test         unit and CPU tests            make test-system   resume, faults: whole runs"
 	@echo "make test-all     all, whole products, GPU      make lint          ruff, mypy, import contracts"
 	@echo "make bench        speed against named peers     make venv          prepare .venv only"
+	@echo "make vllm         vLLM's CPU build into .venv, for the tests of test-system that need it (2.2 GB more)"
 
 venv: $(READY)
 
@@ -36,6 +37,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+vllm: $(READY)
+	@$(BIN)/python tests/support/install_vllm.py
 
 demo: $(READY)
 	@$(BIN)/python configs/demo/run.py

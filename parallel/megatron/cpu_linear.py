@@ -48,8 +48,22 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and weight.numel() > 0
-    return fits and prefers_onednn()
+    return _is_for_onednn(x) and x.numel() > 0 and weight.numel() > 0
+
+
+def _is_for_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and prefers_onednn()
+
+
+def _weight_gradient(weight: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """What backward returns for a weight, of gradient [n, o] and x [n, i].
+
+    All microbatches of a step go one way, those of an expert without rows as well: once a gradient was added to the
+    buffer, the data-parallel wrapper leaves out what autograd brings of that weight until the step's end.
+    """
+    if _is_for_onednn(gradient):
+        return product(gradient.t(), x.t())
+    return add_weight_gradient(weight, gradient, x)
 
 
 class CpuLinear(torch.autograd.Function):
@@ -89,10 +103,7 @@ class CpuLinear(torch.autograd.Function):
             waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         flat = gradient.reshape(-1, gradient.shape[-1])
         total = total.reshape(-1, total.shape[-1])
-        if _by_onednn(flat, total):
-            grad_weight = product(flat.t(), total.t())
-        else:
-            grad_weight = add_weight_gradient(weight, flat, total)
+        grad_weight = _weight_gradient(weight, flat, total)
         grad_bias = flat.sum(dim=0) if ctx.has_bias else None
         if waiting is not None:
             waiting.wait()

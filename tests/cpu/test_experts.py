@@ -3,12 +3,13 @@
 from typing import Any
 
 from tests.support.family_configs import family_config
-from tests.support.parity import VOCAB, difference, model_of, random_steps
+from tests.support.parity import VOCAB, difference, differences, megatron_run, model_of, random_steps, reference
 from tests.support.ranks import join, run_ranks
 from tests.support.spaces import MemoryReader, assemble, gather, weights_of
 
 FAMILY = "qwen2_moe"
 TOLERANCE = 5e-6
+SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "clip_grad": 1.0}
 
 
 def both_ways(_payload: object) -> dict[str, Any]:
@@ -117,3 +118,24 @@ def test_one_step_equals_a_loop_in_fp64_and_keeps_the_first_product_alone() -> N
     assert max(found["apart"]) < TOLERANCE
     assert found["kept"] == found["first product"]
     assert found["marked"] == [True, True]
+
+
+def onednn() -> Any:
+    """The products of an AMD processor, whichever is at work."""
+    from unittest.mock import patch
+
+    from mswift.parallel.megatron import cpu_linear
+
+    return patch.object(cpu_linear, "prefers_onednn", lambda: True)
+
+
+def test_an_expert_without_rows_in_one_microbatch_keeps_its_gradient_of_the_others() -> None:
+    """Experts with biases are modules of megatron-core; 8 tokens a microbatch leave some of 8 experts without any."""
+    changes = {"num_local_experts": 8, "num_experts_per_tok": 1, "experts_per_token": 1, "num_hidden_layers": 2}
+    config = family_config("gpt_oss", vocab_size=VOCAB, **changes)
+    model, steps = model_of(config), random_steps(1, num_microbatches=4, batch=1, length=8)
+    start = {name: weight.copy() for name, weight in weights_of(model).items()}
+    wanted = reference(model, steps, SGD)
+    found = megatron_run(model.config.to_dict(), start, steps, SGD, 1, {}, "tests/cpu/test_experts.py:onednn")
+    apart = differences(found, wanted, ("loss", "grad_norm", "gradients"))
+    assert {name: d for name, d in apart.items() if not d <= 1e-5} == {}

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, note, settings
 from hypothesis import strategies as st
 
+from mswift.converters.adapters import refuse_recurrent
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.refusals import check_computed, check_context_parallel
@@ -102,12 +103,15 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], int, dict[str, Any]]:
 def computable(job: dict[str, Any], world_size: int, degrees: dict[str, Any]) -> bool:
     """Whether a run would not be refused; the refusals decide."""
     try:
-        dims, spec = ParallelDims(world_size=world_size, **degrees), table_for(job["config"]).spec
+        dims, table = ParallelDims(world_size=world_size, **degrees), table_for(job["config"])
+        spec = table.spec
         check_computed(spec)
         check_tensor_parallel(dims.tp, spec.tensor_parallel_units)
         check_stages(spec.num_layers, dims.pp, dims.chunks)
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, job.get("cp_comm_type", "p2p"), spec)
+        if job["target_modules"]:
+            refuse_recurrent(table)
     except ConfigError:
         return False
     return dims.chunks == 1 or job["num_microbatches"] // dims.dp % dims.pp == 0

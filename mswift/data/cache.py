@@ -119,6 +119,7 @@ class StoreWriter:
         self._largest_token = journal["largest_token"]
         self._places = {weight: place for place, weight in enumerate(journal["weights"])}
         self._channels = {name: place for place, name in enumerate(journal["channels"])}
+        self._goes_on = False
         self._kept_bytes = self._num_bytes()
         if self.resumed is None:
             self._files["offsets.bin"].write(np.zeros(1, dtype=np.int64).tobytes())
@@ -128,9 +129,13 @@ class StoreWriter:
         self._files["tokens.bin"].write(tokens.astype(np.int32, copy=False).tobytes())
         self.num_tokens += len(tokens)
         self._largest_token = max(self._largest_token, int(tokens.max(initial=-1)))
+        self._goes_on = goes_on
         if not goes_on:
-            self.num_pieces += 1
-            self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
+            self._end_piece()
+
+    def _end_piece(self) -> None:
+        self.num_pieces += 1
+        self._files["offsets.bin"].write(np.array([self.num_tokens], dtype=np.int64).tobytes())
 
     def add_sample(self, sample: Sample) -> None:
         """Append a sample. DataError: with it there are more distinct loss weights than a byte can name."""
@@ -179,7 +184,9 @@ class StoreWriter:
         return sum(file.size for file in self._files.values())
 
     def close(self, report: Mapping[str, Any]) -> None:
-        """Write the index, last."""
+        """Write the index, last. A piece that goes on elsewhere ends here."""
+        if self._goes_on:
+            self._end_piece()
         files = {name: file.close() for name, file in self._files.items()}
         index = {
             "version": FORMAT_VERSION,

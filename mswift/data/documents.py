@@ -41,15 +41,21 @@ def is_long(text: str | LongText) -> bool:
 
 
 def long_pieces(tokenizer: Tokenizer, text: str | LongText, where: str) -> Iterator[LongPiece]:
-    """The pieces of a text; none of an empty one. DataError where 8M characters have no place for a cut."""
-    context, held = "", ""
+    """The pieces of a text; none of an empty one. DataError where 8M characters have no place for a cut.
+
+    No piece of a portion is the last of its document, but for those of the last portion.
+    """
+    context, ends = (
+        (text.context(_CONTEXT_CHARACTERS[0]), text.end is None) if isinstance(text, LongText) else ("", True)
+    )
+    held = ""
     for piece in _cut_pieces(tokenizer, text, where):
         if held:
             yield LongPiece(context, held, False, where)
             context = (context + held)[-_CONTEXT_CHARACTERS[0] :]
         held = piece
     if held:
-        yield LongPiece(context, held, True, where)
+        yield LongPiece(context, held, ends, where)
 
 
 def encode_piece(tokenizer: Tokenizer, piece: LongPiece) -> list[int]:
@@ -73,7 +79,7 @@ def _cut_pieces(tokenizer: Tokenizer, text: str | LongText, where: str) -> Itera
     for piece in text.pieces() if isinstance(text, LongText) else _slices(text):
         held += piece
         while len(held) >= wanted + _CONTEXT_CHARACTERS[0]:
-            cut = _cut(tokenizer, held, wanted)
+            cut = proved_cut(tokenizer, held, wanted)
             if cut is not None:
                 yield held[:cut]
                 held, wanted = held[cut:], LONG_CHARACTERS
@@ -90,7 +96,7 @@ def _slices(text: str) -> Iterator[str]:
         yield text[start : start + LONG_CHARACTERS]
 
 
-def _cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
+def proved_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
     """The last proved cut of those that are tried in the second half of text[:end]."""
     for place in _PLACES:
         for found in islice(_from_the_right(place, text, end // 2, end), _TRIES):

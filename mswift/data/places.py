@@ -1,7 +1,8 @@
 """A place in the rows of a list of files, and reading on from it.
 
-Plain .jsonl (and .json with a value a line) goes on at a byte offset, without reading what lies before. Every other
-kind of file has no offset from which its rows can be told, so its rows are skipped, and how fast is said.
+Plain .jsonl (and .json with a value a line) goes on at a byte offset, without reading what lies before, and so does a
+plain .txt, between portions of its one document. Every other kind of file has no offset from which its rows can be
+told, so its rows are skipped, and how fast is said.
 """
 
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mswift.data.formats import Record, has_offsets, read_lines
+from mswift.data.portions import Cut, has_portions, portions
 from mswift.data.sources import LocalFile, Part
 from mswift.data.text_files import LongText
 
@@ -38,8 +40,9 @@ class Bounds:
 class Cursor:
     """Reads files on and on from a place; one that is open stays open between two calls of `take`."""
 
-    def __init__(self, parts: Sequence[Part], place: Place, say: Callable[[str], None]) -> None:
-        self._parts, self._say = parts, say
+    def __init__(self, parts: Sequence[Part], place: Place, say: Callable[[str], None], cut: Cut | None = None) -> None:
+        """`cut` finds where a text may be cut; without it none is."""
+        self._parts, self._say, self._cut = parts, say, cut
         self.place = place
         """Behind the last row that was given."""
         self._open: Iterator[tuple[Record, int, Place]] | None = None
@@ -57,7 +60,7 @@ class Cursor:
 
     def _rows(self, left: list[int]) -> Iterator[Record]:
         part, number = self._parts[self.place.file], self.place.file
-        self._open = self._open or _rows_from(part, self.place, self._say)
+        self._open = self._open or _rows_from(part, self.place, self._say, self._cut)
         while min(left) > 0:
             found = next(self._open, None)
             if found is None:
@@ -69,8 +72,16 @@ class Cursor:
             yield record
 
 
-def _rows_from(part: Part, place: Place, say: Callable[[str], None]) -> Iterator[tuple[Record, int, Place]]:
-    """The rows of a file behind `place`: each with its size and the place behind it."""
+def _rows_from(
+    part: Part, place: Place, say: Callable[[str], None], cut: Cut | None
+) -> Iterator[tuple[Record, int, Place]]:
+    """The rows of a file behind `place` (or portions of the one it has): each with its size and the place behind it."""
+    if isinstance(part, LocalFile) and cut is not None and has_portions(part.path):
+        for text in portions(part.path, place.offset, cut) if place.row == 0 else ():
+            end = part.path.stat().st_size if text.end is None else text.end
+            record = Record(1, f"{part.path}, row 1", {"text": text})
+            yield record, end - text.start, Place(place.file, int(text.end is None), 0, end)
+        return
     if isinstance(part, LocalFile) and has_offsets(part.path):
         before = place.offset
         for record, line in read_lines(part.path, place.row, place.line, place.offset):

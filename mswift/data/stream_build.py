@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from blake3 import blake3
 
 from mswift.data.cache import FORMAT_VERSION, StoreWriter, default_cache_dir
 from mswift.data.dataset import DataOptions, Kind, TokenDataset
+from mswift.data.documents import proved_cut
 from mswift.data.encoding import ConversationEncoder, DocumentEncoder, SftOptions
 from mswift.data.hashing import content_hash
 from mswift.data.packed import PackedDataset
 from mswift.data.packing import Strategy
 from mswift.data.places import Bounds, Cursor
 from mswift.data.pool import default_num_proc
+from mswift.data.portions import PORTION_BYTES, has_portions
 from mswift.data.samples import Cut, whole
 from mswift.data.sources import HubSplit, Part, Source, parse_source
 from mswift.data.stream import SourceStream, StreamDataset
@@ -81,6 +84,7 @@ def build_stream(
             "options": asdict(sft) if kind == "sft" else options.max_length,
             "block": [stream.block_rows, BLOCK_BYTES],
             "packing": stream.packing,
+            **({"portions": PORTION_BYTES} if kind == "pt" and _has_portions(sources) else {}),
             **({} if options.cut == "joined" else {"cut": options.cut}),
         }
     )
@@ -109,6 +113,8 @@ def build_stream(
         check(data)
         return data if stream.packing is None else PackedDataset(data, *stream.packing)
 
+    cut = partial(proved_cut, tokenizer) if kind == "pt" else None
+
     def stream_of(number: int, of: Sequence[Source]) -> SourceStream:
         parts = [part for source in of for part in source.parts]
         paths = [path for source in of for path in source.paths]
@@ -116,7 +122,7 @@ def build_stream(
         blocks = BlockReader(place)
         if is_writer:
             blocks = BlockMaker(
-                place, lambda start: Cursor(parts, start, say), lambda writer, files: fill(writer, files, paths),
+                place, lambda start: Cursor(parts, start, say, cut), lambda writer, files: fill(writer, files, paths),
                 Bounds(stream.block_rows, BLOCK_BYTES), kind == "sft",
             )  # fmt: skip
         name = ", ".join(source.spec for source in of)
@@ -125,6 +131,10 @@ def build_stream(
     groups = [[source] for source in sources] if weights else [sources]
     streams = [stream_of(number, of) for number, of in enumerate(groups)]
     return StreamDataset(streams, weights or [1.0], fingerprint, _summary(sources, weights, stream))
+
+
+def _has_portions(sources: Sequence[Source]) -> bool:
+    return any(has_portions(path) for source in sources for path in source.paths)
 
 
 def _summary(sources: Sequence[Source], weights: Sequence[float], stream: StreamOptions) -> str:

@@ -44,13 +44,21 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class LongText:
-    """The text of a file that is not in memory."""
+    """The text of a file, or of a portion of a plain one, that is not in memory."""
 
     path: Path
+    start: int = 0
+    """Bytes before it."""
+    end: int | None = None
+    """The byte behind it; None: up to the end of the file."""
 
     def pieces(self) -> Iterator[str]:
         """See `text_pieces`."""
-        return text_pieces(self.path)
+        return text_pieces(self.path, self.start, self.end)
+
+    def context(self, count: int) -> str:
+        """At most so many characters before it."""
+        return decoded(self.path, self.start - 4 * count, self.start)[0][-count:] if self.start else ""
 
     def read(self) -> str:
         """All of it."""
@@ -78,13 +86,18 @@ def text_lines(path: Path, before: int = 0, offset: int = 0) -> Iterator[Line]:
                 yield Line(where, "", DataError(reason), number, offset)
 
 
-def text_pieces(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of at most 256 KiB. DataError: no UTF-8 text, or a damaged compressed file."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+def text_pieces(path: Path, start: int = 0, end: int | None = None) -> Iterator[str]:
+    """The text of a file in pieces of at most 256 KiB. DataError: no UTF-8 text, or a damaged compressed file.
+
+    Of a file that is not compressed the bytes [start, end), between characters.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
     with _opened(path) as stream:
-        position = 0
+        if start:
+            stream.seek(start)
+        position = start
         while True:
-            data = stream.read(_PIECE_BYTES)
+            data = stream.read(_PIECE_BYTES if end is None else min(_PIECE_BYTES, end - position))
             if b"\0" in data:
                 raise _nul_error(path, f"{path}, byte {position + data.index(0)}")
             try:
@@ -97,6 +110,21 @@ def text_pieces(path: Path) -> Iterator[str]:
             if not data:
                 return
             position += len(data)
+
+
+def decoded(path: Path, start: int, end: int) -> tuple[str, int]:
+    """The whole characters among the bytes [start, end) of a plain file, and the byte where they begin.
+
+    UnicodeDecodeError where these are no UTF-8.
+    """
+    start = max(start, 0)
+    with path.open("rb") as stream:
+        stream.seek(start)
+        data = stream.read(end - start)
+    if start == 0 and data.startswith(codecs.BOM_UTF8):
+        data, start = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+    cut = next((place for place, byte in enumerate(data[:4]) if start == 0 or byte & 0xC0 != 0x80), 0)
+    return codecs.getincrementaldecoder("utf-8")().decode(data[cut:]), start + cut
 
 
 def first_character(path: Path) -> str:

@@ -1,7 +1,10 @@
 """`mswift data build` makes the entry that a run with the same flags opens; `info` counts what is in it."""
 
 import json
+import random
 import re
+import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +13,14 @@ from mswift.cli.main import main
 from mswift.cli.options import parse
 from mswift.config.data import DataConfig
 from mswift.config.train import PtConfig, SftConfig
+from mswift.data import cache, writers
 from mswift.data.dataset import DataOptions, build_dataset
 from mswift.data.flags import data_options
+from mswift.data.loss_scale import LossScale
 from mswift.data.tokenizer import load_tokenizer
 from mswift.launchers.environment import RankInfo
 from mswift.train import build as train_build
+from tests.support.kills import content, counting, in_child
 from tests.support.shared import shared_file
 
 MODEL = str(shared_file("data/tokenizers/qwen2-8k"))
@@ -123,3 +129,45 @@ def test_two_processes_make_the_entry_of_one(tmp_path, kind):
     one, two = ({file.name: file.read_bytes() for file in data.entry.iterdir()} for data in found)
     assert one == two
     assert found[0].num_rejected_rows > 100
+
+
+def test_a_build_of_conversations_that_is_killed_at_any_instant_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """SIGKILL to the process that writes, with bad rows, loss weights, channels, tools and pieces of long samples."""
+    monkeypatch.setattr(writers, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(cache, "CHECKPOINT_BYTES", 8000)
+    tokenizer = load_tokenizer(MODEL)
+    rows = json.loads(shared_file("data/sft/glaive_toolcall_en_demo.json").read_text())[:40]
+    rows += [{"query": "q", "response": f"a{n}", "channel": f"c{n % 5}"} if n % 7 else {"query": n} for n in range(80)]
+    answers = [{"role": "assistant", "content": "so", "loss_scale": n / 8} for n in range(1, 20)]
+    rows[50:50] = [{"messages": [{"role": "user", "content": "how?"}, answer]} for answer in answers]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def build(name):
+        options = DataOptions(
+            128, "split", cache_dir=tmp_path / name, loss_scale=LossScale(by_channel=True), num_proc=1
+        )  # fmt: skip
+        return build_dataset("sft", [str(path)], tokenizer, options, is_writer=True, barrier=lambda: None,
+                             progress=False)  # fmt: skip
+
+    def count():
+        seen = counting(None)
+        build("counted")
+        (tmp_path / "events").write_text(str(seen[0]))
+
+    def die(name, at):
+        counting(at)
+        build(name)
+
+    assert in_child(count) == 0
+    total, expected = int((tmp_path / "events").read_text()), content(build("counted").entry)
+    assert total > 300
+    chosen = random.Random(2)
+    for case in range(6):
+        points = [total - case] if case < 2 else [chosen.randrange(1, total // 2) for _ in range(2)]
+        for point in points:
+            assert in_child(partial(die, str(case), point)) in (-signal.SIGKILL, 0)
+        data = build(str(case))
+        assert content(data.entry) == expected, points
+        assert list(data.entry.parent.glob(".*.partial")) == []
+    assert (data.num_rejected_rows, len(data.channel_names)) == (12, 6)

@@ -1,13 +1,15 @@
 """A long text is encoded in pieces: the tokens are those of the whole, whatever the tokenizer; memory is bounded."""
 
+import codecs
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mswift.data import documents
+from mswift.data import documents, portions
 from mswift.data.documents import encode_piece, long_pieces
 from mswift.data.text_files import LongText
 from mswift.data.tokenizer import encode, load_tokenizer
@@ -115,6 +117,27 @@ def test_partner_a_cut_without_its_proof_is_found(monkeypatch):
     number = "".join(random.Random(0).choices("0123456789", k=9001))
     with pytest.raises((DataError, AssertionError)):
         assert _joined(tokenizer, number) == encode(tokenizer, [number])[0]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_portions_of_a_file_join_to_its_tokens(tokenizer, name, tmp_path, monkeypatch):
+    """And those behind the end of one are the same, whoever begins there."""
+    monkeypatch.setattr(documents, "LONG_CHARACTERS", 9000)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 30_000)
+    monkeypatch.setattr(portions, "_WINDOW_BYTES", 20_000)
+    path = tmp_path / "a.txt"
+    path.write_bytes(
+        codecs.BOM_UTF8 + shared_file(f"data/{name}").read_bytes()[:150_000].decode(errors="ignore").encode()
+    )
+    cut = partial(documents.proved_cut, tokenizer)
+    found = list(portions.portions(path, 0, cut))
+    assert len(found) >= 5
+    assert list(portions.portions(path, found[2].start, cut)) == found[2:]
+    pieces = [piece for text in found for piece in long_pieces(tokenizer, text, "a")]
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    whole = path.read_bytes().decode("utf-8-sig")
+    assert "".join(piece.text for piece in pieces) == whole
+    assert [n for piece in pieces for n in encode_piece(tokenizer, piece)] == encode(tokenizer, [whole])[0]
 
 
 def test_a_file_is_read_as_it_is_encoded(tmp_path):

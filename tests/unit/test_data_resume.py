@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,7 @@ from mswift.data.cache import open_or_build
 from mswift.data.selection import Selection
 from mswift.data.sources import parse_source
 from mswift.data.writers import HowToWrite, RowOptions, write_documents
-
-EVENTS = [(cache._HashedFile, "write"), (os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "unlink")]
-"""Before (and, of a write, in the middle of) each of these a build is killed."""
+from tests.support.kills import content, counting, in_child
 
 
 class Bytes:
@@ -52,53 +49,15 @@ def _build(directory, specs, method):
     return open_or_build(lambda: directory, build, with_mask=False, is_writer=True, barrier=lambda: None)
 
 
-def _content(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def _in_child(work):
-    """Status of a fork that does it: 0, or minus the signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _counting(die_at):
-    """Count events in this process; SIGKILL at the one with the number `die_at`."""
-    seen = [0]
-
-    def counted(owner, name, original):
-        def call(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == die_at:
-                if name == "write":
-                    original(args[0], args[1][: len(args[1]) // 2])
-                    args[0]._stream.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, call)
-
-    for owner, name in EVENTS:
-        counted(owner, name, getattr(owner, name))
-    return seen
-
-
 @pytest.mark.parametrize("method", ["first", "without_replacement"])
 def test_killed_at_any_instant_the_bytes_are_the_same(tmp_path, specs, method):
     def count():
-        seen = _counting(None)
+        seen = counting(None)
         _build(tmp_path / "counted", specs, method)
         (tmp_path / "events").write_text(str(seen[0]))
 
-    assert _in_child(count) == 0
-    total, expected = int((tmp_path / "events").read_text()), _content(tmp_path / "counted")
+    assert in_child(count) == 0
+    total, expected = int((tmp_path / "events").read_text()), content(tmp_path / "counted")
     assert total > 300
     chosen = random.Random(1)
     for case in range(8):
@@ -106,22 +65,22 @@ def test_killed_at_any_instant_the_bytes_are_the_same(tmp_path, specs, method):
         points = [total - case] if case < 4 else [chosen.randrange(1, total // 2) for _ in range(3)]
 
         def die(point, directory=directory):
-            _counting(point)
+            counting(point)
             _build(directory, specs, method)
 
         for point in points:
-            assert _in_child(lambda point=point: die(point)) in (-signal.SIGKILL, 0)
+            assert in_child(lambda point=point: die(point)) in (-signal.SIGKILL, 0)
         _build(directory, specs, method)
-        assert _content(directory) == expected, points
+        assert content(directory) == expected, points
     assert list(tmp_path.glob(".*.partial")) == []
 
 
 def _die_late(directory, specs):
     def die():
-        _counting(300)
+        counting(300)
         _build(directory, specs, "first")
 
-    assert _in_child(die) == -signal.SIGKILL
+    assert in_child(die) == -signal.SIGKILL
     return directory.with_name(f".{directory.name}.partial")
 
 
@@ -142,7 +101,7 @@ def test_what_is_done_is_not_done_again(tmp_path, specs, caplog, monkeypatch):
     assert f"it goes on after {done:,} tokens" in caplog.text
     _build(tmp_path / "again", specs, "first")
     assert rest < encoded[0] - done / 2
-    assert _content(tmp_path / "a") == _content(tmp_path / "whole")
+    assert content(tmp_path / "a") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("damage", ["short", "journal"])
@@ -155,4 +114,4 @@ def test_a_partial_build_that_is_damaged_begins_anew(tmp_path, specs, caplog, da
         (partial / "journal.json").write_text((partial / "journal.json").read_text().replace("1", "2", 1))
     _build(tmp_path / "a", specs, "first")
     assert "goes on" not in caplog.text
-    assert _content(tmp_path / "a") == _content(tmp_path / "whole")
+    assert content(tmp_path / "a") == content(tmp_path / "whole")

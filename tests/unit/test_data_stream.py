@@ -1,6 +1,8 @@
 """A stream that is stopped anywhere and goes on gives the samples of one that is not; its disk is bounded."""
 
+import codecs
 import gzip
+import itertools
 import json
 import os
 import random
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from mswift.config.streaming import streaming_refusals
 from mswift.config.train import PtConfig, SftConfig
-from mswift.data import stream_build
+from mswift.data import portions, stream_build
 from mswift.data.dataset import DataOptions
 from mswift.data.formats import has_offsets, read_file
 from mswift.data.places import Bounds, Cursor, Place
@@ -193,6 +195,37 @@ def test_lines_go_on_at_a_byte_offset_and_other_files_say_how_fast_they_skip(tmp
         assert (said == []) == (has_offsets(path) or len(expected) == 1)
         assert all("rows/s" in line and path.name in line for line in said)
         said.clear()
+
+
+@pytest.mark.parametrize("cut", ["joined", "documents"])
+def test_a_book_is_streamed_in_portions(tmp_path, monkeypatch, cut):
+    """A .txt is cut between blocks, which are bounded: every token in its order, and the same after a stop inside."""
+    monkeypatch.setattr(portions, "PORTION_BYTES", 9000)
+    monkeypatch.setattr(portions, "_WINDOW_BYTES", 8000)
+    chosen, book = random.Random(5), tmp_path / "book.txt"
+    lines = ["wörd " * chosen.randrange(1, 30) + "ende 𝔘." for _ in range(900)]
+    book.write_bytes(codecs.BOM_UTF8 + ("\n".join(lines) + "\n").encode())
+    flags = {"rows": 2, "max_length": 64, "cut": cut}
+    whole = _stream([str(book)], tmp_path / "whole", **flags)
+    whole.start(0, None)
+    found, states = [], []
+    while not states or states[-1][0]["epoch"] == 0:
+        found += _take(whole, len(found), 1)
+        states.append(json.loads(json.dumps(whole.state_at(len(found)))))
+    whole.close()
+    begins = sorted({state["place"]["offset"] for (state,) in states})
+    assert len(begins) >= 5
+    assert max(end - begin for begin, end in itertools.pairwise(begins)) <= 2 * 9000
+    joined = [token for _, (tokens,) in sorted(found[:-1]) for token in tokens[:-1]]  # no last token of a block
+    expected = iter([*book.read_bytes()[len(codecs.BOM_UTF8) :], 256])
+    assert all(token in expected for token in joined)  # in this order
+    assert len(joined) == book.stat().st_size - len(codecs.BOM_UTF8) + 1 - len(begins)
+    again = _stream([str(book)], tmp_path / "again", **flags)
+    middle = len(found) // 2
+    assert 0 < states[middle - 1][0]["place"]["offset"] < book.stat().st_size
+    again.start(middle, states[middle - 1])
+    assert _take(again, middle, len(found) - middle) == found[middle:]
+    again.close()
 
 
 def test_what_lies_before_the_place_is_not_read(tmp_path):

@@ -14,7 +14,7 @@ class InferConfig:
     model: str
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     adapters: tuple[str, ...] = ()
-    """PEFT adapter directory (one)."""
+    """PEFT adapter directory (one), or NAME=DIRECTORY."""
     infer_backend: Literal["transformers"] = "transformers"
     """Generation engine."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -51,6 +51,11 @@ class InferConfig:
     """Sample from the likeliest tokens whose probabilities sum to top_p. Default: generation_config.json, else 1."""
     top_k: int | None = None
     """Sample from the top_k likeliest tokens; 0 is all. Default: generation_config.json, else 0."""
+    min_p: float | None = None
+    """Sample from tokens at least this likely, as a share of the likeliest one's probability. Default:
+    generation_config.json, else 0."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens that are there already become less likely. Default: generation_config.json, else 1."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
     seed: int = 42

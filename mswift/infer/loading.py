@@ -1,6 +1,7 @@
 """Model, tokenizer and adapter from files, strictly: every tensor expected and none extra."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,41 +80,71 @@ def _refuse_differences(model_dir: Path, info: dict[str, Any]) -> None:
         raise CheckpointError(f"--model {model_dir}: tensors do not fit config.json: " + "; ".join(problems))
 
 
-def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
-    """The model with a PEFT adapter on it, not merged.
+def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTrainedModel:
+    """The model with PEFT adapters (name -> directory) on it, not merged; the model itself where there are none.
 
     Raises ConfigError (no adapter there, or one for other modules) and CheckpointError (tensors missing, extra or of
     another shape: an adapter of another base model).
     """
+    adapted: Any = model
+    for number, (name, path) in enumerate(adapters.items()):
+        adapted = _load_adapter(model, None if number == 0 else adapted, name, path)
+    return cast(PreTrainedModel, adapted.eval())
+
+
+def _load_adapter(model: PreTrainedModel, adapted: Any, name: str, adapter_dir: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     config = check_adapter_dir(adapter_dir)
     _, stored = open_adapter(adapter_dir)
+    base = model.config._name_or_path
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
+        if adapted is None:
+            adapted = PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=name, is_trainable=False)
+        else:
+            adapted.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=False)
     except RuntimeError as error:  # torch's load_state_dict: sizes differ
         raise CheckpointError(
-            f"--adapters {adapter_dir}: it does not fit --model {model.config._name_or_path}: {_mismatch(error)}; "
+            f"--adapters {adapter_dir}: it does not fit --model {base}: {_mismatch(error)}; "
             f"give the base model that it was trained on"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         targets = config.get("target_modules")
         raise ConfigError(f"--adapters {adapter_dir} (target_modules {targets!r}): peft: {error}") from error
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-    }
+    state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     if extra:  # PEFT saves an embedding that carries an adapter together with it
-        extra -= {name for name in adapted.state_dict() if name.endswith(".base_layer.weight")}
+        extra -= {key for key in adapted.state_dict() if key.endswith(".base_layer.weight")}
     if missing or extra:
         raise CheckpointError(
             f"--adapters {adapter_dir}: its {len(stored)} tensors are not the {len(expected)} that "
-            f"adapter_config.json means on --model {model.config._name_or_path}"
+            f"adapter_config.json means on --model {base}"
             + (f"; missing: {_some(missing)}" if missing else "")
             + (f"; not used: {_some(extra)}" if extra else "")
         )
-    return cast(PreTrainedModel, adapted.eval())
+    return adapted
+
+
+class ActiveAdapter:
+    """Which adapter of a model is in use; changed only where another one is asked for."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        self._model = model
+        self._names = names
+        self._now: str | object | None = self  # unknown: the first `use` sets it
+
+    def use(self, name: str | None) -> None:
+        """Answer with this adapter from now on; None: with the model itself."""
+        if name == self._now or not self._names:
+            return
+        self._now = self  # should the next lines fail
+        if name is None:
+            self._model.base_model.disable_adapter_layers()
+        else:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(name, inference_mode=True)
+        self._now = name
 
 
 def _brief(error: Exception) -> str:

@@ -3,22 +3,19 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from mswift.agent.formats import FORMATS
 from mswift.config.infer import InferConfig
-from mswift.data.chat_template import read_chat_template, template_of_adapters, use_chat_template
-from mswift.data.tokenizer import Tokenizer
+from mswift.data.chat_template import read_chat_template
 from mswift.errors import ConfigError
+from mswift.infer.backends import EngineConfig, named_adapters, open_engine
 from mswift.infer.chat import Chat, show
 from mswift.infer.model_dir import check_model_dir
-from mswift.infer.request import Message, Request, Sampling
+from mswift.infer.request import Engine, Message, Request, Sampling
 from mswift.infer.results import answer_rows, fingerprint
 from mswift.infer.rows import Row, plain_text, read_dataset, stream_seed, to_request, user_turn
+from mswift.infer.sampling import chosen_sampling
 from mswift.tuners.peft_config import check_adapter_dir
-
-if TYPE_CHECKING:
-    from mswift.infer.transformers_engine import TransformersEngine
 
 
 def main(config: InferConfig) -> int:
@@ -27,7 +24,7 @@ def main(config: InferConfig) -> int:
     agent = FORMATS[config.agent_template] if config.agent_template else None
     rows = read_dataset(config.val_dataset, config.system, agent) if config.val_dataset else []
     engine = _load(config)
-    sampling = _sampling(config, engine)
+    sampling = chosen_sampling(config)
     template = config.use_chat_template and bool(engine.tokenizer.chat_template)
     if not template:
         _explain_plain_text(config)
@@ -45,8 +42,9 @@ def _check(config: InferConfig) -> None:
             f"--adapters {' '.join(config.adapters)}: one adapter at a time; "
             f"`mswift merge` folds several into one model, in order"
         )
-    for adapter in config.adapters:
-        check_adapter_dir(Path(adapter))
+    adapters = named_adapters(config.adapters)
+    for adapter in adapters.values():
+        check_adapter_dir(adapter)
     if config.prompt and config.val_dataset:
         raise ConfigError("--prompt and --val_dataset: give one of them")
     if bool(config.val_dataset) != (config.result_path is not None):
@@ -73,44 +71,17 @@ def _check(config: InferConfig) -> None:
         raise ConfigError(f"--max_batch_size {config.max_batch_size}: at least 1; try 8")
 
 
-def _load(config: InferConfig) -> "TransformersEngine":
-    from transformers.utils import logging
-
-    from mswift.infer.loading import load_adapter, load_model, load_tokenizer, pick_device
-    from mswift.infer.transformers_engine import TransformersEngine
-
-    logging.disable_progress_bar()  # "Loading weights": refused or loaded, a bar says nothing
-    logging.set_verbosity_error()  # its load report is our error
-    model_dir = Path(config.model)
-    tokenizer = load_tokenizer(model_dir)
-    trained_with = template_of_adapters([Path(adapter) for adapter in config.adapters])
-    if config.chat_template is not None or trained_with is not None:
-        use_chat_template(cast(Tokenizer, tokenizer), config.chat_template or str(trained_with))
-    model = load_model(model_dir, config.torch_dtype, pick_device(config.device))
-    for adapter in config.adapters:
-        model = load_adapter(model, Path(adapter))
-    return TransformersEngine(model, tokenizer)
-
-
-def _sampling(config: InferConfig, engine: "TransformersEngine") -> Sampling:
-    """Flags first, then the model's generation_config.json; a model that does not ask for sampling is greedy."""
-    defaults = engine.model.generation_config
-    samples = bool(getattr(defaults, "do_sample", False))
-    temperature = config.temperature
-    if temperature is None:
-        temperature = float(getattr(defaults, "temperature", None) or 1.0) if samples else 0.0
-    for name in ("top_p", "top_k"):
-        if getattr(config, name) is not None and temperature == 0:
-            raise ConfigError(f"--{name} {getattr(config, name)} has no effect on greedy answers; add --temperature 1")
-    top_p = config.top_p if config.top_p is not None else getattr(defaults, "top_p", None) if samples else None
-    top_k = config.top_k if config.top_k is not None else getattr(defaults, "top_k", None) if samples else None
-    return Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=temperature,
-        top_p=1.0 if top_p is None else float(top_p),
-        top_k=0 if top_k is None else int(top_k),
-        seed=config.seed,
-        stop=config.stop,
+def _load(config: InferConfig) -> Engine:
+    return open_engine(
+        config.infer_backend,
+        EngineConfig(
+            model=Path(config.model),
+            adapters=named_adapters(config.adapters),
+            torch_dtype=config.torch_dtype,
+            device=config.device,
+            chat_template=config.chat_template,
+            max_num_seqs=config.max_batch_size,
+        ),
     )
 
 
@@ -123,7 +94,7 @@ def _explain_plain_text(config: InferConfig) -> None:
         print(f"{config.model} has no chat template: text is continued as it stands", file=sys.stderr)
 
 
-def _prompts(config: InferConfig, engine: "TransformersEngine", sampling: Sampling, template: bool) -> int:
+def _prompts(config: InferConfig, engine: Engine, sampling: Sampling, template: bool) -> int:
     """Answer each prompt alone, streamed."""
     for index, prompt in enumerate(config.prompt):
         if len(config.prompt) > 1:
@@ -134,14 +105,12 @@ def _prompts(config: InferConfig, engine: "TransformersEngine", sampling: Sampli
     return 0
 
 
-def _dataset(
-    config: InferConfig, engine: "TransformersEngine", sampling: Sampling, rows: Sequence[Row], template: bool
-) -> int:
+def _dataset(config: InferConfig, engine: Engine, sampling: Sampling, rows: Sequence[Row], template: bool) -> int:
     from tqdm import tqdm
 
     requests = [to_request(row, sampling, index, template) for index, row in enumerate(rows)]
     path = Path(config.result_path or "")
-    model = fingerprint(Path(directory) for directory in (config.model, *config.adapters))
+    model = fingerprint((Path(config.model), *named_adapters(config.adapters).values()))
     if config.chat_template is not None:
         model = f"{model} {engine.tokenizer.chat_template}"
     with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: quiet where stderr is no terminal
@@ -150,7 +119,7 @@ def _dataset(
     return 0
 
 
-def _chat(config: InferConfig, engine: "TransformersEngine", sampling: Sampling, template: bool) -> int:
+def _chat(config: InferConfig, engine: Engine, sampling: Sampling, template: bool) -> int:
     turns = 0
 
     def make_request(messages: Sequence[Message]) -> Request:

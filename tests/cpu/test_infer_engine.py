@@ -64,7 +64,10 @@ def test_published_greedy_text_streamed_and_batched(name: str) -> None:
     text = "".join(piece.text for piece in pieces)
     assert len(text) == 565
     assert text == golden["text"]
-    assert pieces[-1].completion == Completion(text, "length", 1, 256)
+    assert pieces[-1].completion is not None
+    ids = pieces[-1].completion.token_ids
+    assert engine.tokenizer.decode(ids) == text
+    assert pieces[-1].completion == Completion(text, "length", 1, 256, ids)
     assert engine.generate([Request(prompt="Once upon"), request])[1] == pieces[-1].completion
 
 
@@ -92,12 +95,12 @@ def test_without_the_attention_mask_a_batch_would_differ(
     """The partner of the test above: the padding is really there, and the mask is what hides it."""
     requests = [_ask(question, max_new_tokens=20) for question in QUESTIONS]
     right = engine.generate(requests)
-    generate = engine.model.generate
+    forward = engine.model.forward
 
     def unmasked(**kwargs: Any) -> Any:
-        return generate(**{**kwargs, "attention_mask": torch.ones_like(kwargs["attention_mask"])})
+        return forward(**{**kwargs, "attention_mask": torch.ones_like(kwargs["attention_mask"])})
 
-    monkeypatch.setattr(engine.model, "generate", unmasked)
+    monkeypatch.setattr(engine.model, "forward", unmasked)
     assert engine.generate(requests) != right
 
 
@@ -118,9 +121,11 @@ def test_an_error_in_the_model_reaches_the_reader(engine: TransformersEngine, mo
     def fail(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine.model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(engine.stream(_ask("Hi")))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(engine.stream(_ask("Hi")))
+    assert engine.generate([_ask("Hi", max_new_tokens=3)])[0].completion_tokens == 3  # it goes on
 
 
 def test_stop_texts_end_streams_and_batches_alike(engine: TransformersEngine) -> None:
@@ -145,7 +150,9 @@ def test_an_end_token_ends_the_answer_and_is_not_shown(model_dir: Path) -> None:
     engine.model.generation_config.eos_token_id = [tokens[5]]
     place = tokens.index(tokens[5])
     ended = TransformersEngine(engine.model, engine.tokenizer).generate([_ask("Hi", max_new_tokens=12)])[0]
-    assert ended == Completion(engine.tokenizer.decode(tokens[:place]), "stop", len(prompt), place + 1)
+    assert ended == Completion(
+        engine.tokenizer.decode(tokens[:place]), "stop", len(prompt), place + 1, (*tokens[: place + 1],)
+    )
 
 
 def test_a_prompt_longer_than_the_model_is_refused_and_an_answer_is_cut_at_its_limit(
@@ -168,25 +175,25 @@ def test_an_empty_prompt_without_a_start_token_is_refused(engine: TransformersEn
 
 def test_draws_follow_the_probabilities() -> None:
     """Chi-squared of 4,000 draws against softmax(scores / temperature) over 6 tokens: 99.9 % of the time below 20.5."""
-    scores = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -0.5]])
-    sampler = RowSampler([Sampling(temperature=0.7, seed=3)])
+    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -0.5])
+    sampler = RowSampler(Sampling(temperature=0.7), seed=3)
     counts = torch.zeros(6)
     for _ in range(4000):
-        counts[sampler(torch.zeros(1, 1, dtype=torch.long), scores.clone()).argmax()] += 1
-    expected = 4000 * (scores[0] / 0.7).softmax(-1)
+        counts[sampler.choose([], scores.clone())] += 1
+    expected = 4000 * (scores / 0.7).softmax(-1)
     assert ((counts - expected) ** 2 / expected).sum() < 20.5
-    greedy = 4000 * (scores[0] / 0.35).softmax(-1)  # the partner: another temperature must not pass
+    greedy = 4000 * (scores / 0.35).softmax(-1)  # the partner: another temperature must not pass
     assert ((counts - greedy) ** 2 / greedy).sum() > 20.5
 
 
-def test_top_k_and_top_p_keep_the_likeliest_tokens_and_greedy_rows_are_untouched() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(3, 1)
-    kinds = [Sampling(temperature=1.0, top_k=2, seed=1), Sampling(temperature=1.0, top_p=0.5, seed=2), Sampling()]
-    sampler = RowSampler(kinds)
-    drawn = [sampler(torch.zeros(3, 1, dtype=torch.long), scores.clone()) for _ in range(60)]
-    assert {int(one[0].argmax()) for one in drawn} == {0, 1}
-    assert {int(one[1].argmax()) for one in drawn} == {0}
-    assert all(torch.equal(one[2], scores[2]) for one in drawn)
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [({"top_k": 2}, {0, 1}), ({"top_p": 0.5}, {0}), ({"min_p": 0.2}, {0, 1}), ({"min_p": 0.1}, {0, 1, 2})],
+)
+def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens(fields: dict[str, Any], kept: set[int]) -> None:
+    scores = torch.tensor([3.0, 2.0, 1.0, 0.0])  # probabilities 0.64, 0.24, 0.09, 0.03
+    sampler = RowSampler(Sampling(temperature=1.0, **fields), seed=1)
+    assert {int(sampler.choose([], scores.clone())) for _ in range(80)} == kept
 
 
 def test_a_seed_repeats_its_answer_and_another_gives_another(engine: TransformersEngine) -> None:

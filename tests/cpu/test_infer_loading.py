@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mswift.errors import CheckpointError, ConfigError
-from mswift.infer.loading import load_adapter, load_model, load_tokenizer, pick_device
+from mswift.infer.loading import load_adapters, load_model, load_tokenizer, pick_device
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def _edit(path: Path, name: str, change: Any) -> None:
 
 
 def test_an_adapter_gives_the_logits_that_peft_gives(base: Path, adapter: Path) -> None:
-    ours = load_adapter(load_model(base, None, CPU), adapter)
+    ours = load_adapters(load_model(base, None, CPU), {"own": adapter})
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
     plain = load_model(base, None, CPU)
     with torch.no_grad():
@@ -71,19 +71,19 @@ def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(base: Path, ada
     name = sorted(load_file(short / weights))[-1]
     _edit(short, weights, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=rf"--adapters {short}: .*missing: {name}"):
-        load_adapter(load_model(base, None, CPU), short)
+        load_adapters(load_model(base, None, CPU), {"own": short})
     long = _copy(adapter, tmp_path / "long")
     extra = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
     _edit(long, weights, lambda tensors: tensors.update({extra: torch.zeros(4, 64)}))
     with pytest.raises(CheckpointError, match=rf"not used: {extra}"):
-        load_adapter(load_model(base, None, CPU), long)
+        load_adapters(load_model(base, None, CPU), {"own": long})
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
     tiny_model(tmp_path, num_hidden_layers=2, hidden_size=32)
     with pytest.raises(CheckpointError, match=r"(?s)does not fit --model .*32"):
-        load_adapter(load_model(tmp_path, None, CPU), adapter)
+        load_adapters(load_model(tmp_path, None, CPU), {"own": adapter})
 
 
 def test_an_adapter_for_modules_that_the_model_lacks_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_an_adapter_for_modules_that_the_model_lacks_is_refused(base: Path, adap
     config["target_modules"] = ["query_key_value"]
     (copy / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="query_key_value"):
-        load_adapter(load_model(base, None, CPU), copy)
+        load_adapters(load_model(base, None, CPU), {"own": copy})
 
 
 def test_a_damaged_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_damaged_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path)
     weights = copy / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged"):
-        load_adapter(load_model(base, None, CPU), copy)
+        load_adapters(load_model(base, None, CPU), {"own": copy})
 
 
 def test_a_model_with_a_tensor_too_few_too_many_or_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Requests to the token ids that a model is given, the same for every engine. Torch-free."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from mswift.errors import DataError
+from mswift.infer.request import Request
+
+
+def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:
+    """Token ids of a request: by the chat template, or of the text as it stands. Raises DataError."""
+    if request.prompt_ids is not None:
+        return list(request.prompt_ids)
+    if request.prompt is not None:
+        return list(tokenizer(request.prompt)["input_ids"])
+    messages = [dict(message) for message in request.messages or ()]
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            messages,
+            tools=list(request.tools) if request.tools else None,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception as error:  # whatever a template raises: jinja errors and any of Python's
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"the chat template refuses messages of {roles}: {error}; --use_chat_template false does without"
+        ) from error
+    return list(tokenizer(text + request.opening, add_special_tokens=False)["input_ids"])
+
+
+def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None) -> None:
+    """DataError for a prompt that is empty, longer than the model (`limit` tokens) or has ids beyond its `rows`."""
+    if not prompt:
+        raise DataError("an empty prompt, and the tokenizer adds no start token: nothing to continue")
+    if max(prompt) >= rows or min(prompt) < 0:
+        wrong = max(prompt) if max(prompt) >= rows else min(prompt)
+        token = tokenizer.convert_ids_to_tokens(wrong) if 0 <= wrong < len(tokenizer) else None
+        raise DataError(
+            f"the prompt has token {token!r} (id {wrong}), the model has {rows} embedding rows: put "
+            "the tokenizer files that the model was trained with into the directory of --model"
+        )
+    if limit is not None and len(prompt) >= limit:
+        raise DataError(
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer: "
+            f"the model's max_position_embeddings is {limit}; shorten it to {limit - 1} or less"
+        )
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the generation config's and the tokenizer's end token."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids: Iterable[Any] = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)

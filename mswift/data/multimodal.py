@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mswift.data.batch import Sample
 from mswift.data.blocks import MARKS
+from mswift.data.loss_scale import PLAIN, LossScale
 from mswift.data.rows import Conversation
 from mswift.data.spans import tokenize
 from mswift.data.template import ChatTemplate, Rendering
@@ -56,7 +57,7 @@ class ImageTemplate:
     ConfigError for a processor that cannot say what becomes of an image.
     """
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, loss_scale: LossScale = PLAIN) -> None:
         if not (hasattr(processor, "image_token") and hasattr(processor, "replace_image_token")):
             raise ConfigError(
                 f"{type(processor).__name__} does not say how many tokens an image has (image_token, "
@@ -66,7 +67,7 @@ class ImageTemplate:
         tokenizer: Tokenizer = processor.tokenizer
         if processor.chat_template:
             tokenizer.chat_template = processor.chat_template
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, loss_scale)
         self._token_id = int(tokenizer.convert_tokens_to_ids(processor.image_token))
         self._written = self._what_an_image_becomes()
 
@@ -88,12 +89,14 @@ class ImageTemplate:
             raise DataError(f"{where}: the text has {count} image tokens for {len(images)} images")
         inputs = self._pixels(images[:count])
         (sample,) = tokenize(self._processor.tokenizer, [self._expanded(rendering, inputs, where)], [where])
-        found = int(np.count_nonzero(sample.tokens == self._token_id))
+        is_image = sample.tokens == self._token_id
+        found = int(np.count_nonzero(is_image))
         merge = int(getattr(self._processor.image_processor, "merge_size", 1)) ** 2
         wanted = int(inputs["image_grid_thw"].prod(axis=1).sum()) // merge if "image_grid_thw" in inputs else found
         if found != wanted:
             raise DataError(f"{where}: {found} image tokens for images of {wanted}")
-        return ImageSample(sample.tokens, sample.loss_weights, sample.channel, inputs=inputs)
+        weights = np.where(is_image, np.float32(0), sample.loss_weights)  # those of --loss_scale all
+        return ImageSample(sample.tokens, weights, sample.channel, inputs=inputs)
 
     def _pixels(self, images: Sequence[Any]) -> dict[str, NDArray[Any]]:
         if not images:
@@ -170,24 +173,31 @@ def open_image(value: Any, folder: Path, where: str) -> Any:
         raise DataError(f"{where}: image {name[:80] or '(bytes)'} cannot be read: {error}") from None
 
 
-def collate_images(samples: Sequence[ImageSample], length: int, pad_token_id: int) -> dict[str, NDArray[Any]]:
-    """Padded on the right, as a transformers model takes it.
+class ImageBatch(NamedTuple):
+    """One micro batch."""
 
-    input_ids, attention_mask, labels int64 [b, length] (labels -100 where nothing is learned; the model shifts them);
-    the images of all samples one after the other. ValueError for a longer sample, DataError for
-    loss weights other than 0 and 1.
-    """
+    inputs: dict[str, NDArray[Any]]
+    """As a transformers model takes it: input_ids, attention_mask, labels int64 [b, length] (labels -100 where nothing
+    is learned; the model shifts them); the images of all samples one after the other."""
+    loss_weights: NDArray[np.float32]
+    """float32 [b, length]; what predicting each token counts in the loss, 0 where nothing is learned. The mean by these
+    weights is the loss; the model's own is that of weights 0 and 1."""
+
+
+def collate_images(samples: Sequence[ImageSample], length: int, pad_token_id: int) -> ImageBatch:
+    """Samples padded on the right. ValueError for a longer sample."""
     ids = np.full((len(samples), length), pad_token_id, dtype=np.int64)
     mask, labels = np.zeros_like(ids), np.full_like(ids, -100)
+    weights = np.zeros(ids.shape, dtype=np.float32)
     for row, sample in enumerate(samples):
         size = len(sample.tokens)
         if size > length:
             raise ValueError(f"a sample of {size} tokens in a batch of length {length}")
-        if not np.isin(sample.loss_weights, (0, 1)).all():
-            raise DataError("`loss_scale` other than 0 and 1 with images: labels of transformers have no weights")
         ids[row, :size], mask[row, :size] = sample.tokens, 1
         labels[row, :size] = np.where(sample.loss_weights, sample.tokens, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **dict(_joined(samples))}
+        weights[row, :size] = sample.loss_weights
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **dict(_joined(samples))}
+    return ImageBatch(inputs, weights)
 
 
 def _joined(samples: Sequence[ImageSample]) -> Iterator[tuple[str, NDArray[Any]]]:

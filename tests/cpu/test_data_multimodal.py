@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.multimodal import ImageTemplate, collate_images, open_image
 from mswift.data.rows import read_row
 from mswift.errors import ConfigError, DataError
@@ -97,7 +98,7 @@ def test_a_batch_has_the_loss_that_the_model_gives_its_processor_s_input(
 ) -> None:
     model = tiny_model(processor)
     samples = [template.samples(read_row(row, "row"), folder, "row")[0] for row, folder in rows]
-    batch = collate_images(samples, max(len(s.tokens) for s in samples) + 3, pad_token_id=0)
+    batch, _ = collate_images(samples, max(len(s.tokens) for s in samples) + 3, pad_token_id=0)
     with torch.no_grad():
         tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
         ours = model(**tensors, **token_types(processor, batch))
@@ -114,6 +115,42 @@ def test_a_batch_has_the_loss_that_the_model_gives_its_processor_s_input(
             other = {**given, "pixel_values": given["pixel_values"] + 1}
             assert (model(**other).logits[0] - logits).abs().max() > 1e-3
     assert abs(float(ours.loss) - total / count) < 1e-5 * total / count
+
+
+@pytest.mark.parametrize("loss_scale", ["default", "all"])
+def test_weights_of_messages_and_of_the_loss_scale_count(processor: Any, rows: Any, loss_scale: str) -> None:
+    """The mean by weights, against logits of the processor's input and weights found in its text, not by spans."""
+    model, (row, folder) = tiny_model(processor), rows[-1]
+    messages = [dict(message) for message in row["messages"]]
+    messages[2]["loss_scale"] = 0.25  # "The first one."
+    template = ImageTemplate(processor, parse_loss_scale(loss_scale))
+    samples = template.samples(read_row({**row, "messages": messages}, "row"), folder, "row") * 2
+    batch, weights = collate_images(samples, len(samples[0].tokens) + 5, pad_token_id=0)
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+        logits = model(**tensors, **token_types(processor, batch)).logits[:, :-1].flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, tensors["input_ids"][:, 1:].flatten(), reduction="none")
+        counted = torch.from_numpy(weights[:, 1:]).flatten()
+        ours = float((losses * counted).sum() / counted.sum())
+        one = {
+            name: torch.from_numpy(np.asarray(value)) for name, value in of_processor(processor, row, folder).items()
+        }
+        tokens = one["input_ids"][0]
+        expected = torch.full((len(tokens),), float(loss_scale == "all"))
+        for text, weight in (("The first one.<|im_end|>", 0.25), ("A rocket.<|im_end|>", 1.0)):
+            said = torch.tensor(processor.tokenizer(text)["input_ids"])
+            (place,) = (n for n in range(len(tokens)) if torch.equal(tokens[n : n + len(said)], said))
+            expected[place : place + len(said)] = weight
+        expected[tokens == processor.image_token_id] = 0
+        expected, tokens = expected[: len(samples[0].tokens)], tokens[: len(samples[0].tokens)]
+        alone = torch.nn.functional.cross_entropy(
+            model(**one).logits[0][: len(tokens) - 1], tokens[1:], reduction="none"
+        )
+    assert weights[0, 1 : len(tokens)].tolist() == expected[1:].tolist()
+    assert not weights[:, len(tokens) :].any()
+    truth = float((alone * expected[1:]).sum() / expected[1:].sum())
+    assert abs(ours - truth) < 1e-5 * truth
+    assert abs(float(alone[expected[1:] > 0].mean()) - truth) > 1e-4 * truth  # without weights it is another number
 
 
 def token_types(processor: Any, batch: Any) -> dict[str, torch.Tensor]:

@@ -72,19 +72,25 @@ def _from_slurm(env: Mapping[str, str]) -> RankInfo:
             f"SLURM_STEP_NUM_TASKS={world_size} but SLURM_NTASKS={env['SLURM_NTASKS']}: the step's variables are left "
             "over from the srun that submitted this job; start with srun, or unset SLURM_STEP_ID to run alone"
         )
-    job, step, restarts = (
-        _number(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    )
-    # Jobs with neighbouring numbers may share a node, a requeued one may meet its own past: 7919 is a prime.
-    port = _FIRST_PORT + (job * 7919 + step + restarts * 101) % _NUM_PORTS
     info = RankInfo(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,
         master_addr=env.get("MASTER_ADDR") or _slurm_first_node(env),
-        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
+        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else step_port(env),
     )
     return _checked(info, "SLURM_PROCID", "SLURM_NTASKS")
+
+
+def step_port(env: Mapping[str, str], ahead: int = 0) -> int:
+    """Where the ranks of this SLURM step meet, or of the one that is `ahead` of it in the job.
+
+    Jobs with neighbouring numbers may share a node, a requeued one may meet its own past: 7919 is a prime.
+    """
+    job, step, restarts = (
+        _number(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    return _FIRST_PORT + (job * 7919 + step + ahead + restarts * 101) % _NUM_PORTS
 
 
 def _slurm_first_node(env: Mapping[str, str]) -> str:

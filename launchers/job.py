@@ -5,10 +5,13 @@ Pure: no torch, nothing is started, so that a login node can print or test it.
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mswift.errors import ConfigError
+from mswift.rank_words import LOGS
 
 AGENT = "mswift.parallel.agent"
 COMMAND_LINE = "mswift.cli.main"
@@ -40,6 +43,8 @@ class Job:
     arguments: tuple[str, ...] = ()
     num_nodes: int = 1
     meeting: Meeting | None = None
+    rank_logs: Path | None = None
+    """Folder for what ranks other than 0 say. None: all write to the console."""
 
     def __post_init__(self) -> None:
         if self.nproc_per_node < 1:
@@ -77,7 +82,8 @@ class Job:
                 "--max_restarts=0",
             ]
         ranks = [f"--nproc_per_node={self.nproc_per_node}", "--module", self.module]
-        return [python, "-m", AGENT, *place, *ranks, *self.arguments]
+        logs = [] if self.rank_logs is None else ["--rank_logs", str(self.rank_logs)]
+        return [python, "-m", AGENT, *logs, *place, *ranks, *self.arguments]
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """`environ`, with this machine's cores shared out among its ranks unless OMP_NUM_THREADS is set."""
@@ -85,9 +91,10 @@ class Job:
         return {"OMP_NUM_THREADS": str(max(1, cores // self.nproc_per_node)), **environ}
 
 
-def mswift_job(nproc_per_node: int, command: str, arguments: list[str]) -> Job:
+def mswift_job(nproc_per_node: int, command: str, arguments: list[str], output_dir: Path) -> Job:
     """The job of one machine that runs `mswift command arguments...`."""
-    return Job(nproc_per_node, COMMAND_LINE, (command, *arguments))
+    logs = output_dir / LOGS / time.strftime("%Y-%m-%d-%H%M%S")
+    return Job(nproc_per_node, COMMAND_LINE, (command, *arguments), rank_logs=logs.absolute())
 
 
 def _host(name: str) -> str:

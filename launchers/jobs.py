@@ -73,8 +73,9 @@ def status(run_dir: Path) -> int:
     numbers = _numbers(run_dir)
     states = _states(numbers)
     for number in numbers:
-        mine = [words for key, words in states.items() if key.split("_")[0] == number]
-        print(f"job {number:<10}{mine[0] if mine else 'is no longer in the queue'}")
+        mine = {key: words for key, words in states.items() if key.split("_")[0] == number}
+        for key, words in (mine or {number: "is no longer in the queue"}).items():
+            print(f"job {key:<12}{words}")
     gave_up = False
     for path in sorted([*run_dir.glob(f"{rundir.LAUNCH}/{END}"), *run_dir.glob(f"*/{rundir.LAUNCH}/{END}")]):
         end = json.loads(path.read_text())

@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 import mswift
+from mswift.launchers.machine import Gpu
 
-EXPECTED = "expected.json"
+EXPECTED, REFUSED = "expected.json", "refused.json"
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 _GIB = 2**30
 
@@ -46,6 +47,12 @@ class Facts:
     """Path -> what is wrong with it."""
     cannot_write: str | None
     free_bytes: int
+    no_port: str | None = None
+    """Why the ranks of the run could not meet at this one, which is the first."""
+    no_device: str | None = None
+    """Why this rank has nothing to compute on."""
+    gpus: Sequence[Gpu] = ()
+    """Of the node, told by its first rank."""
 
 
 def write(path: Path, expected: Expected) -> None:
@@ -67,6 +74,17 @@ def facts(expected: Expected) -> Facts:
         cannot_write=_cannot_write(Path(expected.output_dir)),
         free_bytes=_free_bytes(Path(expected.output_dir)),
     )
+
+
+def write_refusals(launch: Path, refusals: Sequence[str]) -> None:
+    """Leave what was refused for the job's last word."""
+    (launch / REFUSED).write_text(json.dumps(list(refusals)), encoding="utf-8")
+
+
+def read_refusals(launch: Path) -> list[str]:
+    """What the newest start refused; [] where it did not."""
+    path = launch / REFUSED
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
 
 def versions() -> dict[str, str]:
@@ -97,6 +115,13 @@ def node_refusals(found: Facts, expected: Expected) -> Iterator[str]:
             f"{here}--output_dir {expected.output_dir} has {found.free_bytes / _GIB:,.1f} GiB free; two checkpoints "
             f"are {need / _GIB:,.1f} GiB: free some, or use another --output_dir"
         )
+    yield from (f"{here}{trouble}" for trouble in (found.no_port, found.no_device) if trouble is not None)
+    for number, gpu in enumerate(found.gpus):
+        if gpu.ecc_errors:
+            yield (
+                f"{here}GPU {number} ({gpu.name}) has {gpu.ecc_errors} uncorrected ECC errors: leave the node out "
+                "(sbatch: [--exclude=...] in the site file) until it was reset"
+            )
 
 
 def job_refusals(ranks: Sequence[Facts], expected: Expected, num_nodes: int) -> list[str]:

@@ -67,22 +67,32 @@ class Site:
                 "a rank needs a core, and GPUs are 0 or more"
             )
 
-    @property
-    def srun_options(self) -> tuple[str, ...]:
-        """Options of every srun."""
+    def srun_options(self, folder: Path, run_dir: Path) -> tuple[str, ...]:
+        """Options of every srun. In a container it runs in `folder`, and sees it and `run_dir` as the node does."""
         if self.container != "pyxis":
             return ()
-        mounts = (f"--container-mounts={','.join(self.mounts)}",) if self.mounts else ()
-        return (f"--container-image={self.image}", *mounts, *self.container_options)
+        mounts = ",".join(self._mounts(folder, run_dir))
+        places = (f"--container-mounts={mounts}", f"--container-workdir={folder}")
+        return (f"--container-image={self.image}", *places, *self.container_options)
 
-    @property
-    def prefix(self) -> tuple[str, ...]:
+    def prefix(self, folder: Path, run_dir: Path) -> tuple[str, ...]:
         """What stands before the interpreter in every srun."""
         if self.container != "apptainer":
             return ()
         gpus = ("--nv",) if self.gpus_per_node else ()
-        mounts = (f"--bind={','.join(self.mounts)}",) if self.mounts else ()
-        return ("apptainer", "exec", *gpus, *mounts, *self.container_options, str(self.image))
+        places = (f"--bind={','.join(self._mounts(folder, run_dir))}", f"--pwd={folder}")
+        return ("apptainer", "exec", *gpus, *places, *self.container_options, str(self.image))
+
+    def _mounts(self, *needed: Path) -> list[str]:
+        """The site's, and those of `needed` that lie in none of them."""
+        mounts = list(self.mounts)
+        for path in needed:
+            if any(char in str(path) for char in ",:"):
+                raise ConfigError(f"{path}: a container cannot see a folder with , or : in its name: rename it")
+            same = [source for source, *target in (m.split(":") for m in mounts) if target[:1] in ([], [source])]
+            if not any(path.is_relative_to(source) for source in same):
+                mounts.append(f"{path}:{path}")
+        return mounts
 
 
 def read_site(path: Path) -> Site:

@@ -71,6 +71,16 @@ class SlurmJob:
             )
 
     @property
+    def is_range(self) -> bool:
+        """Whether SLURM may choose the number of nodes; one that hears of tasks then gives the fewest (22.05)."""
+        return len(node_counts(self.nodes)) > 1
+
+    @property
+    def cpus_per_node(self) -> int:
+        """Cores that a node must have."""
+        return self.site.cpus_per_rank * self.nproc_per_node
+
+    @property
     def tasks_per_node(self) -> int:
         """Tasks that srun starts on a node."""
         return 1 if self.ranks == "torchrun" else self.nproc_per_node
@@ -78,7 +88,7 @@ class SlurmJob:
     @property
     def cpus_per_task(self) -> int:
         """Cores of such a task."""
-        return self.site.cpus_per_rank * self.nproc_per_node // self.tasks_per_node
+        return self.cpus_per_node // self.tasks_per_node
 
     @property
     def script(self) -> Path:
@@ -138,7 +148,9 @@ def render(job: SlurmJob, python: str | None = None) -> str:
     )
     environment.filters |= {"sh": lambda value: shlex.quote(str(value)), "sbatch": sbatch_word}
     interpreter = job.site.python or python or ("python3" if job.site.container else sys.executable)
-    words = [*job.site.srun_options, *job.site.prefix, interpreter]
+    seen = job.folder, job.run_dir
+    program = " ".join(map(_array_word, (*job.site.prefix(*seen), interpreter)))
+    options = "".join(f" {_array_word(option)}" for option in job.site.srun_options(*seen))
     return environment.get_template("job.sbatch.j2").render(
-        job=job, version=mswift.__version__, python=" ".join(map(_array_word, words))
+        job=job, version=mswift.__version__, options=options, program=program
     )

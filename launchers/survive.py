@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mswift import rundir
+from mswift.launchers import preflight
 
 STARTS, END, LIMITS = "starts.jsonl", "end.json", "limits.json"
 DONE, AGAIN, GIVEN_UP = 10, 75, 1
@@ -38,11 +39,17 @@ class Verdict:
     why: str
 
 
-def judge(status: int, starts: Sequence[dict[str, Any]], newest: int | None, limits: Limits) -> Verdict:
+def judge(
+    status: int, starts: Sequence[dict[str, Any]], newest: int | None, limits: Limits, refused: Sequence[str] = ()
+) -> Verdict:
     """What follows when the ranks ended with `status`; `newest` is the step of the newest checkpoint now.
 
     starts: of this run, the one that has just ended last; `newest` in each is the newest checkpoint when it began.
+    refused: by its preflight.
     """
+    if refused:
+        more = f" (and {len(refused) - 1} more, in the log)" if len(refused) > 1 else ""
+        return Verdict("stop", f"the preflight refused: {refused[0]}{more}")
     if status == 0:
         return Verdict("done", f"the run is finished; its newest checkpoint is {_name(newest)}")
     if status == _WRONG_COMMAND:
@@ -93,6 +100,7 @@ def begin(run_dir: Path) -> int:
         end = json.loads((launch / END).read_text())
         print(f"mswift launch: {end['why']}", flush=True)
         return DONE if end["verdict"] == "done" else GIVEN_UP
+    (launch / preflight.REFUSED).unlink(missing_ok=True)
     newest, restart = _newest(run_dir), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if (limit := reached(_starts(launch), restart, newest, _limits(launch))) is not None:
         return _say(launch, limit)
@@ -111,7 +119,8 @@ def begin(run_dir: Path) -> int:
 def end(run_dir: Path, status: int) -> int:
     """Judge, say it, note a last word; 0 done, AGAIN or GIVEN_UP."""
     launch = run_dir / rundir.LAUNCH
-    return _say(launch, judge(status, _starts(launch), _newest(run_dir), _limits(launch)))
+    refused = preflight.read_refusals(launch)
+    return _say(launch, judge(status, _starts(launch), _newest(run_dir), _limits(launch), refused))
 
 
 def _say(launch: Path, verdict: Verdict) -> int:

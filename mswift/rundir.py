@@ -12,6 +12,7 @@ output_dir/
     hf-<step>/               the model of that step as Hugging Face files (--save_hf_steps)
     not-finite-<step>.jsonl  the batch of a step whose loss or gradient norm was not finite
     hang-<start>/            stacks of a run that stood still
+    logs/<start>/            what ranks other than 0 said (mswift.rank_words)
     launch/                  of `mswift launch slurm`: recipe, script, jobs, starts, end, logs
     .lock                    held by the run that writes here (mswift.run_lock)
 """

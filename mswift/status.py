@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from mswift import rundir
+from mswift import rank_words, rundir
 from mswift.config.status import StatusConfig
 from mswift.errors import ConfigError
 from mswift.ledger import FINISHED, Goodput, goodput, read_events
@@ -17,6 +17,7 @@ from mswift.ledger import FINISHED, Goodput, goodput, read_events
 State = Literal["running", "finished", "stopped", "failed", "killed", "not started"]
 _NEWEST = 20
 """Steps over which speed is taken."""
+_WORDS, _WIDTH = 4, 300
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def read_status(output_dir: Path, now: float | None = None) -> RunStatus:
         None if checkpoint is None else str(checkpoint),
         None if checkpoint is None else now - (checkpoint / rundir.COMMIT).stat().st_mtime,
         len(starts), sum(event.get("repeated_steps", 0) for event in starts), goodput(events, rows, seen),
-        tuple(_notes(output_dir)),
+        (*_notes(output_dir), *(_last_words(output_dir) if state in ("failed", "killed") else ())),
     )  # fmt: skip
 
 
@@ -124,6 +125,15 @@ def _notes(output_dir: Path) -> Iterator[str]:
     if rejected.is_file():
         with rejected.open("rb") as file:
             yield f"{rejected.name}: {sum(1 for _ in file):,} rows of the data were not used"
+
+
+def _last_words(output_dir: Path) -> Iterator[str]:
+    """What ranks of a run that broke off said last: what few of them said is nearest to the cause."""
+    said = rank_words.last_words(output_dir)
+    for words, ranks in list(said.items())[:_WORDS]:
+        yield f"{rank_words.in_words(ranks)} said last: {words[:_WIDTH]}"
+    if len(said) > _WORDS:
+        yield f"{len(said) - _WORDS} more last words in {output_dir / rank_words.LOGS}"
 
 
 def main(config: StatusConfig) -> int:

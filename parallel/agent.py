@@ -6,13 +6,16 @@ others have some seconds to end in their own words, of which one may be the caus
 failed first, and 2 when any rank found the command wrong.
 """
 
+import argparse
 import ctypes
 import logging
 import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +23,9 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
+
+from mswift.parallel.rank_logs import RankLogs
 
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WRONG_COMMAND = 2
@@ -36,11 +42,27 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(number, _hand_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)  # the launcher blocked them until now
     _let_ranks_speak()
+    logs, rest = None, list(argv)
+    if rest[0] == "--rank_logs":
+        logs, rest = RankLogs(Path(rest[1])), rest[2:]
     try:
-        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *argv]))
+        _run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *rest]), logs)
     except ChildFailedError as error:
-        return _status(error)
+        return _status(error, logs)
+    finally:
+        if logs is not None:
+            logs.tidy()
     return 0
+
+
+def _run(args: argparse.Namespace, logs: RankLogs | None) -> None:
+    """As torchrun does, with our own place for what ranks write."""
+    if args.standalone:
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    config, program, arguments = run.config_from_args(args)
+    if logs is not None:
+        config.logs_specs = logs
+    elastic_launch(config, program)(*arguments)
 
 
 def _let_ranks_speak() -> None:
@@ -73,9 +95,11 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
         rank.send_signal(signal.SIGKILL if _interrupts > 1 else number)
 
 
-def _status(error: ChildFailedError) -> int:
+def _status(error: ChildFailedError, logs: RankLogs | None) -> int:
     """Exit status of a failed job. Torchrun ends the other ranks by signal after the first: those count last."""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    for line in logs.last_words(codes) if logs is not None else ():
+        print(line, file=sys.stderr)
     own = [code for code in codes.values() if code > 0]
     if own:
         return _WRONG_COMMAND if _WRONG_COMMAND in own else own[0]

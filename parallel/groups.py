@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mswift.errors import LayoutError
 from mswift.launchers.environment import RankInfo
+from mswift.launchers.machine import port_refusal
 from mswift.parallel.device import backend
 from mswift.topology import Coordinate, ParallelDims
 
@@ -62,5 +63,7 @@ def _rendezvous(info: RankInfo) -> dict[str, Any]:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return {"init_method": "env://"}
+    if info.rank == 0 and (refusal := port_refusal(info.master_port)):
+        raise OSError(f"node {os.uname().nodename}: {refusal}")  # status 1: the next start has another port
     address = f"tcp://{info.master_addr}:{info.master_port}"
     return {"init_method": address, "rank": info.rank, "world_size": info.world_size}

@@ -4,6 +4,7 @@ Everything that can be refused without torch is refused before torch is imported
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from mswift.config.loader import to_arguments
@@ -55,7 +56,7 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     info = current()
     if info is None and config.nproc_per_node is not None:
         prepare(kind, config, replace(RankInfo.single(), world_size=config.nproc_per_node))  # refuse before starting
-        return local.run(mswift_job(config.nproc_per_node, kind, to_arguments(config)))
+        return local.run(mswift_job(config.nproc_per_node, kind, to_arguments(config), Path(config.output_dir)))
     start = prepare(kind, config, info or RankInfo.single())
     from mswift.parallel import device
 

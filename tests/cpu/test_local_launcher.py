@@ -41,10 +41,12 @@ if mode != "fine":
 
 LAUNCHER = """
 import sys
+from pathlib import Path
 from mswift.launchers.job import Job
 from mswift.launchers.local import run
 assert "torch" not in sys.modules
-sys.exit(run(Job(2, "rank_program", tuple(sys.argv[1:]))))
+logs = Path(sys.argv[2]) / "logs" if sys.argv[1].endswith("-logged") else None
+sys.exit(run(Job(2, "rank_program", (sys.argv[1].removesuffix("-logged"), sys.argv[2]), rank_logs=logs)))
 """
 
 
@@ -78,6 +80,18 @@ def test_the_status_and_the_words_of_a_failed_rank_come_through(code: int, tmp_p
 def test_a_rank_that_fails_first_does_not_silence_the_one_that_knows_the_cause(tmp_path: Path) -> None:
     status, stderr = _finish("cause", tmp_path)
     assert (status, stderr) == (1, "rank 1 says why\nrank 0 says why\n")
+
+
+def test_ranks_write_to_files_and_their_last_words_are_repeated(tmp_path: Path) -> None:
+    """Rank 0 writes to the console; files of ranks that said nothing go, as does their folder."""
+    status, stderr = _finish("cause-logged", tmp_path)
+    log = tmp_path / "logs" / "rank-00001.err"
+    assert (status, log.read_text()) == (1, "rank 1 says why\n")
+    assert stderr == f"rank 0 says why\nmswift: rank 1 ended with 1; {log} ends:\nrank 1 says why\n"
+    assert list((tmp_path / "logs").iterdir()) == [log]
+    log.unlink()
+    assert _finish("fine-logged", tmp_path) == (0, "")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_killed_rank_is_reported(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """What a launch means before anything is started: jobs as values, each node's command, the site file, refusals."""
 
 import json
+import os
 import shlex
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from mswift.config.train import SftConfig
 from mswift.errors import ConfigError
 from mswift.launchers.job import Job, Meeting
 from mswift.launchers.node import job_here
+from mswift.launchers.node import main as start_node
 from mswift.launchers.site import Site, read_site
 from tests.support import slurm
 from tests.unit.test_recipes import QWEN3_0_6B
@@ -66,8 +71,25 @@ def test_a_node_of_a_step_knows_its_place() -> None:
     jobs = [job_here(8, ["sft", "r.yaml"], {**place, "SLURM_RESTART_COUNT": "2"}) for place in places]
     assert [rank for _, rank in jobs] == [0, 1]
     assert jobs[0][0] == jobs[1][0] == Job(8, "mswift.cli.main", ("sft", "r.yaml"), 2, Meeting("n1", 28_121, "1.2"))
+    kept, _ = job_here(8, [], {**places[1], "SLURM_STEP_ID": "3"}, "m", Path("/r"))
+    assert kept.argv(1, "py")[:5] == ["py", "-m", "mswift.parallel.agent", "--rank_logs", "/r/logs/1.0.3"]
     alone, rank = job_here(8, ["sft", "r.yaml"], {**places[0], "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"})
     assert (alone.num_nodes, alone.meeting, rank) == (1, None, 0)
+
+
+def test_a_first_node_whose_port_is_taken_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 1, not 2: the job starts again, with another port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = {**slurm.task(0), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        assert start_node(["--nproc_per_node=8", "sft", "r.yaml"]) == 1
+    assert f": port {port}, where the ranks were to meet, cannot be listened at" in capsys.readouterr().err
 
 
 def test_flags_that_are_not_the_launchs_go_on_to_the_training() -> None:
@@ -157,3 +179,34 @@ def test_the_sites_example_loads() -> None:
     site = read_site(Path(__file__).parents[2] / "slurm" / "site.yaml")
     assert (site.partition, site.gpus_per_node) == ("gpu", 8)
     assert site != Site()
+
+
+NO_TORCH = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "megatron", "transformers", "peft", "pyarrow", "datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_a_login_node_needs_no_torch(recipe: Path, tmp_path: Path) -> None:
+    """Every module of the launchers, and a launch that is refused as late as it can be."""
+    names = [path.stem for path in (Path(__file__).parents[2] / "launchers").glob("*.py") if path.stem != "__init__"]
+    argv = ["launch", "slurm", str(recipe), "--output_dir", str(tmp_path / "run"), "--nodes", "2"]
+    script = f"""{NO_TORCH}
+from importlib import import_module
+for name in {names}:
+    import_module("mswift.launchers." + name)
+from mswift.cli.main import main
+print(main({argv}))
+"""
+    environ = {**os.environ, "PATH": str(tmp_path)}  # no sbatch either
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout == "2\n", done.stderr
+    assert "sbatch is not installed here: run this on a login node of the cluster" in done.stderr
+    assert "#SBATCH --nodes=2\n" in (tmp_path / "run" / "launch" / "job.sbatch").read_text()
+    assert "train_iters: 3\n" in (tmp_path / "run" / "launch" / "recipe.yaml").read_text()

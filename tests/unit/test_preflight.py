@@ -8,6 +8,7 @@ import pytest
 
 from mswift.cli.main import main
 from mswift.config.train import SftConfig
+from mswift.launchers.machine import Gpu
 from mswift.launchers.preflight import Expected, Facts, facts, job_refusals, node_refusals, read, versions, write
 from mswift.train.dry_run import needs_of
 from tests.unit.test_launch import recipe
@@ -42,6 +43,15 @@ SICK = {
     "older": (
         at("n2", versions={"python": "3.11.7", "torch": "2.12.0"}),
         "node n2: torch 2.12.0, but node n1 has 2.13.0: install the same on all nodes",
+    ),
+    "without a port": (at("n2", no_port="port 1, where"), "node n2: port 1, where"),
+    "without a GPU": (
+        at("n2", no_device="process 7 has no GPU of its own"),
+        "node n2: process 7 has no GPU of its own",
+    ),
+    "a sick GPU": (
+        at("n2", gpus=[Gpu("H100", "80 GiB", "570", 0), Gpu("H100", "80 GiB", "570", 3)]),
+        r"node n2: GPU 1 \(H100\) has 3 uncorrected ECC errors: leave the node out",
     ),
 }
 

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,16 @@ def test_what_a_variant_asks_for() -> None:
                  "partition=gpu", "account=a", "signal=B:USR1@600", "requeue", "open-mode=append",
                  "output=/runs/a/launch/log-%j.txt"):  # fmt: skip
         assert f"\n#SBATCH --{line}\n" in script
-    start = "ranks=(srun --label --kill-on-bad-exit=1 --wait=60 /py -m "
-    assert f"{start}mswift.launchers.node --nproc_per_node=4 --module)\n" in script
+    assert "ranks=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 /py)\n" in script
+    assert 'ranks+=(-m mswift.launchers.node --nproc_per_node=4 --run_dir "$run_dir")\n' in script
     each = render(job(ranks="srun", nproc_per_node=4, **KINDS["chain"]), python="/py")
     for line in ("ntasks-per-node=4", "cpus-per-task=8", "no-requeue", "dependency=singleton"):
         assert f"\n#SBATCH --{line}\n" in each
-    assert f"{start[:-3]}-m)\n" in each
+    assert "ranks=(srun --ntasks-per-node=4 --kill-on-bad-exit=1 --wait=60 --label /py)\n" in each
+    assert "mswift.launchers.node" not in each
+    free = render(job(**KINDS["range"], nproc_per_node=4))
+    assert "\n#SBATCH --nodes=2-4\n#SBATCH --mincpus=32\n" in free
+    assert "#SBATCH --ntasks" not in free
     assert "mswift.parallel.check" in script
     assert "mswift.parallel.check" not in render(job(preflight=False))
     assert "scontrol requeue" in script
@@ -93,15 +98,25 @@ def test_what_a_variant_asks_for() -> None:
 
 def test_containers_stand_before_the_interpreter() -> None:
     pyxis, apptainer = (render(job(site=SITES[name])) for name in ("pyxis", "apptainer"))
-    options = "--container-image=/i/m.sqsh '--container-mounts=/data:/data,/home' --no-x python3"
-    assert pyxis.count(options) == 2
-    assert apptainer.count("apptainer exec --nv --bind=/data /i/m.sif python3") == 2
+    mounts = "'--container-mounts=/data:/data,/home,/runs/a:/runs/a' --container-workdir=/home/me"
+    assert pyxis.count(f"--container-image=/i/m.sqsh {mounts} --no-x python3)\n") == 2
+    mounts = "'--bind=/data,/home/me:/home/me,/runs/a:/runs/a' --pwd=/home/me"
+    assert apptainer.count(f"apptainer exec --nv {mounts} /i/m.sif python3)\n") == 2
+
+
+def test_a_container_sees_the_folder_and_the_run() -> None:
+    """Once, as the node does: not below another mount's target, nor twice."""
+    site = replace(SITES["apptainer"], mounts=("/runs", "/home:/elsewhere"))
+    assert "'--bind=/runs,/home:/elsewhere,/home/me:/home/me' --pwd" in render(job(site=site))
+    assert "'--bind=/runs,/home:/elsewhere,/runs/b:/runs/b'" not in render(job(site=site, run_dir=Path("/runs/b")))
+    with pytest.raises(ConfigError, match="/runs/a,b: a container cannot see a folder with , or :"):
+        render(job(site=SITES["pyxis"], run_dir=Path("/runs/a,b")))
 
 
 @pytest.mark.parametrize("ranks", ["torchrun", "srun"])
 def test_hostile_values_stay_values(ranks: str, tmp_path: Path) -> None:
     """The script runs up to its first srun, in a folder of that name, and prints what it holds."""
-    folder = tmp_path / HOSTILE.replace("%", "").replace("\\", "")
+    folder = tmp_path / HOSTILE.replace("%", "").replace("\\", "").replace(":", "")
     folder.mkdir()
     site = Site(container="apptainer", image=HOSTILE, mounts=(HOSTILE,), environment={"A": HOSTILE}, python=HOSTILE,
                 partition=HOSTILE, account=HOSTILE, sbatch=(f"--comment={HOSTILE}",))  # fmt: skip
@@ -111,7 +126,8 @@ def test_hostile_values_stay_values(ranks: str, tmp_path: Path) -> None:
     out = run_bash(before + 'printf \'%s\\0\' "$PWD" "$run_dir" "$A" "${once[@]}"', cwd=tmp_path)
     words = out.split("\0")
     assert words[:3] == [str(folder), str(folder / "run"), HOSTILE]
-    assert [word for word in words if "touch" in word][3:] == [f"--bind={HOSTILE}", HOSTILE, HOSTILE]
+    bind = f"--bind={HOSTILE},{folder}:{folder}"
+    assert [word for word in words if "touch" in word][3:] == [bind, f"--pwd={folder}", HOSTILE, HOSTILE]
     assert list(tmp_path.rglob("owned*")) == []
 
 

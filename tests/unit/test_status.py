@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mswift import rundir
+from mswift import rank_words, rundir
 from mswift.cli.main import main
 from mswift.errors import ConfigError
 from mswift.ledger import FINISHED, Ledger, goodput, read_events
@@ -147,3 +147,37 @@ def test_notes(tmp_path: Path) -> None:
     assert [note.partition(":")[0] for note in read_status(tmp_path).notes] == [
         "not-finite-3.jsonl", "hang-1", "rejected.jsonl"
     ]  # fmt: skip
+
+
+def test_the_last_words_of_64_ranks_while_they_write(tmp_path: Path) -> None:
+    """What few said comes first; torn ends, silent ranks and files of an older start do no harm."""
+    ledger = Ledger(tmp_path)
+    ledger.start(0, 4, 64)
+    for start, words in (("1.0.2", "old"), ("1.1.2", "Connection closed by peer")):
+        folder = tmp_path / rank_words.LOGS / start
+        folder.mkdir(parents=True)
+        for rank in range(1, 64):
+            rank_words.path_of(folder, rank).write_text(f"rank {rank} begins\n{words}\n\n")
+    rank_words.path_of(folder, 17).write_bytes(b"x" * 100_000 + "\nOutOfMemoryError: é".encode()[:-1])
+    rank_words.path_of(folder, 40).write_text("")
+    os.utime(folder.parent / "1.0.2", (1, 1))
+    assert read_status(tmp_path).notes == (
+        "rank 17 said last: OutOfMemoryError: \ufffd",
+        "ranks 1-16, 18-39, 41-63 said last: Connection closed by peer",
+    )
+    with locked(tmp_path):
+        assert read_status(tmp_path).notes == ()  # it runs
+
+
+def test_the_last_words_of_tasks_of_srun(tmp_path: Path) -> None:
+    """From the log that srun labelled; its own lines are nobody's."""
+    Ledger(tmp_path).start(0, 4, 12)
+    (tmp_path / rundir.LAUNCH).mkdir()
+    lines = [
+        *(f"{rank:2}: same words" for rank in range(12)),
+        " 3: cause: 7",
+        "srun: error: n1: task 3: Exited",
+        "11: ",
+    ]
+    (tmp_path / rundir.LAUNCH / "log-7.txt").write_text("\n".join(lines))
+    assert read_status(tmp_path).notes == ("rank 3 said last: cause: 7", "ranks 0-2, 4-11 said last: same words")

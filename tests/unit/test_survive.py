@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mswift import rundir
+from mswift.launchers import preflight
 from mswift.launchers.survive import AGAIN, DONE, END, GIVEN_UP, LIMITS, STARTS, Limits, judge, main
 
 LIMITS_HERE = Limits(max_restarts=5, max_idle_restarts=2)
@@ -36,6 +37,19 @@ def test_verdicts(status: int, began: tuple[int | None, ...], newest: int | None
     found = judge(status, starts(*began), newest, LIMITS_HERE)
     assert found.verdict == verdict
     assert re.search(words, found.why)
+
+
+def test_what_the_preflight_refused_is_the_last_word(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever status srun made of it; and a later submission begins without it."""
+    assert start(run, 0, monkeypatch) == 0
+    preflight.write_refusals(run / rundir.LAUNCH, ["node n2: /m/w is missing", "node n2: full"])
+    assert main(["end", str(run), "--status", "143"]) == GIVEN_UP
+    said = "the preflight refused: node n2: /m/w is missing (and 1 more, in the log)"
+    assert json.loads((run / rundir.LAUNCH / END).read_text()) == {"verdict": "stop", "why": said}
+    for name in (END, STARTS):
+        (run / rundir.LAUNCH / name).unlink()
+    assert start(run, 0, monkeypatch) == 0
+    assert main(["end", str(run), "--status", "3"]) == AGAIN
 
 
 def checkpoint(run: Path, step: int) -> None:

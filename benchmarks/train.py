@@ -3,7 +3,8 @@
     python benchmarks/train.py [--model llama|moe] [--tuner full|lora] [--size 34M] [--rounds 7] [--threads 1]
         [--write benchmarks/results/train.md]
 
-Contenders, each in a process of its own, one running at a time, in rotated order: mswift's engine; transformers (SDPA)
+Contenders, each in a process of its own, one running at a time, in rotated order: mswift's engines (megatron; ddp:
+transformers' model, LoRA by PEFT, experts not adapted); transformers (SDPA)
 in a plain loop with torch.optim.AdamW, as it comes and fused; transformers' Trainer; megatron-core in a plain loop:
 its own GPTModel of its local layer specification, its DDP, optimizer and schedule, with the linears that mswift puts
 into megatron-core on a CPU, so that the difference is what mswift adds. LoRA: rank 8 on all linears (experts and
@@ -214,19 +215,19 @@ def megatron_step(args: argparse.Namespace) -> Any:
     return step
 
 
-def mswift_step(args: argparse.Namespace) -> Any:
-    """A function that makes one step of the engine and returns the loss."""
+def mswift_step(args: argparse.Namespace, backend: str) -> Any:
+    """A function that makes one step of an engine and returns the loss."""
     import torch
 
     from mswift.launchers.environment import RankInfo
     from mswift.parallel import device, groups
     from mswift.topology import ParallelDims
 
-    chosen = device.prepare("cpu")
+    chosen = device.prepare("cpu") if backend == "megatron" else device.choose("cpu")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mswift.converters.reader import WeightReader
-    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
+    from mswift.parallel.batch import Microbatch
 
     dims = ParallelDims()
     groups.init(dims, chosen, RankInfo.single())
@@ -239,9 +240,19 @@ def mswift_step(args: argparse.Namespace) -> Any:
         if args.tuner == "lora":
             from mswift.tuners.lora import LoraConfig
 
-            lora = LoraConfig.for_table(reader.table, rank=8, alpha=32, target_modules=("all-linear",), seed=SEED)
-        settings = EngineConfig(lr=1e-4, weight_decay=0.1, micro_batch_size=args.batch, lora=lora)
-        engine = MegatronEngine(reader.table, dims, settings, chosen)
+            own = tuple(ATTENTION) if backend == "ddp" and args.model == "moe" else ("all-linear",)
+            lora = LoraConfig.for_table(reader.table, rank=8, alpha=32, target_modules=own, seed=SEED)
+        settings: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1, "lora": lora}
+        if backend == "megatron":
+            from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
+
+            config = EngineConfig(**settings, micro_batch_size=args.batch)
+            engine: Any = MegatronEngine(reader.table, dims, config, chosen)
+        else:
+            from mswift.parallel.fsdp.config import FsdpConfig
+            from mswift.parallel.fsdp.engine import FsdpEngine
+
+            engine = FsdpEngine(reader.table, dims, FsdpConfig(**settings), chosen)
         engine.load_weights(reader)
     data = [
         Microbatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), torch.ones(t.shape[0], t.shape[1] - 1))
@@ -269,8 +280,8 @@ def contender(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     pipe.send(resident_bytes())
     if name == "Trainer":
         return run_trainer(args, pipe)
-    if name == "mswift":
-        step = mswift_step(args)
+    if name.startswith("mswift"):
+        step = mswift_step(args, "ddp" if "ddp" in name else "megatron")
     else:
         step = megatron_step(args) if name == "megatron-core" else transformers_step(args, fused="fused" in name)
     while pipe.recv() is not None:
@@ -280,7 +291,7 @@ def contender(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     return None
 
 
-NAMES = ("mswift", "transformers", "transformers, fused AdamW", "Trainer", "megatron-core")
+NAMES = ("mswift", "mswift, ddp", "transformers", "transformers, fused AdamW", "Trainer", "megatron-core")
 
 
 def names_of(args: argparse.Namespace) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mswift.backend_refusals import backend_refusals, check_backend, with_shared_sequences
 from mswift.config.blend import parse_blend
 from mswift.config.streaming import streaming_refusals
 from mswift.config.train import PtConfig, TrainConfig
@@ -65,7 +66,7 @@ _AT_LEAST_ONE = (
         "dataset_num_proc",
         "streaming_block_rows",
     ),
-    "max_model_len",
+    *("max_model_len", "fsdp_shard_size", "sequence_parallel_size"),
 )
 _NOT_NEGATIVE = ("mtp_num_layers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum", "lora_dropout")
@@ -94,12 +95,13 @@ def check_train(config: TrainConfig, spec: ModelSpec, world_size: int) -> Parall
     """The layout of the run on `world_size` ranks. Raises the first of `train_refusals`."""
     for refusal in train_refusals(config, spec, world_size):
         raise refusal
-    return dims_of(config, world_size, spec.num_layers)
+    return dims_of(with_shared_sequences(config, spec), world_size, spec.num_layers)
 
 
 def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> list[ConfigError]:
     """Every reason not to start, the flags alone first, then the model, layout and batch."""
     refusals = list(_flag_refusals(config))
+    config = with_shared_sequences(config, spec)
     try:
         check_computed(spec)
         check_prediction(config.mtp_num_layers, spec)
@@ -108,12 +110,13 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
     try:
         check_model_fits(config, spec)
         dims = dims_of(config, world_size, spec.num_layers)
+        check_backend(config, spec, dims)
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, spec)
         check_recompute(config, spec, dims)
         check_packing(config, spec)
         check_batch(config, dims)
-    except LayoutError as error:
+    except ConfigError as error:
         refusals.append(error)
     return refusals
 
@@ -243,6 +246,7 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from _length_refusals(config)
     yield from _tuner_refusals(config)
     yield from engine_flag_refusals(config)
+    yield from backend_refusals(config)
     if config.min_lr > config.lr:
         yield ConfigError(f"--min_lr {config.min_lr} is above --lr {config.lr}: use --min_lr {config.lr} or less")
     if config.lr_decay_style != "WSD" and config.lr_wsd_decay_iters is not None:

@@ -6,7 +6,7 @@ Import after `mswift.parallel.device.prepare`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -25,6 +25,7 @@ from mswift.converters.adapters import (
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import LAYERS
+from mswift.parallel.engine import AdapterSource
 from mswift.parallel.fused_lora import FusedLora
 from mswift.parallel.lora import SLOT, ParameterLora, Slot
 from mswift.parallel.megatron.linears import DuplicatedLinear
@@ -46,13 +47,6 @@ class AdapterTensor(NamedTuple):
 
     slot: Slot
     parameter: Tensor
-
-
-class AdapterSource(Protocol):
-    """Where trained values come from: a PEFT directory (`mswift.tuners.adapter.PeftAdapter`)."""
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None: ...
-    def read(self, name: str, region: Region) -> Tensor: ...
 
 
 def add_lora(

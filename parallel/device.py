@@ -46,8 +46,13 @@ def prepare(device: str = "auto") -> torch.device:
     """
     from mswift.parallel.megatron import mends
 
+    mends.apply(on_gpu=resolve(device).type == "cuda")
+    return choose(device)
+
+
+def choose(device: str = "auto") -> torch.device:
+    """The device of this process from here on, for an engine without megatron-core."""
     chosen = resolve(device)
-    mends.apply(on_gpu=chosen.type == "cuda")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen

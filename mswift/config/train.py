@@ -34,8 +34,9 @@ class TrainConfig:
     new_special_tokens: tuple[str, ...] = ()
     """Control tokens to add to the tokenizer, or a .txt file with one a line. Their rows start as the mean of the
     others; LoRA then trains embed_tokens and lm_head in full."""
-    backend: Literal["megatron"] = "megatron"
-    """Training engine."""
+    backend: Literal["megatron", "fsdp", "ddp"] = "megatron"
+    """Training engine: megatron-core's layers in any layout; or transformers' own model, its parameters cut over ranks
+    (fsdp: PyTorch's FSDP2) or whole on each (ddp). Checkpoints are the same: a run may go on with another."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
 
@@ -188,6 +189,9 @@ class TrainConfig:
     """Ranks that share the experts of each layer (EP); divides the number of experts."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert (ETP). Default: tensor_model_parallel_size."""
+    sequence_parallel_size: int | None = None
+    """Ranks that share each sequence, in place of the flags of context parallelism: as many as the KV heads allow
+    exchange heads (Ulysses), and keys travel round a ring of such groups."""
     sequence_parallel: bool = False
     """Norms and residuals are split along the sequence inside a TP group."""
     use_distributed_optimizer: bool = True
@@ -198,6 +202,10 @@ class TrainConfig:
     """Gather updated weights while the next forward pass goes on; needs overlap_grad_reduce."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the fp32 sum inside the matrix product; needs a GPU and apex's CUDA extension."""
+    fsdp_shard_size: int | None = None
+    """fsdp: ranks that share the parameters; groups of as many hold a copy each (HSDP). Default: all ranks."""
+    fsdp_reshard_after_forward: bool = True
+    """fsdp: let a layer's gathered parameters go after its forward pass, and gather them again for the backward one."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -16,7 +16,7 @@ from mswift.data.dataset import TokenDataset
 from mswift.data.order import sample_ids
 from mswift.data.packed import Dataset, PackedDataset, Stored, Window, is_packed, squared_lengths
 from mswift.data.stream import StreamDataset
-from mswift.parallel.megatron.engine import Microbatch
+from mswift.parallel.batch import Microbatch
 
 
 @dataclass(frozen=True)

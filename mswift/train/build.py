@@ -1,17 +1,16 @@
 """From the flat configuration to the parts of a run; each part gets its own small configuration."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from mswift.backend_refusals import describe_layout
 from mswift.config.blend import Blend
 from mswift.config.train import SftConfig, TrainConfig
-from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
 from mswift.data.chat_template import use_chat_template
@@ -27,22 +26,17 @@ from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer,
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import document_multiple, sequence_multiple
-from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
-from mswift.refusals import check_schedule, train_dtype
+from mswift.refusals import check_schedule
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
-from mswift.train.collective import ended_by, from_writer, patient_barrier
-from mswift.train.hang import collective_timeout
+from mswift.train.collective import from_writer, patient_barrier
 from mswift.train.inputs import blend_of
-from mswift.train.memory import lora_config, saved_modules
 from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.prediction import prediction_line
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.train.streaming import training_stream
-from mswift.tuners.adapter import PeftAdapter
-from mswift.tuners.lora import LoraConfig
 
 
 def build_data(
@@ -127,65 +121,6 @@ def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Token
             f"(max_position_embeddings; --rope_scaling yarn --max_model_len {longest} trains it for more); pass "
             f"--max_length {spec.max_position_embeddings}"
         )
-
-
-@contextmanager
-def built_engine(
-    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, resumed: bool
-) -> Iterator[MegatronEngine]:
-    """The Megatron model on this rank, with the weights of --model and --adapters; a resumed run brings its own.
-
-    Closed when the block ends.
-    """
-    start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
-    lora, trainable_modules = _lora(config, reader, start)
-    engine_config = EngineConfig(
-        dtype=train_dtype(config, reader.dtype),
-        micro_batch_size=config.micro_batch_size,
-        cp_comm_type=config.cp_comm_type,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        sgd_momentum=config.sgd_momentum,
-        clip_grad=config.clip_grad,
-        seed=config.seed,
-        timeout_seconds=collective_timeout(config.distributed_timeout_minutes),
-        loss_fusion=config.cross_entropy_loss_fusion,
-        lora=lora,
-        trainable_modules=trainable_modules,
-        lora_b_lr_ratio=config.lorap_lr_ratio or 1.0,
-        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
-        overlap_grad_reduce=config.overlap_grad_reduce,
-        overlap_param_gather=config.overlap_param_gather,
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
-        recompute_granularity=config.recompute_granularity,
-        recompute_method=config.recompute_method,
-        recompute_num_layers=config.recompute_num_layers,
-        recompute_modules=config.recompute_modules,
-        mtp_num_layers=config.mtp_num_layers or 0,
-        mcore=config.mcore,
-    )
-    engine = MegatronEngine(reader.table, dims, engine_config, device)
-    with ended_by(engine.close, dims):
-        if not resumed or lora is not None:
-            engine.load_weights(reader, resumed=resumed)
-        if start is not None and not resumed:
-            engine.load_adapter(start)
-        yield engine
-
-
-def _lora(
-    config: TrainConfig, reader: WeightReader, start: PeftAdapter | None
-) -> tuple[LoraConfig | None, tuple[str, ...]]:
-    """What is trained beside the frozen base: (adapters, modules in full). An adapter to continue keeps its own."""
-    if config.tuner_type != "lora":
-        return None, ()
-    if start is not None:
-        return start.lora_config(reader.table, config.seed)
-    return lora_config(config, reader.table), expand_modules_to_save(reader.table, saved_modules(config))
 
 
 def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: Tokenizer, vocab_size: int) -> BatchPlan:
@@ -277,7 +212,7 @@ def print_banner(
         "parameters": "; ".join(held),
         **({"mtp": predicted} if predicted else {}),
         **_token_lines(reader),
-        "layout": dims.describe(),
+        "layout": describe_layout(config, dims),
         **_stage_lines(dims, reader.table.spec.num_layers),
         "batch": f"{config.global_batch_size} {'packs' if config.packing else 'samples'} = {microbatches}",
         "loss": _loss_line(config, data),

@@ -25,7 +25,7 @@ from mswift.converters.io.torch_dist_reader import TorchDistSource
 from mswift.converters.layout import Region
 from mswift.data.order import ORDER_VERSION
 from mswift.errors import CheckpointError, ConfigError
-from mswift.parallel.megatron.engine import SOURCE_DTYPES, MegatronEngine
+from mswift.parallel.engine import SOURCE_DTYPES, Engine
 from mswift.train.collective import agreed, barrier, gather_objects
 
 _STATE_VERSION = 2
@@ -85,7 +85,7 @@ def _owner(name: str, number: int) -> int:
     return int(writer) if writer.isdecimal() else number
 
 
-def load(engine: MegatronEngine, checkpoint: Path, rank: int, world_size: int) -> RunState:
+def load(engine: Engine, checkpoint: Path, rank: int, world_size: int) -> RunState:
     """Model, optimizer and generators out of files that `check_share` has proved.
 
     Strict both ways: CheckpointError for a tensor that is missing, and for one that no rank has a place for.
@@ -102,7 +102,7 @@ def load(engine: MegatronEngine, checkpoint: Path, rank: int, world_size: int) -
     return state
 
 
-def load_weights(engine: MegatronEngine, checkpoint: Path) -> None:
+def load_weights(engine: Engine, checkpoint: Path) -> None:
     """What a run trains (its adapters) out of a checkpoint whose other contents stay there."""
     with agreed(f"loading {checkpoint}"):
         source = TorchDistSource(checkpoint)
@@ -132,7 +132,7 @@ class _Asked:
             raise CheckpointError(f"{checkpoint}: {extra[0]} has no place in this run ({len(extra)} such tensors)")
 
 
-def engine_layout(engine: MegatronEngine) -> dict[str, int]:
+def engine_layout(engine: Engine) -> dict[str, int]:
     """The degrees that decide which rank holds what."""
     dims = engine.dims
     sizes = {"tp": dims.tp, "pp": dims.pp, "dp": dims.dp, "sequence_parallel": int(dims.sequence_parallel)}

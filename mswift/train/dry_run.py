@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mswift import rundir
+from mswift.backend_refusals import describe_layout, with_shared_sequences
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.safetensors import SAFETENSORS
@@ -19,7 +20,15 @@ from mswift.refusals import dims_of, holds_mixture, train_dtype, train_refusals
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.inputs import blend_of, input_refusals, mixture_of, model_config, open_model
-from mswift.train.memory import ACTIVATIONS, StageMemory, checkpoint_bytes, idle_parameters, stage_memory
+from mswift.train.memory import (
+    ACTIVATIONS,
+    FSDP_WEIGHTS,
+    StageMemory,
+    checkpoint_bytes,
+    fsdp_memory,
+    idle_parameters,
+    stage_memory,
+)
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 from mswift.train.sent import sent_line
@@ -37,12 +46,13 @@ def dry_run(config: TrainConfig) -> int:
     model = _weights_of(config)
     table, stored, left_out = _model(config, model)
     refusals = _refusals(config, table, stored, world_size)
+    config = with_shared_sequences(config, table.spec)
     print(f"dry run of {'sft' if isinstance(config, SftConfig) else 'pt'} on {world_size} ranks: nothing is started\n")
     rows = [*_model_rows(config, model, table, left_out), *_run_rows(config)]
     if not refusals:
         dims = dims_of(config, world_size, table.spec.num_layers)
         rows += [
-            *_layout_rows(dims, config.cp_comm_type, table.spec.num_layers),
+            *_layout_rows(config, dims, table.spec.num_layers),
             *_batch_rows(config, dims),
             *_memory_rows(config, table, stored, dims),
         ]
@@ -169,8 +179,9 @@ def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "output", f"{config.output_dir} ({start}; --resume {config.resume}), saved {every}"
 
 
-def _layout_rows(dims: ParallelDims, kind: str, num_layers: int) -> Iterator[tuple[str, str]]:
-    yield "layout", dims.describe()
+def _layout_rows(config: TrainConfig, dims: ParallelDims, num_layers: int) -> Iterator[tuple[str, str]]:
+    yield "layout", describe_layout(config, dims)
+    kind = config.cp_comm_type
     experts = {"etp": "share each expert", "ep": "share the experts"} if dims.has_expert_axes else {}
     axes = {
         "tp": "share each layer",
@@ -218,6 +229,11 @@ def _batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[tuple[str, 
 def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: ParallelDims) -> Iterator[tuple[str, str]]:
     dtype = train_dtype(config, stored)
     dtype_bytes = _DTYPE_BYTES[dtype]
+    if config.backend != "megatron":
+        yield "memory", f"{dtype}, of one rank, estimated:\n{_table([fsdp_memory(config, table, dims, dtype_bytes)])}"
+        yield "  weights", FSDP_WEIGHTS
+        yield "  activations", ACTIVATIONS
+        return
     stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]
     yield "memory", f"{dtype}, of one rank, estimated:\n{_table(stages)}"
     yield (

@@ -21,8 +21,9 @@ from mswift.parallel import device as devices
 from mswift.parallel import groups
 from mswift.train import checkpoint
 from mswift.train.batches import StepBatch, training_batch
-from mswift.train.build import batch_plan, build_data, built_engine, learning_rate, num_steps, print_banner
+from mswift.train.build import batch_plan, build_data, learning_rate, num_steps, print_banner
 from mswift.train.collective import agreed, ended_by, largest, lost_ranks_in_words
+from mswift.train.engines import built_engine
 from mswift.train.entry import enter_run_directory
 from mswift.train.flops import step_flops
 from mswift.train.hang import HangWatch, collective_timeout
@@ -230,7 +231,7 @@ def _record(
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
     frozen = run.config.tuner_type == "lora"
-    ahead = run.engine.config.mtp_num_layers
+    ahead = run.config.mtp_num_layers or 0
     squares, spec = done.batch.squared_lengths, run.reader.table.spec
     flops = step_flops(spec, tokens, squares, frozen_base=frozen, num_ahead=ahead)
     per_device = flops / done.seconds / world_size

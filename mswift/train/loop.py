@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from mswift.data.packed import Stored
-from mswift.parallel.megatron.engine import LossPart, MegatronEngine, StepResult
+from mswift.parallel.engine import Engine, LossPart, StepResult
 from mswift.train.batches import BatchPlan, StepBatch, assemble, evaluation_batches
 from mswift.train.prefetch import ahead
 from mswift.train.schedule import LearningRate
@@ -28,7 +28,7 @@ class FinishedStep:
 
 
 def train(
-    engine: MegatronEngine,
+    engine: Engine,
     batches: Iterator[StepBatch],
     schedule: LearningRate,
     first_step: int,
@@ -65,9 +65,7 @@ class Evaluation:
     """Of its channels, which are its files; empty where there is one."""
 
 
-def evaluate(
-    engine: MegatronEngine, data: Stored, plan: BatchPlan, note: Callable[[], None] = lambda: None
-) -> Evaluation:
+def evaluate(engine: Engine, data: Stored, plan: BatchPlan, note: Callable[[], None] = lambda: None) -> Evaluation:
     """Loss over all of the data; neither generators nor the data position move. `note` is called at each batch."""
     names = data.channel_names
     total, parts = LossPart(0.0, 0.0), [LossPart(0.0, 0.0)] * len(names)

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from mswift.backend_refusals import shard_size
 from mswift.config.loss import is_fused, piece_tokens
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, expand_modules_to_save
@@ -22,6 +23,10 @@ _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
 _STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each trained parameter
 _MASTER_BYTES = 4  # fp32 copy of a trained bf16 parameter
 
+FSDP_WEIGHTS = (
+    "fp32 where trained, divided by the ranks that share them, with two gathered layers and the ends of the model in "
+    "the dtype of the run; gradients and optimizer fp32, divided likewise"
+)
 ACTIVATIONS = (
     "microbatches in flight x tokens / CP x layers x (4h + 2(a + kv)d/TP + 4f/TP) x bytes, h/TP with SP; no recompute"
 )
@@ -158,6 +163,30 @@ def stage_memory(
         optimizer_bytes=math.ceil((trained - experts) * state / (dims.dp * dims.cp) + experts * state / dims.edp),
         activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),
     )
+
+
+def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int) -> StageMemory:
+    """Estimate for one rank of --backend fsdp or ddp."""
+    parts = shard_size(config, dims.world_size)
+    total = stage_parameters(table, ParallelDims(), 0)
+    lora = config.tuner_type == "lora"
+    trained = trained_parameters(config, table)
+    per_layer = (total - _ends(table)) / table.spec.num_layers
+    gathered = 2 * per_layer + _ends(table) if parts > 1 or dtype_bytes < _GRAD_BYTES else 0.0
+    held = trained * _GRAD_BYTES + (total * dtype_bytes if lora else 0)
+    return StageMemory(
+        parameters=total + trained * lora,
+        trained=trained,
+        weights_bytes=math.ceil(held / parts + gathered * dtype_bytes),
+        gradients_bytes=math.ceil(trained * _GRAD_BYTES / parts),
+        optimizer_bytes=math.ceil(trained * _STATE_BYTES[config.optimizer] / parts),
+        activations_bytes=_activations(config, table, dims, dtype_bytes, 0),
+    )
+
+
+def _ends(table: ModelTable) -> int:
+    """Elements of what is in no layer: embedding, last norm, output layer."""
+    return sum(math.prod(t.shape) for t in table.megatron.values() if not (t.rule.in_layer or t.rule.in_mtp))
 
 
 def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:

@@ -9,7 +9,7 @@ from mswift.config.train import TrainConfig
 from mswift.converters.reader import WeightReader
 from mswift.data.packed import Stored
 from mswift.data.stream import StreamDataset
-from mswift.parallel.megatron.engine import MegatronEngine
+from mswift.parallel.engine import Engine
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
 from mswift.train.hang import HangWatch
@@ -24,7 +24,7 @@ class Run:
     dims: ParallelDims
     device: torch.device
     reader: WeightReader
-    engine: MegatronEngine
+    engine: Engine
     plan: BatchPlan
     data: Stored | StreamDataset
     val_data: Stored | None

@@ -13,7 +13,7 @@ from mswift.converters.arrays import Arrays
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
 from mswift.errors import LayoutError
-from mswift.parallel.megatron.state import StateShard
+from mswift.parallel.engine import StateShard
 
 Gathered = dict[str, tuple[tuple[int, ...], list[tuple[Region, Tensor]]]]
 """Key -> (global shape, [(region, its values)]) of one rank; it pickles."""

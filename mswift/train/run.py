@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mswift.backend_refusals import with_shared_sequences
 from mswift.config.loader import to_arguments
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
@@ -60,7 +61,8 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     start = prepare(kind, config, info or RankInfo.single())
     from mswift.parallel import device
 
-    chosen = device.prepare(config.device)  # before the first import of megatron.core
+    choose = device.prepare if config.backend == "megatron" else device.choose
+    chosen = choose(config.device)  # before the first import of megatron.core
     from mswift.train.job import run_job
 
     return run_job(start, chosen)
@@ -73,4 +75,4 @@ def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:
     dims = check_train(config, reader.table.spec, info.world_size)
     for refusal in input_refusals(config, reader.table, reader.dtype):
         raise refusal
-    return Start(kind, config, info, dims, reader, point)
+    return Start(kind, with_shared_sequences(config, reader.table.spec), info, dims, reader, point)

@@ -13,7 +13,7 @@ from mswift import rundir
 from mswift.converters.io.torch_dist import ShardWriter, WrittenFile, write_index
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
-from mswift.parallel.megatron.engine import MegatronEngine, StateShard
+from mswift.parallel.engine import Engine, StateShard
 from mswift.train.checkpoint import RunState, generators
 from mswift.train.collective import agreed, gather_on_first
 from mswift.train.retention import prune
@@ -24,7 +24,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 Phase = Callable[[], None]
 
 
-def state_shards(engine: MegatronEngine, rank: int) -> Iterator[StateShard]:
+def state_shards(engine: Engine, rank: int) -> Iterator[StateShard]:
     """What this rank writes: its boxes of the model and of the optimizer's state, its generators."""
     yield from engine.model_shards()
     yield from engine.optimizer_shards()
@@ -129,7 +129,7 @@ def save_now(save: CheckpointSave) -> Path:
 
 
 def save_state(
-    engine: MegatronEngine,
+    engine: Engine,
     output_dir: Path,
     state: RunState,
     rank: int,

@@ -7,13 +7,13 @@ from typing import Any
 
 from mswift.converters.reader import WeightReader
 from mswift.data.tokenizer import Tokenizer
-from mswift.parallel.megatron.engine import EngineConfig
+from mswift.parallel.engine import EngineSettings
 from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def side_files(reader: WeightReader, config: EngineConfig, base_model: str) -> dict[str, bytes]:
+def side_files(reader: WeightReader, config: EngineSettings, base_model: str) -> dict[str, bytes]:
     """config.json, generation_config.json and tokenizer files, byte for byte; of a LoRA run adapter_config.json too.
 
     Only where a full run trains in another dtype than config.json states, its `dtype` (or `torch_dtype`) is changed.

@@ -23,7 +23,7 @@ from mswift.converters.io.strided import scatter
 from mswift.converters.layout import Piece, flatten, identity, restrict
 from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.errors import CheckpointError
-from mswift.parallel.megatron.engine import MegatronEngine, StateShard
+from mswift.parallel.engine import Engine, StateShard
 from mswift.train.collective import agreed, gather_objects
 from mswift.train.save import dtype_name, shard_bytes
 from mswift.tuners.export import STORED
@@ -109,7 +109,7 @@ class Snapshot:
     rank: int
     hf_files: Mapping[str, bytes]
 
-    def write(self, engine: MegatronEngine) -> Path:
+    def write(self, engine: Engine) -> Path:
         """Write and publish it; on a failure nothing is published and all ranks raise CheckpointError."""
         destination, partial = (
             f(self.output_dir, self.step) for f in (rundir.snapshot_dir, rundir.partial_snapshot_dir)
@@ -135,7 +135,7 @@ class Snapshot:
             raise
         return destination
 
-    def _files(self, engine: MegatronEngine, partial: Path, dtypes: Mapping[str, str]) -> ModelFiles | AdapterFile:
+    def _files(self, engine: Engine, partial: Path, dtypes: Mapping[str, str]) -> ModelFiles | AdapterFile:
         if engine.config.lora is None:
             return ModelFiles(partial, engine.table, dtypes)
         return AdapterFile(partial, engine.table, self.hf_files[CONFIG_FILE], dtypes)

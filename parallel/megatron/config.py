@@ -15,13 +15,12 @@ from mswift.config.loss import LossFusion
 from mswift.config.mcore_fields import reason_on_cpu
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
+from mswift.parallel.engine import DTYPES
 from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
 from mswift.tuners.lora import LoraConfig
 
 _ConfigT = TypeVar("_ConfigT")
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

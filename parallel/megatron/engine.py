@@ -18,28 +18,23 @@ from mswift.engine_refusals import check_four_bit_base, check_prediction, check_
 from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
-from mswift.parallel.adapters import AdapterSource, adapter_tensors, add_lora, load_adapter
+from mswift.parallel.adapters import adapter_tensors, add_lora, load_adapter
 from mswift.parallel.attention.share import Share, natural_rows
 from mswift.parallel.batch import Microbatch, RankBatch, packed_places, rank_batches
+from mswift.parallel.engine import SOURCE_DTYPES, AdapterSource, Held, LossPart, Read, StateShard, StepResult
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
-from mswift.parallel.megatron.config import DTYPES, EngineConfig, check_device, ddp_config, transformer_config
+from mswift.parallel.megatron.config import EngineConfig, check_device, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.ends import differentiate_embeddings
 from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linears, packed
-from mswift.parallel.megatron.held import Held, held_bytes
+from mswift.parallel.megatron.held import held_bytes
 from mswift.parallel.megatron.model import build_model, padded_vocab_size
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
-from mswift.parallel.megatron.schedule import LossPart, StepResult
-from mswift.parallel.megatron.state import Read, StateShard, read_range, shards_of_range
+from mswift.parallel.megatron.state import read_range, shards_of_range
 from mswift.refusals import check_context_parallel
 from mswift.topology import ParallelDims, check_experts
-
-__all__ = ["EngineConfig", "LossPart", "MegatronEngine", "Microbatch", "StateShard", "StepResult"]
-
-SOURCE_DTYPES = {**DTYPES, "F16": torch.float16}
-"""Dtypes that a checkpoint's weights may have; they are converted to the engine's."""
 
 
 class MegatronEngine:

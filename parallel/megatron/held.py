@@ -1,30 +1,11 @@
 """Bytes that this rank holds for each parameter: frozen ones have their weight and nothing else."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from mswift.parallel.engine import Held
 from mswift.parallel.megatron.four_bit import packed
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed
-
-
-class Held(NamedTuple):
-    """Elements of some parameters on this rank, and bytes of their weights, gradients and optimizer state.
-
-    State of the update rule is counted from the start, though the first update makes it.
-    """
-
-    elements: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-    def __str__(self) -> str:
-        if not self.elements:
-            return "none"
-        each = [f"{part / self.elements:.3g} {name}" for name, part in zip(self._fields[1:], self[1:], strict=True)]
-        total = sum(self[1:]) / self.elements
-        return f"{total:.3g} bytes each ({', '.join(each)})"
 
 
 def held_bytes(base: Sequence[Placed], trained: Sequence[Placed], optimizer: ShardedOptimizer) -> tuple[Held, Held]:

@@ -4,8 +4,7 @@ Shapes: b microbatch size, s padded sequence length, n context-parallel ranks, v
 tensor-parallel rank, V all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,43 +19,6 @@ from torch import Tensor, nn
 
 from mswift.parallel.batch import RankBatch, whole_rows
 from mswift.parallel.megatron.documents import documents
-
-
-class LossPart(NamedTuple):
-    """Sum of weighted losses and sum of weights over a part of the tokens."""
-
-    loss_sum: float
-    weight_sum: float
-
-    @property
-    def mean(self) -> float:
-        """Their quotient; nan without weights."""
-        return self.loss_sum / self.weight_sum if self.weight_sum else float("nan")
-
-    def plus(self, other: "LossPart") -> "LossPart":
-        """That of both parts together."""
-        return LossPart(self.loss_sum + other.loss_sum, self.weight_sum + other.weight_sum)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One finished optimizer step. `seconds`: forward_backward (with gradient reduction) and optimizer.
-
-    loss: over the global batch, the weighted sum divided by weight_sum, the sum of loss weights; num_tokens: how many
-    tokens have one; grad_norm: global, before clipping; channels: the parts of either sum by channel.
-    mtp_loss: of the multi-token-prediction layers where they are trained, the mean over them, divided by weight_sum as
-    the loss is; what is minimised is loss + mtp_loss_scaling_factor * mtp_loss.
-    updated: False where loss or grad_norm are not finite on some rank; weights and optimizer are then as before.
-    """
-
-    loss: float
-    num_tokens: int
-    weight_sum: float
-    grad_norm: float
-    updated: bool
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    mtp_loss: float | None = None
-    channels: tuple[LossPart, ...] = ()
 
 
 class LossSums(NamedTuple):

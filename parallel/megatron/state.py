@@ -1,28 +1,15 @@
 """Parameters and optimizer state of this rank as boxes of global tensors, both ways: any layout writes, any reads."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
+from mswift.parallel.engine import Read, StateShard, bytes_of
 from mswift.parallel.megatron.placement import Part, Placed
 from mswift.parallel.megatron.ranges import boxes_of_range, flat_offset
-
-Read = Callable[[str, Region, memoryview], None]
-"""Fill a buffer with the C-order bytes of a region of a named global tensor."""
-
-
-@dataclass(frozen=True)
-class StateShard:
-    """A box of a global tensor; `tensor` holds its region.num_elements elements, contiguous, of any shape."""
-
-    key: str
-    shape: tuple[int, ...]
-    region: Region
-    tensor: Tensor
 
 
 def shards_of_range(placed: Placed, flat: Tensor, start: int, stop: int, prefix: str = "") -> Iterator[StateShard]:
@@ -55,11 +42,6 @@ def read_range(
     expected = sum(_overlap(placed, part, start, stop) for part in placed.parts)
     if count != expected:
         raise CheckpointError(f"{prefix}{placed.key}: {count} elements read for {expected} of this rank")
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _boxes(placed: Placed, start: int, stop: int) -> Iterator[tuple[Part, Region]]:

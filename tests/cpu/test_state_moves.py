@@ -21,6 +21,7 @@ from mswift import rundir
 from mswift.cli.main import main
 from mswift.converters.io.torch_dist_reader import TorchDistSource
 from tests.support.commands import command, make_home, run, run_program
+from tests.support.engines import make_engine
 from tests.support.parity import random_model, random_steps
 from tests.support.ranks import join, run_ranks
 from tests.support.runs import log, tensors
@@ -37,12 +38,12 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     from torch.distributed import get_rank
 
     from mswift.converters.reader import WeightReader
-    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
+    from mswift.parallel.batch import Microbatch
     from mswift.train import checkpoint
     from mswift.train.save import save_state
 
     reader = WeightReader(payload["model"])
-    engine = MegatronEngine(reader.table, dims, EngineConfig(**payload["settings"]), device)
+    engine = make_engine(reader.table, dims, payload["settings"], device)
     if payload["start"] is None:
         engine.load_weights(reader)
     else:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tests.support.adapters import load_peft, random_adapter, short_name, trained_parameters
+from tests.support.engines import make_engine
 from tests.support.parity import Batch, model_of, random_model, random_steps, reference
 from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import assemble, gather
@@ -79,7 +80,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `mswift_run`."""
     dims, device = join(payload["world_size"], **payload["layout"])
     from mswift.converters.reader import WeightReader
-    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
+    from mswift.parallel.batch import Microbatch
     from mswift.tuners.adapter import PeftAdapter
 
     home, options = payload["home"], payload["options"]
@@ -87,10 +88,10 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     adapter = None if "lora" in options else PeftAdapter(home / "adapter")
     lora, saved = (options["lora"], ()) if adapter is None else adapter.lora_config(reader.table, seed=7)
     numbers = SETTINGS | dict(options.get("settings", {}))
-    settings = EngineConfig(lora=lora, trainable_modules=saved, dtype=options.get("dtype", "F32"), **numbers)
+    settings = {"lora": lora, "trainable_modules": saved, "dtype": options.get("dtype", "F32")} | numbers
     result: dict[str, Any] = {"gradients": {}, "optimizer": {}}
     with broken_rule(options.get("broken")):
-        engine = MegatronEngine(reader.table, dims, settings, device)
+        engine = make_engine(reader.table, dims, settings, device)
         engine.load_weights(reader, resumed="resume" in options)
         if "resume" in options:
             from torch.distributed import get_rank
@@ -102,17 +103,18 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         elif not options.get("fresh"):
             if adapter is not None:
                 engine.load_adapter(adapter)
-            _break_model(engine, options.get("broken"))
-            before = _frozen_hashes(engine)
+            if is_megatron := "backend" not in settings:
+                _break_model(engine, options.get("broken"))
+            before = _frozen_hashes(engine) if is_megatron else None
             steps = [[Microbatch(*batch) for batch in step] for step in random_steps()]
             if "documents" in options:
                 steps = [[_packed(b, number, options["documents"]) for number, b in enumerate(step)] for step in steps]
             result |= _train(engine, steps, dims.dp)
             result |= _save(engine, reader, options.get("run"))
-            result["base_untouched"] = _frozen_hashes(engine) == before
+            result["base_untouched"] = _frozen_hashes(engine) == before if is_megatron else None
         result["weights"] = gather(engine.model_shards())
         result["trainable"] = engine.trainable_parameters
-        result |= _held(engine)
+        result |= _held(engine) if "backend" not in settings else {"held": engine.held_bytes()}
         engine.close()
     return result
 
@@ -130,7 +132,7 @@ def _train(engine: Any, steps: Sequence[Sequence[Any]], dp: int) -> dict[str, An
         results.append(engine.train_step(step[engine.coordinate.dp :: dp], SETTINGS["lr"]))
         if "gradients" not in result:
             result["gradients"] = gather(engine.gradients())
-            result["replicated"] = _replicated_gradients(engine)
+            result["replicated"] = {} if isinstance(engine._trained, dict) else _replicated_gradients(engine)
     result["optimizer"] = gather(engine.optimizer_shards())
     return result | {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from tests.support.engines import make_engine
 from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import Arrays, MemoryReader, assemble, gather, to_hf, weights_of
 
@@ -130,14 +131,15 @@ def megatron_run(
 def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `megatron_run`."""
     dims, device = join(payload["world_size"], **payload["layout"])
-    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine, Microbatch
+    from mswift.parallel.batch import Microbatch
 
     steps = [[Microbatch(*batch) for batch in step] for step in payload["steps"]]
     reader = MemoryReader(payload["config"], payload["weights"])
     with broken_rule(payload["broken"]):
-        engine = MegatronEngine(reader.table, dims, EngineConfig(**payload["settings"]), device)
+        engine = make_engine(reader.table, dims, payload["settings"], device)
         engine.load_weights(reader)  # type: ignore[arg-type]
-        _break_model(engine, payload["broken"])
+        if payload["broken"] is not None:
+            _break_model(engine, payload["broken"])
         d, n = engine.coordinate.dp, dims.dp
         result: dict[str, Any] = {"logits": engine.logits(payload["steps"][0][0][0]).float().numpy()}
         result["evaluated"], _ = engine.evaluate(steps[0][d::n])
@@ -153,10 +155,15 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         result["weights"] = gather(engine.model_shards())
         result["optimizer"] = gather(engine.optimizer_shards())
         result["copies"] = {
-            p.key: p.parameter.detach().float().numpy().copy() for p in engine._base if p.key.startswith("emb")
+            p.key: p.parameter.detach().float().numpy().copy() for p in _megatron(engine) if p.key.startswith("emb")
         }
         engine.close()
     return result
+
+
+def _megatron(engine: Any) -> Any:
+    """The parameters of a Megatron engine."""
+    return [] if isinstance(engine._base, dict) else engine._base
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

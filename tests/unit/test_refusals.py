@@ -96,6 +96,12 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     (dict(lr=float("nan")), 1, "lr", ["nan"]),
     (dict(adam_beta2=1.0), 1, "adam_beta2", ["1.0"]),
     (dict(adam_eps=0.0), 1, "adam_eps", ["0.0"]),
+    (dict(backend="fsdp", fsdp_shard_size=3), 4, "fsdp_shard_size", ["3", "4 ranks"]),
+    (dict(backend="fsdp", tensor_model_parallel_size=2), 2, "backend", ["--tensor_model_parallel_size 2", "megatron"]),
+    (dict(backend="ddp", mcore={"bucket_size": 1}), 2, "backend", ["--mcore.bucket_size", "ddp"]),
+    (dict(backend="ddp", fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size 2", "cuts no parameters"]),
+    (dict(fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size belongs to"]),
+    (dict(backend="fsdp", tuner_type="lora", use_dora=True), 2, "backend", ["--use_dora true"]),
     (dict(train_iters=None), 1, "train_iters", ["length of the run is missing"]),
     (dict(train_iters=None, num_train_epochs=0.0), 1, "num_train_epochs", ["0.0"]),
     (dict(lora_rank=16), 1, "tuner_type", ["--lora_rank 16", "full"]),
@@ -297,3 +303,17 @@ def test_tensor_parallel_sizes_that_a_message_names_all_work(
     assume(kv_heads % tp or (8 * ffn_units) % tp)
     for size in _remedies(_refused(config, tp, spec), "tensor_model_parallel_size"):
         check_train(dataclasses.replace(config, tensor_model_parallel_size=int(size)), spec, int(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "levels"), [(1, "p2p", ()), (2, "a2a", ()), (4, "a2a", ()), (8, "a2a+p2p", (4, 2)), (3, "p2p", ())]
+)
+def test_ranks_that_share_sequences_exchange_heads_as_far_as_there_are(size: int, kind: str, levels: Any) -> None:
+    """The model has 4 KV heads."""
+    from mswift.backend_refusals import with_shared_sequences
+
+    config = with_shared_sequences(dataclasses.replace(FINE, sequence_parallel_size=size), SPEC)
+    found = (config.context_parallel_size, config.cp_comm_type, config.hierarchical_context_parallel_sizes)
+    assert found == (size, kind, levels)
+    both = dataclasses.replace(FINE, sequence_parallel_size=2, context_parallel_size=2)
+    assert "--sequence_parallel_size 2 stands for --context_parallel_size too" in _refused(both, 2)

@@ -1,0 +1,114 @@
+"""What the engine of transformers models (--backend fsdp, ddp) does not do, and the flags that are its alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, replace
+
+from mswift.config.train import TrainConfig
+from mswift.converters.spec import ModelSpec
+from mswift.errors import ConfigError, LayoutError
+from mswift.topology import ParallelDims, divisors
+
+_MEGATRON_ONLY = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers"),
+    *("decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout", "expert_model_parallel_size"),
+    *("expert_tensor_parallel_size", "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather"),
+    *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
+    *("use_dora", "lora_dropout", "init_weights", "target_parameters"),
+)
+_FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward")
+
+
+def with_shared_sequences(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
+    """--sequence_parallel_size as the context-parallel flags that it means for this model."""
+    size = config.sequence_parallel_size
+    if size is None:
+        return config
+    heads = spec.num_kv_heads if spec.mla is None else spec.num_attention_heads
+    exchanging = math.gcd(size, max(heads // max(config.tensor_model_parallel_size, 1), 1))
+    levels = () if exchanging in (1, size) else (exchanging, size // exchanging)
+    return replace(
+        config,
+        sequence_parallel_size=None,
+        context_parallel_size=size,
+        cp_comm_type="a2a+p2p" if levels else "p2p" if exchanging == 1 else "a2a",
+        hierarchical_context_parallel_sizes=levels,
+    )
+
+
+def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """Those that the flags alone tell."""
+    if config.sequence_parallel_size is not None:
+        for name in ("context_parallel_size", "cp_comm_type", "hierarchical_context_parallel_sizes"):
+            if _is_given(config, name):
+                yield ConfigError(
+                    f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
+                )
+    if config.backend == "megatron":
+        for name in _FSDP_ONLY:
+            if _is_given(config, name):
+                yield ConfigError(f"--{name} belongs to --backend fsdp: leave it out, or use --backend fsdp")
+        return
+    for name in _MEGATRON_ONLY:
+        if _is_given(config, name):
+            value = getattr(config, name)
+            what = f"--mcore.{next(iter(value))}" if name == "mcore" else f"--{name} {_shown(value)}"
+            yield ConfigError(f"{what} is not for --backend {config.backend}: leave it out, or use --backend megatron")
+    if config.recompute_granularity == "selective":
+        yield ConfigError(
+            f"--recompute_granularity selective is not for --backend {config.backend}: use full, or --backend megatron"
+        )
+    if config.backend == "ddp" and config.fsdp_shard_size is not None:
+        yield ConfigError(
+            f"--fsdp_shard_size {config.fsdp_shard_size}: --backend ddp cuts no parameters: leave it out, or use "
+            "--backend fsdp"
+        )
+    if config.recompute_method == "uniform" and (config.recompute_num_layers or 1) > 1:
+        yield ConfigError(
+            f"--recompute_num_layers {config.recompute_num_layers} with --recompute_method uniform: --backend "
+            f"{config.backend} computes single layers again: use 1, or --recompute_method block"
+        )
+
+
+def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> None:
+    """ConfigError for a model or a number of ranks that the engine cannot lay out."""
+    if config.backend == "megatron":
+        return
+    size = config.fsdp_shard_size
+    if size is not None and dims.world_size % size:
+        raise LayoutError(
+            f"--fsdp_shard_size {size} does not divide the {dims.world_size} ranks: it can be "
+            f"{', '.join(map(str, divisors(dims.world_size)))}"
+        )
+    if spec.mtp_layers and config.tuner_type == "full":
+        raise ConfigError(
+            f"--backend {config.backend}: transformers' model has none of the checkpoint's {len(spec.mtp_layers)} "
+            "multi-token-prediction layers, and saving it would lose them: use --backend megatron, or --tuner_type lora"
+        )
+
+
+def shard_size(config: TrainConfig, world_size: int) -> int:
+    """Ranks that share the parameters (--backend fsdp, ddp)."""
+    return 1 if config.backend == "ddp" else config.fsdp_shard_size or world_size
+
+
+def describe_layout(config: TrainConfig, dims: ParallelDims) -> str:
+    """One line; of transformers models: 8 ranks = CP 2 x DP 4, parameters cut over 4 ranks, 2 copies."""
+    if config.backend == "megatron":
+        return dims.describe()
+    size = shard_size(config, dims.world_size)
+    context = f"CP {dims.cp} x " if dims.cp > 1 else ""
+    cut = "parameters whole on each" if size == 1 else f"parameters cut over {size} ranks"
+    copies = f", {dims.world_size // size} copies" if 1 < size < dims.world_size else ""
+    return f"{dims.world_size} ranks = {context}DP {dims.dp}, transformers' model, {cut}{copies}"
+
+
+def _is_given(config: TrainConfig, name: str) -> bool:
+    field = type(config).__dataclass_fields__[name]
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return bool(getattr(config, name) != default)
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()

@@ -1,0 +1,117 @@
+"""From the flat configuration to the engine of this rank; libraries of the other engine are not imported."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mswift.backend_refusals import shard_size
+from mswift.config.train import TrainConfig
+from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.reader import WeightReader
+from mswift.parallel.engine import Engine
+from mswift.refusals import train_dtype
+from mswift.topology import ParallelDims
+from mswift.train.collective import ended_by
+from mswift.train.hang import collective_timeout
+from mswift.train.memory import lora_config, saved_modules
+from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.lora import LoraConfig
+
+
+@contextmanager
+def built_engine(
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, resumed: bool
+) -> Iterator[Engine]:
+    """The model on this rank, with the weights of --model and --adapters; a resumed run brings its own.
+
+    Closed when the block ends.
+    """
+    start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
+    lora, trainable_modules = _lora(config, reader, start)
+    make = _megatron_engine if config.backend == "megatron" else _fsdp_engine
+    engine = make(config, reader, dims, device, _shared(config, reader, lora, trainable_modules))
+    with ended_by(engine.close, dims):
+        if not resumed or lora is not None:
+            engine.load_weights(reader, resumed=resumed)
+        if start is not None and not resumed:
+            engine.load_adapter(start)
+        yield engine
+
+
+def _shared(
+    config: TrainConfig, reader: WeightReader, lora: LoraConfig | None, trainable_modules: tuple[str, ...]
+) -> dict[str, Any]:
+    """What both engines take, under the same names."""
+    return {
+        "dtype": train_dtype(config, reader.dtype),
+        "cp_comm_type": config.cp_comm_type,
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_eps": config.adam_eps,
+        "sgd_momentum": config.sgd_momentum,
+        "clip_grad": config.clip_grad,
+        "seed": config.seed,
+        "timeout_seconds": collective_timeout(config.distributed_timeout_minutes),
+        "loss_fusion": config.cross_entropy_loss_fusion,
+        "lora": lora,
+        "trainable_modules": trainable_modules,
+        "lora_b_lr_ratio": config.lorap_lr_ratio or 1.0,
+    }
+
+
+def _megatron_engine(
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, shared: dict[str, Any]
+) -> Engine:
+    from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
+
+    own = EngineConfig(
+        **shared,
+        micro_batch_size=config.micro_batch_size,
+        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        recompute_granularity=config.recompute_granularity,
+        recompute_method=config.recompute_method,
+        recompute_num_layers=config.recompute_num_layers,
+        recompute_modules=config.recompute_modules,
+        mtp_num_layers=config.mtp_num_layers or 0,
+        mcore=config.mcore,
+    )
+    return MegatronEngine(reader.table, dims, own, device)
+
+
+def _fsdp_engine(
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, shared: dict[str, Any]
+) -> Engine:
+    from mswift.parallel.fsdp.config import FsdpConfig
+    from mswift.parallel.fsdp.engine import FsdpEngine
+
+    again = 0
+    if config.recompute_granularity == "full":
+        every = config.recompute_method == "uniform"
+        again = reader.table.spec.num_layers if every else config.recompute_num_layers or 0
+    own = FsdpConfig(
+        **shared,
+        shard_size=shard_size(config, dims.world_size),
+        reshard_after_forward=config.fsdp_reshard_after_forward,
+        recompute_blocks=again,
+    )
+    return FsdpEngine(reader.table, dims, own, device)
+
+
+def _lora(
+    config: TrainConfig, reader: WeightReader, start: PeftAdapter | None
+) -> tuple[LoraConfig | None, tuple[str, ...]]:
+    """What is trained beside the frozen base: (adapters, modules in full). An adapter to continue keeps its own."""
+    if config.tuner_type != "lora":
+        return None, ()
+    if start is not None:
+        return start.lora_config(reader.table, config.seed)
+    return lora_config(config, reader.table), expand_modules_to_save(reader.table, saved_modules(config))

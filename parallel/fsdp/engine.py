@@ -1,0 +1,406 @@
+"""The engine of transformers models: parameters cut over ranks by FSDP2, sequences by the Megatron engine's attention.
+
+Shapes: b microbatch size, s padded sequence length, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from math import prod
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.layout import Region
+from mswift.converters.plan import ModelTable
+from mswift.converters.reader import WeightReader
+from mswift.errors import CheckpointError, LayoutError
+from mswift.parallel import device as devices
+from mswift.parallel import sequence
+from mswift.parallel.batch import Microbatch, RankBatch, rank_batches, whole_rows
+from mswift.parallel.engine import (
+    DTYPES,
+    SOURCE_DTYPES,
+    AdapterSource,
+    Held,
+    LossPart,
+    Read,
+    StateShard,
+    StepResult,
+)
+from mswift.parallel.fsdp.adapters import add_lora, base_name, first_values, map_adapters
+from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.model import (
+    TrainedModel,
+    allocate,
+    blocks,
+    empty_model,
+    last_microbatch,
+    recompute,
+    saved_buffers,
+    shard,
+)
+from mswift.parallel.fsdp.optimizer import Group, ShardedOptimizer, local
+from mswift.parallel.fsdp.pieces import Mapped, map_parameters, read_rows, row_regions, shards
+from mswift.topology import ParallelDims
+from mswift.tuners.shapes import promised_shapes
+
+_INNER = "inner."
+
+
+class FsdpEngine:
+    """One rank's part of a transformers model.
+
+    To be made after `mswift.parallel.groups.init`. Weights hold nothing until `load_weights` or `load_state`.
+    ConfigError for a model that transformers does not compute, or whose parameters the table does not know.
+    """
+
+    def __init__(self, table: ModelTable, dims: ParallelDims, config: FsdpConfig, device: torch.device) -> None:
+        self.table, self.dims, self.config, self.device = table, dims, config, device
+        self.rank = dist.get_rank()
+        self.coordinate = dims.coordinate(self.rank)
+        self.optimizer_step = 0
+        self._groups: list[dist.ProcessGroup] = []
+        torch.manual_seed(config.seed)
+        dtype = DTYPES[config.dtype] if config.lora is not None else torch.float32
+        inner = empty_model(table, dtype)
+        kept = saved_buffers(inner)
+        base = map_parameters({name: tuple(t.shape) for name, t in (*inner.named_parameters(), *kept.items())}, table)
+        if config.lora is not None:
+            add_lora(inner, table, config.lora, config.trainable_modules)
+            for parameter in inner.parameters():
+                if parameter.requires_grad:  # fp32 masters; computed in the dtype of the run
+                    parameter.data = parameter.data.float()
+        adapters = map_adapters(inner, table, config.lora)
+        self._base = {name: base[found] for name, _ in inner.named_parameters() if (found := base_name(name))}
+        self._buffers = {name: base[name] for name in kept}
+        self._trained = adapters if config.lora is not None else self._base
+        recompute(blocks(inner)[: config.recompute_blocks])
+        self._model = TrainedModel(inner, table.spec, config.loss_fusion)
+        self._lay_out()
+        self._parameters = {name.removeprefix(_INNER): parameter for name, parameter in self._model.named_parameters()}
+        self._kept = {name: self._model.get_buffer(_INNER + name) for name in self._buffers}
+        self._share_sequences()
+        trained = {name: self._parameters[name] for name in self._trained}
+        self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group)
+
+    def _lay_out(self) -> None:
+        """Cut the parameters over ranks; `_norm_group`: ranks with different rows, `_copies` how many have the same."""
+        config, world, kind = self.config, self.dims.world_size, self.device.type
+        size = config.shard_size
+        if world % size:
+            raise LayoutError(f"--fsdp_shard_size {size} does not divide the {world} ranks")
+        self._copies = world // size
+        mesh = DeviceMesh(kind, torch.arange(world).view(self._copies, size), mesh_dim_names=("replicate", "shard"))
+        self._groups += [mesh.get_group("replicate"), mesh.get_group("shard")]
+        self._norm_group, self._copy = mesh.get_group("shard"), self.rank // size
+        if world == 1 and config.dtype == "F32":
+            allocate(self._model, self.device)
+            return
+        used = mesh["shard"] if self._copies == 1 else mesh
+        shard(self._model, used, DTYPES[config.dtype], self.device, config.reshard_after_forward)
+
+    def _share_sequences(self) -> None:
+        """The groups of context-parallel ranks."""
+        if self.dims.cp == 1:
+            sequence.share_with(self.config.cp_comm_type, None, 1)
+            return
+        self._context = self._group("cp")
+        levels = self.dims.cp_levels
+        hierarchy = [self._group_of(members) for members in self._levels()] if levels else None
+        groups = SimpleNamespace(cp=self._context, hcp=hierarchy)
+        sequence.share_with(self.config.cp_comm_type, groups, self.dims.cp)
+
+    def _group(self, axis: str) -> dist.ProcessGroup:
+        every = {self.dims.members(axis, rank) for rank in range(self.dims.world_size)}
+        return self._group_of(sorted(every))
+
+    def _levels(self) -> Iterator[list[tuple[int, ...]]]:
+        """Members of the groups that exchange heads, and of those that pass keys on."""
+        assert self.dims.cp_levels is not None
+        inner, outer = self.dims.cp_levels
+        contexts = sorted({self.dims.members("cp", rank) for rank in range(self.dims.world_size)})
+        yield [members[n * inner : (n + 1) * inner] for members in contexts for n in range(outer)]
+        yield [members[n::inner] for members in contexts for n in range(inner)]
+
+    def _group_of(self, every: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
+        """This rank's; all ranks make all groups."""
+        mine = None
+        for members in every:
+            group = dist.new_group(list(members))
+            if self.rank in members:
+                mine = group
+                self._groups.append(group)
+        assert mine is not None
+        return mine
+
+    def _optimizer_groups(self, trained: dict[str, torch.nn.Parameter]) -> list[Group]:
+        ratio = self.config.lora_b_lr_ratio
+        found: dict[tuple[bool, float], list[str]] = {}
+        for name, mapped in self._trained.items():
+            factor = ratio if ratio != 1 and ".lora_B." in mapped.name else 1.0
+            found.setdefault((len(mapped.shape) > 1, factor), []).append(name)
+        return [Group(tuple(names), decays, factor) for (decays, factor), names in found.items()]
+
+    # -- weights
+
+    def _rows(self, name: str) -> Region:
+        """The rows of a parameter that this rank holds."""
+        parameter = self._parameters[name]
+        shape = tuple(parameter.shape)
+        if not isinstance(parameter, DTensor):
+            return Region.full(shape)
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        return row_regions(shape, offsets[0] if sizes[0] else 0, sizes[0])
+
+    @torch.no_grad()
+    def load_weights(self, reader: WeightReader, *, resumed: bool = False) -> None:
+        """Fill the base from a checkpoint: this rank's rows and no others. Adapters get their start (not if resumed).
+
+        Raises CheckpointError for another model than the engine's.
+        """
+        if reader.table.spec != self.table.spec:
+            raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self.table.spec}")
+        self._read(self._base, reader.read, lambda mapped: SOURCE_DTYPES[reader.dtype_of(mapped.key)])
+        self._read_buffers(reader.read, lambda mapped: SOURCE_DTYPES[reader.dtype_of(mapped.key)])
+        lora = self.config.lora
+        if lora is None or resumed:
+            return
+        for name, mapped in self._trained.items():
+            if name in self._base:
+                continue
+            rows, values = self._rows(name), local(self._parameters[name])
+            start = first_values(mapped.name, self.table, lora, rows.offsets[0], rows.sizes[0])
+            values.zero_() if start is None else values.copy_(start)
+
+    @torch.no_grad()
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`)."""
+        lora = self.config.lora
+        assert lora is not None
+        saved = expand_modules_to_save(self.table, self.config.trainable_modules)
+        source.check(promised_shapes(lora.own_table(self.table), replace(lora.settings, modules_to_save=saved)))
+        for name, mapped in self._trained.items():
+            rows = self._rows(name)
+            if rows.sizes[0]:
+                local(self._parameters[name]).copy_(source.read(mapped.name, rows))
+
+    @torch.no_grad()
+    def load_state(self, read: Read, optimizer_step: int) -> None:
+        """Weights (adapters only in an adapter run) and optimizer state, written by any engine at any layout.
+
+        `read` is asked for exactly the regions of this rank. The next update is number `optimizer_step` + 1.
+        """
+        self.optimizer_step = optimizer_step
+        dtype = DTYPES[self.config.dtype]
+        if self.config.lora is None:
+            self._read_buffers(read, lambda _: torch.float32)
+        for name, mapped in self._trained.items():
+            rows, shard = self._rows(name), self._optimizer.shard(name)
+            if not rows.sizes[0]:
+                continue
+            if self.config.dtype == "F32":
+                read_rows(mapped, rows, shard, read)
+            else:  # the weights are what the masters are rounded to; both are asked for, as a strict reader wants
+                read_rows(mapped, rows, torch.empty(rows.sizes, dtype=dtype), read)
+                read_rows(mapped, rows, shard, read, "optimizer.master.")
+            if optimizer_step:
+                self._optimizer.make_states(name, optimizer_step)
+                for key, values in self._optimizer.states(name):
+                    read_rows(mapped, rows, values, read, f"optimizer.{key}.")
+
+    @torch.no_grad()
+    def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
+        """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
+        self._read(self._trained, read, lambda mapped: stored(mapped.key))
+        if self.config.lora is None:
+            self._read_buffers(read, lambda mapped: stored(mapped.key))
+
+    def _read(self, parameters: dict[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
+        for name, mapped in parameters.items():
+            rows = self._rows(name)
+            if rows.sizes[0]:
+                read_rows(mapped, rows, local(self._parameters[name]), read, dtype=stored(mapped))
+
+    def _read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
+        """What the model keeps beside its parameters, whole on every rank: a router's correction."""
+        for name, mapped in self._buffers.items():
+            read_rows(mapped, Region.full(mapped.shape), self._kept[name], read, dtype=stored(mapped))
+
+    def model_shards(self) -> Iterator[StateShard]:
+        """What a checkpoint must hold of the weights: every element of the model on exactly one rank of the job.
+
+        A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
+        """
+        dtype = DTYPES[self.config.dtype]
+        for name, mapped, rows in self._answered():
+            yield from shards(mapped, rows, self._optimizer.shard(name).to(dtype))
+        if self.config.lora is None and self.rank == 0:
+            for name, mapped in self._buffers.items():
+                yield from shards(mapped, Region.full(mapped.shape), self._kept[name])
+
+    def optimizer_shards(self) -> Iterator[StateShard]:
+        """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16."""
+        for name, mapped, rows in self._answered():
+            if self.config.dtype != "F32":
+                yield from shards(mapped, rows, self._optimizer.shard(name), "optimizer.master.")
+            for key, values in self._optimizer.states(name):
+                yield from shards(mapped, rows, values, f"optimizer.{key}.")
+
+    def gradients(self) -> Iterator[StateShard]:
+        """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
+        for name, mapped, rows in self._answered():
+            gradient = self._optimizer.shard(name).grad
+            if gradient is not None:
+                yield from shards(mapped, rows, gradient, "gradient.")
+
+    def _answered(self) -> Iterator[tuple[str, Mapped, Region]]:
+        """Trained parameters and the rows of them that this rank, and no other, answers for."""
+        if self._copy:
+            return
+        for name, mapped in self._trained.items():
+            rows = self._rows(name)
+            if rows.sizes[0]:
+                yield name, mapped, rows
+
+    # -- computing
+
+    def train_step(self, microbatches: Sequence[Microbatch], lr: float, num_channels: int = 0) -> StepResult:
+        """One update from these microbatches of this data-parallel rank.
+
+        The loss is the mean over the global batch, weighted by the tokens' loss weights; all unpacked microbatches of
+        the step have one length, on all ranks. With `num_channels` they have `channels`, numbers below it.
+        """
+        started = time.perf_counter()
+        self._optimizer.forget_gradients()
+        batches = rank_batches(microbatches, self.dims, self.coordinate.cp)
+        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
+        weight_sum = self._sum([weights])[0]
+        sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            with last_microbatch(self._model, number == len(batches) - 1):
+                found = self._forward(batch, num_channels)
+                (found[0] / weight_sum if weight_sum else found[0] * float("nan")).backward()
+            sums += found.detach().double()
+        count = sum(int(torch.count_nonzero(batch.loss_weights)) for batch in batches)
+        totals, channels = self._totals([float(sums[0]), count], sums[1:].tolist(), batches)
+        loss = totals[0] / weight_sum if weight_sum else float("nan")
+        devices.synchronize(self.device)
+        computed = time.perf_counter()
+        grad_norm, updated = self._optimizer.step(lr, lambda norm: self._all_finite(loss, norm))
+        devices.synchronize(self.device)
+        self.optimizer_step += updated
+        seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
+        return StepResult(loss, int(totals[1]), weight_sum, grad_norm, updated, seconds, None, channels)
+
+    @torch.no_grad()
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], num_channels: int = 0
+    ) -> tuple[LossPart, tuple[LossPart, ...]]:
+        """Loss over the global batch, and the parts of it by channel; touches no state of the training."""
+        batches = rank_batches(microbatches, self.dims, self.coordinate.cp)
+        weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
+        sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            sums += self._forward(batch, num_channels).double()
+        totals, channels = self._totals([float(sums[0]), weights], sums[1:].tolist(), batches)
+        return LossPart(*totals), channels
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype."""
+        batch = rank_batches([Microbatch(tokens, tokens, torch.zeros_like(tokens))], self.dims, self.coordinate.cp)[0]
+        mine = self._model(batch.tokens.to(self.device), self._positions(batch))
+        parts = [mine]
+        if self.dims.cp > 1:
+            parts = [torch.empty_like(mine) for _ in range(self.dims.cp)]
+            dist.all_gather(parts, mine.contiguous(), group=self._context)
+        return whole_rows(parts, tokens.shape[1])
+
+    def _forward(self, batch: RankBatch, num_channels: int) -> Tensor:
+        channels = None
+        if num_channels:
+            assert batch.channels is not None
+            channels = batch.channels.to(self.device)
+        tensors = (batch.labels.to(self.device), batch.loss_weights.to(self.device))
+        out: Tensor = self._model(
+            batch.tokens.to(self.device), self._positions(batch), *tensors, channels, num_channels
+        )
+        return out
+
+    def _positions(self, batch: RankBatch) -> Tensor:
+        sequence.attending(batch.documents)
+        return sequence.document_positions(batch.documents, batch.seq_length, self.coordinate.cp, self.device)
+
+    def _totals(
+        self, values: Sequence[float], by_channel: Sequence[float], batches: Sequence[RankBatch]
+    ) -> tuple[list[float], tuple[LossPart, ...]]:
+        """Sums over the global batch, of values and of losses by channel, these with their weights."""
+        num_channels = len(by_channel)
+        weights = torch.zeros(num_channels, dtype=torch.float64)
+        for batch in batches if num_channels else ():
+            assert batch.channels is not None
+            flat = batch.loss_weights.flatten().double().cpu()
+            weights += torch.bincount(batch.channels.flatten().cpu(), flat, minlength=num_channels)
+        found = self._sum([*values, *by_channel, *weights.tolist()])
+        apart = found[len(values) :]
+        return found[: len(values)], tuple(map(LossPart, apart[:num_channels], apart[num_channels:]))
+
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks: each holds positions of its own."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def _all_finite(self, *values: float) -> bool:
+        finite = torch.tensor(all(map(math.isfinite, values)), dtype=torch.int32, device=self.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    # -- sizes
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Elements of the global model, adapters not counted, tied embeddings once."""
+        return sum(prod(tensor.shape) for tensor in self.table.megatron.values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Elements that the whole job trains."""
+        return sum(prod(mapped.shape) for mapped in self._trained.values())
+
+    def held_bytes(self) -> tuple[Held, Held]:
+        """What this rank holds for its (frozen, trained) parameters."""
+        frozen = [p for name, p in self._parameters.items() if name not in self._trained]
+        trained = [self._parameters[name] for name in self._trained]
+        return _held(frozen, 0), _held(trained, self._optimizer.bytes_per_element)
+
+    def close(self) -> None:
+        """Let go of the model and of the groups; the engine is of no use afterwards."""
+        sequence.share_with("p2p", None, 1)
+        sequence.attending(None)
+        self._parameters, self._base, self._trained, self._kept = {}, {}, {}, {}
+        del self._model, self._optimizer
+        for group in self._groups:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        self._groups = []
+
+
+def _held(parameters: Sequence[Tensor], state_bytes: int) -> Held:
+    mine = [local(parameter) for parameter in parameters]
+    elements = sum(each.numel() for each in mine)
+    weights = sum(each.numel() * each.element_size() for each in mine)
+    gradients = weights if state_bytes else 0
+    return Held(elements, weights, gradients, elements * state_bytes)

@@ -1,0 +1,195 @@
+"""A transformers model as it is trained: without memory first, its blocks sharded one after the other, with our loss.
+
+Shapes: b rows, s positions of this rank, h hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from mswift.config.loss import LossFusion, is_fused
+from mswift.converters.plan import ModelTable
+from mswift.converters.spec import ModelSpec
+from mswift.errors import ConfigError
+from mswift.parallel import sequence
+from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy, scaled_logits
+from mswift.parallel.loss import vocab_parallel_cross_entropy
+
+
+class _Alone:
+    """A process group of this rank alone, for losses over a vocabulary that is not cut."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+_ALONE: Any = _Alone()
+
+
+class TrainedModel(nn.Module):
+    """transformers' causal language model `inner`; called, it gives sums of weighted losses, or logits."""
+
+    def __init__(self, inner: nn.Module, spec: ModelSpec, fusion: LossFusion) -> None:
+        super().__init__()
+        self.inner, self._spec, self._fusion = inner, spec, fusion
+
+    @property
+    def decoder(self) -> nn.Module:
+        """All but the output layer."""
+        return self.inner.base_model  # type: ignore[no-any-return, return-value]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        channels: Tensor | None = None,
+        num_channels: int = 0,
+    ) -> Tensor:
+        """tokens, labels int64 [b, s], loss_weights [b, s], positions [1, s] -> [1 + channels], sums over the rows.
+
+        Only the first carries a gradient. Without labels: logits [b, s, V].
+        """
+        hidden = self.decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        head = self.inner.get_output_embeddings()  # type: ignore[operator]
+        spec = self._spec
+        if labels is None:
+            return scaled_logits(head(hidden), spec.logit_divisor, spec.logit_softcap)
+        assert loss_weights is not None
+        if is_fused(self._fusion, labels.numel()) and getattr(head, "bias", None) is None and _is_plain(head):
+            layer = OutputLayer(spec.vocab_size, 0, _ALONE, divisor=spec.logit_divisor, softcap=spec.logit_softcap)
+            total, losses = fused_linear_cross_entropy(hidden, head.weight, labels, loss_weights, layer)
+        else:
+            logits = scaled_logits(head(hidden), spec.logit_divisor, spec.logit_softcap)
+            losses = vocab_parallel_cross_entropy(logits, labels, first_row=0, vocab_size=spec.vocab_size, group=_ALONE)
+            total = (losses * loss_weights).sum()
+        if not num_channels:
+            return total.unsqueeze(0)
+        assert channels is not None
+        apart = losses.detach() * loss_weights
+        return torch.stack([total, *(torch.where(channels == n, apart, 0.0).sum() for n in range(num_channels))])
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether an output layer is nothing but its weight."""
+    return type(head) is nn.Linear
+
+
+def empty_model(table: ModelTable, dtype: torch.dtype) -> nn.Module:
+    """The model of a config.json without memory for its parameters; buffers have their values.
+
+    ConfigError for a model that transformers does not know, or that needs code of its own.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sequence.register()
+    content = dict(table.config)
+    model_type = content.pop("model_type")
+    for name in ("architectures", "auto_map", "quantization_config", "dtype", "torch_dtype"):
+        content.pop(name, None)
+    try:
+        config = AutoConfig.for_model(model_type, **content)
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=sequence.NAME)
+        model.tie_weights()
+        return model.train()  # type: ignore[no-any-return]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--backend fsdp: transformers cannot make a model of type {model_type!r}: {first}; use --backend megatron"
+        ) from error
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint holds, by name, made fp32."""
+    found = {}
+    for prefix, owner in model.named_modules():
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                owner._buffers[name] = buffer.float()
+                found[f"{prefix}.{name}" if prefix else name] = owner._buffers[name]
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: what is gathered, and computed again, at a time."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ConfigError(
+            f"--backend fsdp: {type(model).__name__} does not name its layers (_no_split_modules), by which it would "
+            "be sharded: use --backend megatron"
+        )
+    return found
+
+
+def recompute(layers: list[nn.Module]) -> None:
+    """Keep the inputs of these blocks only; what is inside is computed again in the backward pass."""
+    for layer in layers:
+        plain = layer.forward
+
+        def again(*args: Any, _plain: Any = plain, **options: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return _plain(*args, **options)
+            return checkpoint(_plain, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+        layer.forward = again  # type: ignore[method-assign]
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory for the parameters of a module (and below) that have none yet; those that are one stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is None or parameter.device.type != "meta":
+                continue
+            if id(parameter) not in made:
+                values = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            owner._parameters[name] = made[id(parameter)]
+    for owner in module.modules():
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(device)
+
+
+def shard(model: TrainedModel, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, reshard: bool) -> None:
+    """Cut every parameter over the last axis of `mesh`, block by block: memory for one whole block at a time.
+
+    Computes in `dtype` and sums gradients in fp32. reshard: blocks are let go of after forward, and gathered again.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = blocks(model.inner)
+    for layer in layers:
+        allocate(layer, device)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    allocate(model, device)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are divided by the sum of weights of all ranks
+            if mesh.device_type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def last_microbatch(model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Gradients are summed over ranks in the last microbatch of a step only."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    yield

@@ -1,0 +1,65 @@
+"""--backend fsdp and ddp, through the command: 6 steps = 3 + 3 bit for bit, and runs that change their engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mswift import rundir
+from tests.support.commands import command, make_home, mswift, run
+from tests.support.runs import log, tensors
+
+AGAIN = ["--recompute_granularity", "full", "--recompute_method", "uniform", "--recompute_num_layers", "1"]
+CASES: dict[str, tuple[str, list[str]]] = {
+    "cut, packed": ("sft", ["--backend", "fsdp", "--nproc_per_node", "2", "--packing", "--packing_length", "128"]),
+    "ring": ("pt", ["--backend", "fsdp", "--nproc_per_node", "2", "--sequence_parallel_size", "2",
+                    "--cross_entropy_loss_fusion", "true"]),
+    "lora, one process": ("sft", ["--backend", "ddp", "--tuner_type", "lora"]),
+    "copies, bfloat16": ("sft", ["--backend", "ddp", "--nproc_per_node", "2", "--torch_dtype", "bfloat16", *AGAIN]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, case: str) -> None:
+    kind, flags = CASES[case]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert "transformers' model" in run(command(home, kind, whole, "--train_iters", "6", *flags))
+    run(command(home, kind, halves, "--train_iters", "3", *flags))
+    assert "continuing after step 3" in run(command(home, kind, halves, "--train_iters", "6", *flags))
+    assert log(halves) == log(whole)
+    assert tensors(halves / "checkpoint-6") == tensors(whole / "checkpoint-6")
+
+
+MEGATRON = ["--nproc_per_node", "2", "--tensor_model_parallel_size", "2", "--sequence_parallel"]
+FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("tuner", [[], ["--tuner_type", "lora"]], ids=["full", "lora"])
+def test_runs_that_change_their_engine_go_on_as_if_they_had_not(home: Path, tmp_path: Path, tuner: Any) -> None:
+    losses = {}
+    for name, first, second in (("stays", MEGATRON, MEGATRON), ("to", MEGATRON, FSDP), ("from", FSDP, MEGATRON)):
+        output = tmp_path / name
+        run(command(home, "sft", output, "--train_iters", "3", *first, *tuner))
+        run(command(home, "sft", output, "--train_iters", "6", *second, *tuner))
+        losses[name] = [row["loss"] for row in rundir.read_metrics(output)]
+    assert losses["to"] == pytest.approx(losses["stays"], rel=1e-5)
+    assert losses["from"] == pytest.approx(losses["stays"], rel=1e-5)
+
+
+def test_the_export_of_a_run_is_transformers_model(home: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run(command(home, "sft", tmp_path / "run", "--train_iters", "2", "--save_hf_steps", "2", *FSDP))
+    mswift("export", "--model", tmp_path / "run", "--output_dir", tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    snapshot = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf-2").state_dict()
+    assert exported.keys() == snapshot.keys()
+    assert all(torch.equal(exported[name], snapshot[name]) for name in exported)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"

@@ -15,7 +15,7 @@ _MEGATRON_ONLY = (
     *("decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout", "expert_model_parallel_size"),
     *("expert_tensor_parallel_size", "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather"),
     *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
-    *("use_dora", "lora_dropout", "init_weights", "target_parameters"),
+    *("init_weights", "target_parameters"),
 )
 _FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward")
 

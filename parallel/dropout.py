@@ -17,6 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mswift.parallel.attention.share import Share, natural_rows
+from mswift.parallel.batch import Microbatch, RankBatch, packed_places
+from mswift.topology import Coordinate, ParallelDims
+
 
 @dataclass(frozen=True)
 class BatchPlace:
@@ -46,11 +50,11 @@ def at(place: BatchPlace | None) -> Iterator[None]:
 
 
 @contextmanager
-def counted(chunks: Sequence[nn.Module], places: Sequence[BatchPlace]) -> Iterator[None]:
-    """Within: the n-th forward pass of each model chunk is that of places[n]; no places: nothing is dropped."""
+def counted(chunks: Sequence[nn.Module], where: Sequence[BatchPlace]) -> Iterator[None]:
+    """Within: the n-th forward pass of each model chunk is that of where[n]; none: nothing is dropped."""
     hooks = []
-    for chunk in chunks if places else ():
-        left = iter(places)
+    for chunk in chunks if where else ():
+        left = iter(where)
         hooks.append(chunk.register_forward_pre_hook(lambda *_, left=left: _enter(next(left))))
         hooks.append(chunk.register_forward_hook(lambda *_: _enter(None)))
     try:
@@ -59,6 +63,25 @@ def counted(chunks: Sequence[nn.Module], places: Sequence[BatchPlace]) -> Iterat
         for hook in hooks:
             hook.remove()
         _place.set(None)
+
+
+def places(
+    microbatches: Sequence[Microbatch],
+    batches: Sequence[RankBatch],
+    dims: ParallelDims,
+    here: Coordinate,
+    seed: int,
+    step: int,
+) -> list[BatchPlace]:
+    """Of every microbatch of a step on the rank `here`; `batches` are its parts of them."""
+    if batches[0].documents is not None:
+        where = [packed_places(batch, dims, here.cp, batches[0].seq_length) for batch in microbatches]
+        return [BatchPlace(seed, step, rows[:, None], of_tokens) for rows, of_tokens in where]
+    size = len(batches[0].tokens)
+    share = Share((batches[0].seq_length,), (here.cp,), dims.cp)
+    positions = natural_rows(share, torch.device("cpu")) if dims.cp > 1 else None
+    first = [(number * dims.dp + here.dp) * size for number in range(len(batches))]
+    return [BatchPlace(seed, step, torch.arange(row, row + size), positions) for row in first]
 
 
 def _enter(place: BatchPlace | None) -> None:

@@ -9,21 +9,20 @@ from torch import Tensor, nn
 from mswift.converters.adapters import SAVABLE, expand_modules_to_save, trained_name
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
+from mswift.parallel.dropout import dropped
 from mswift.parallel.fsdp.pieces import Mapped, whole
 from mswift.tuners.init import kaiming_uniform
 from mswift.tuners.lora import Adapted, LoraConfig, adapted
 from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
 
 _NAME = "default"  # under which PEFT keeps an adapter
-_MATRICES = {"lora_A": "lora_A", "lora_B": "lora_B"}
+_MATRICES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 def check_lora(config: LoraConfig) -> None:
     """ConfigError for adapters that this engine does not train."""
     settings = config.settings
     for flag, is_on in {
-        "use_dora": settings.dora,
-        "lora_dropout": settings.dropout > 0,
         f"init_weights {settings.init}": settings.init != "true",
         "target_parameters": bool(settings.target_parameters),
     }.items():
@@ -37,12 +36,29 @@ def add_lora(model: nn.Module, table: ModelTable, config: LoraConfig, modules_to
     from peft import inject_adapter_in_model
 
     check_lora(config)
+    probability = config.settings.dropout
     content = json.loads(adapter_files(table, config.settings, (), None)[CONFIG_FILE]) | {"inference_mode": False}
     model.requires_grad_(False)
     inject_adapter_in_model(PeftLoraConfig(**content), model, adapter_name=_NAME, low_cpu_mem_usage=True)
+    for name, module in model.named_modules():
+        if probability and hasattr(module, "lora_dropout"):
+            module.lora_dropout[_NAME] = CountedDropout(name, probability)
     parameters = dict(model.named_parameters())
     for leaf in expand_modules_to_save(table, modules_to_save):
         parameters[trained_name(table, SAVABLE[leaf])].requires_grad_(True)
+
+
+class CountedDropout(nn.Module):
+    """In place of PEFT's: drops what the Megatron engine drops, at any layout. x [b, s, i]."""
+
+    def __init__(self, name: str, probability: float) -> None:
+        super().__init__()
+        self._name, self._probability = name, probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `mswift.parallel.dropout.dropped`."""
+        rows = dropped(x.transpose(0, 1), self._name, self._probability, first_token=0, first_feature=0)
+        return rows.transpose(0, 1)
 
 
 def base_name(name: str) -> str | None:
@@ -61,17 +77,25 @@ def map_adapters(model: nn.Module, table: ModelTable, config: LoraConfig | None)
         if not parameter.requires_grad:
             continue
         stored = name.replace(f".{_NAME}.", ".") if base_name(name) is None else name
+        stored = stored.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
         found[name] = whole(stored, f"adapter.{stored}", tuple(parameter.shape))
     return found
 
 
-def first_values(name: str, table: ModelTable, config: LoraConfig, first: int, count: int) -> Tensor | None:
-    """Rows of a fresh A, by PEFT's name; of a fresh B None: zeros. KeyError for a module in full."""
-    own: Mapping[str, Adapted] = adapted(config.own_table(table), config)
-    for adapter in own.values():
-        if name == adapter.name_b:
-            return None
-        if name == adapter.name_a:
-            start = kaiming_uniform(config.seed, name, count, adapter.in_features, first)
-            return torch.from_numpy(start)
-    raise KeyError(name)
+def first_values(name: str, adapter: Adapted, weight: Tensor, first: int, count: int, seed: int) -> Tensor:
+    """Rows `first` .. of a fresh tensor of an adapter, by PEFT's name. weight: the same rows of the adapted linear's.
+
+    B is zero, magnitudes are the lengths of the weight's rows.
+    """
+    if name == adapter.name_a:
+        return torch.from_numpy(kaiming_uniform(seed, name, count, adapter.in_features, first))
+    if name == adapter.name_b:
+        return torch.zeros(count, adapter.rank)
+    assert name == adapter.name_magnitude
+    return torch.linalg.vector_norm(weight.float(), dim=1)
+
+
+def adapters_of(table: ModelTable, config: LoraConfig) -> Mapping[str, Adapted]:
+    """PEFT's name of each tensor of the adapters -> its adapter."""
+    own = adapted(config.own_table(table), config).values()
+    return {name: each for each in own for name in (each.name_a, each.name_b, each.name_magnitude)}

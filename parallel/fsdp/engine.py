@@ -23,7 +23,7 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError, LayoutError
 from mswift.parallel import device as devices
-from mswift.parallel import sequence
+from mswift.parallel import dropout, sequence
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches, whole_rows
 from mswift.parallel.engine import (
     DTYPES,
@@ -35,7 +35,7 @@ from mswift.parallel.engine import (
     StateShard,
     StepResult,
 )
-from mswift.parallel.fsdp.adapters import add_lora, base_name, first_values, map_adapters
+from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.model import (
     TrainedModel,
@@ -145,7 +145,7 @@ class FsdpEngine:
         ratio = self.config.lora_b_lr_ratio
         found: dict[tuple[bool, float], list[str]] = {}
         for name, mapped in self._trained.items():
-            factor = ratio if ratio != 1 and ".lora_B." in mapped.name else 1.0
+            factor = ratio if ratio != 1 and ".lora_A." not in mapped.name and ".lora_" in mapped.name else 1.0
             found.setdefault((len(mapped.shape) > 1, factor), []).append(name)
         return [Group(tuple(names), decays, factor) for (decays, factor), names in found.items()]
 
@@ -177,12 +177,15 @@ class FsdpEngine:
         lora = self.config.lora
         if lora is None or resumed:
             return
+        of = adapters_of(self.table, lora)
+        weights = {mapped.name: name for name, mapped in self._base.items()}
         for name, mapped in self._trained.items():
-            if name in self._base:
+            rows = self._rows(name)
+            if mapped.name not in of or not rows.sizes[0]:  # a module in full
                 continue
-            rows, values = self._rows(name), local(self._parameters[name])
-            start = first_values(mapped.name, self.table, lora, rows.offsets[0], rows.sizes[0])
-            values.zero_() if start is None else values.copy_(start)
+            weight = local(self._parameters[weights[f"{of[mapped.name].name}.weight"]])
+            start = first_values(mapped.name, of[mapped.name], weight, rows.offsets[0], rows.sizes[0], lora.seed)
+            local(self._parameters[name]).copy_(start)
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
@@ -288,8 +291,13 @@ class FsdpEngine:
         weights = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
         weight_sum = self._sum([weights])[0]
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self.device)
+        places: list[dropout.BatchPlace] = []
+        if self.config.lora is not None and self.config.lora.settings.dropout:
+            seed, done = self.config.seed, self.optimizer_step
+            places = dropout.places(microbatches, batches, self.dims, self.coordinate, seed, done)
         for number, batch in enumerate(batches):
-            with last_microbatch(self._model, number == len(batches) - 1):
+            where = dropout.at(places[number] if places else None)
+            with where, last_microbatch(self._model, number == len(batches) - 1):
                 found = self._forward(batch, num_channels)
                 (found[0] / weight_sum if weight_sum else found[0] * float("nan")).backward()
             sums += found.detach().double()

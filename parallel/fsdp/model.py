@@ -17,6 +17,7 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel import sequence
+from mswift.parallel.dropout import remembered
 from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy, scaled_logits
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 
@@ -142,7 +143,8 @@ def recompute(layers: list[nn.Module]) -> None:
         def again(*args: Any, _plain: Any = plain, **options: Any) -> Any:
             if not torch.is_grad_enabled():
                 return _plain(*args, **options)
-            return checkpoint(_plain, *args, use_reentrant=False, preserve_rng_state=False, **options)
+            kept = remembered(_plain)
+            return checkpoint(kept, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
         layer.forward = again  # type: ignore[method-assign]
 

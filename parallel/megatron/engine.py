@@ -19,8 +19,7 @@ from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
 from mswift.parallel.adapters import adapter_tensors, add_lora, load_adapter
-from mswift.parallel.attention.share import Share, natural_rows
-from mswift.parallel.batch import Microbatch, RankBatch, packed_places, rank_batches
+from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
 from mswift.parallel.engine import SOURCE_DTYPES, AdapterSource, Held, LossPart, Read, StateShard, StepResult
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
@@ -235,15 +234,7 @@ class MegatronEngine:
         """Which rows of the global batch these are, for adapters with dropout; [] where there is none."""
         if self.config.lora is None or not self.config.lora.settings.dropout:
             return []
-        seed, step = self.config.seed, self.optimizer_step
-        if batches[0].documents is not None:
-            where = [packed_places(b, self.dims, self.coordinate.cp, batches[0].seq_length) for b in microbatches]
-            return [dropout.BatchPlace(seed, step, rows[:, None], places) for rows, places in where]
-        size, cp = len(batches[0].tokens), self.dims.cp
-        share = Share((batches[0].seq_length,), (self.coordinate.cp,), cp)
-        positions = natural_rows(share, torch.device("cpu")) if cp > 1 else None
-        first = [(m * self.dims.dp + self.coordinate.dp) * size for m in range(len(batches))]
-        return [dropout.BatchPlace(seed, step, torch.arange(row, row + size), positions) for row in first]
+        return dropout.places(microbatches, batches, self.dims, self.coordinate, self.config.seed, self.optimizer_step)
 
     @property
     def _reports(self) -> bool:

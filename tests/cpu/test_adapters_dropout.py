@@ -103,6 +103,15 @@ def test_every_layout_drops_the_same_elements(truth: dict[str, Any], one: dict[s
     assert {n: d for n, d in differences(found, one, ALL).items() if not d <= OF_LAYOUTS} == {}
 
 
+FSDP: dict[str, Any] = {"backend": "fsdp", "shard_size": 2}
+
+
+@pytest.mark.parametrize("degrees", [{}, {"cp": 2}])
+def test_transformers_model_drops_the_same_elements(truth: dict[str, Any], degrees: dict[str, Any]) -> None:
+    found = mswift_run(truth["home"], 2, degrees, settings=FSDP | {"recompute_blocks": 2 if degrees else 0})
+    assert {n: d for n, d in differences(found, truth, ALL).items() if not d <= TOLERANCE} == {}
+
+
 DOCUMENTS = (7, 1, 16)
 
 

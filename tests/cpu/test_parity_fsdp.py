@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from mswift.tuners.lora import LoraConfig
+from tests.support.adapters import table_of
 from tests.support.family_configs import FAMILY_CONFIGS, REMOTE_CODE, family_config
 from tests.support.lora_parity import mswift_run, peft_run
 from tests.support.parity import (
@@ -202,6 +204,19 @@ def test_lora_equals_peft(peft: dict[str, Any], world_size: int, dims: Any, sett
     found = mswift_run(peft["home"], world_size, dims, settings={"backend": "fsdp"} | settings)
     assert found["trainable"] == peft["trainable"]
     assert worst(found, peft, 1e-5, (*WHAT, "momentum_buffer")) == {}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_dora_equals_peft(tmp_path: Path, world_size: int) -> None:
+    wanted = peft_run(tmp_path, "qwen2", TARGETS, dora=True)
+    found = mswift_run(tmp_path, world_size, {}, settings={"backend": "fsdp", "shard_size": world_size})
+    assert worst(found, wanted, 1e-5) == {}
+    lora = LoraConfig.for_table(table_of(tmp_path / "model"), rank=4, alpha=8, target_modules=TARGETS, dora=True)
+    ours, theirs = (
+        mswift_run(tmp_path, n, {}, lora=lora, fresh=True, settings=own)["weights"]
+        for n, own in ((world_size, {"backend": "fsdp", "shard_size": world_size}), (1, {}))
+    )
+    assert worst({"weights": ours}, {"weights": theirs}, 1e-6, ("weights",)) == {}
 
 
 def test_fresh_adapters_start_as_the_megatron_engine_starts_them(peft: dict[str, Any], tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ BUDGET_SECONDS = {
     "system/test_doctor": 80,
     "system/test_convert": 100,
     "system/test_infer": 70,
+    "system/test_eval": 80,
     "system/test_slurm": 240,
     "system/test_preflight": 35,
     "system": 120,

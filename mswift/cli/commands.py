@@ -84,6 +84,13 @@ COMMANDS = {
         run="mswift.infer.run:main",
         example='mswift infer --model Qwen3-0.6B --adapters Qwen3-0.6B-adapter --prompt "Who are you?"',
     ),
+    "eval": Command(
+        summary="score a model on local files, or compare the scores of two",
+        config="mswift.config.eval:EvalConfig",
+        run="mswift.eval.run:main",
+        example="mswift eval --model Qwen3-0.6B --eval_dataset arc=arc_challenge.jsonl humaneval=HumanEval.jsonl.gz "
+        "--eval_output_dir runs/eval",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from mswift.cli.main import main
 from mswift.cli.options import parse
 from mswift.config.loader import recipe_command
 from mswift.converters.plan import table_for
+from mswift.eval.catalog import TASKS
 from mswift.refusals import dims_of
 from mswift.train.memory import stage_memory
 
@@ -51,7 +52,7 @@ TABLE = {
         (3.74, 7.48, 0.18, 32.38),
     ),
 }  # fmt: skip
-RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem not in TABLE)
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem not in TABLE and path.stem != "eval")
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
     "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -114,3 +115,10 @@ def test_a_model_file_is_for_dry_runs_only(tmp_path: Path, capsys: pytest.Captur
     flags = ["--model", str(model), "--dataset", str(tmp_path / "rows.jsonl"), "--train_iters", "1"]
     assert main(["sft", *flags, "--output_dir", str(tmp_path / "run")]) == 2
     assert "is a file; --model takes a model directory on this machine" in capsys.readouterr().err
+
+
+def test_the_recipe_of_evaluation(tmp_path: Path) -> None:
+    recipe = CONFIGS / "eval.yaml"
+    assert "mswift eval configs/eval.yaml " in recipe.read_text()
+    config = parse(load(COMMANDS["eval"].config), [str(recipe), "--model", str(tmp_path)])
+    assert {given.partition("=")[0] for given in config.eval_dataset} <= TASKS.keys()

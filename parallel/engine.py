@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mswift.config.loss import LossFusion
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
@@ -94,15 +95,31 @@ class Held(NamedTuple):
         return f"{total:.3g} bytes each ({', '.join(each)})"
 
 
-class EngineSettings(Protocol):
-    """What the loop reads of an engine's configuration."""
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How an engine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
 
-    @property
-    def dtype(self) -> Literal["F32", "BF16"]: ...
-    @property
-    def lora(self) -> LoraConfig | None: ...
-    @property
-    def trainable_modules(self) -> tuple[str, ...]: ...
+    `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
+    turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
+    (and of magnitudes) over that of A. Collectives fail after `timeout_seconds`.
+    """
+
+    dtype: Literal["F32", "BF16"] = "F32"
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-5
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    clip_grad: float = 1.0
+    seed: int = 42
+    timeout_seconds: float = 1800.0
+    loss_fusion: LossFusion = "auto"
+    lora: LoraConfig | None = None
+    trainable_modules: tuple[str, ...] = ()
+    lora_b_lr_ratio: float = 1.0
 
 
 class AdapterSource(Protocol):

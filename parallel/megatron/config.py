@@ -11,46 +11,26 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mswift.config.loss import LossFusion
 from mswift.config.mcore_fields import reason_on_cpu
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
-from mswift.parallel.engine import DTYPES
+from mswift.parallel.engine import DTYPES, EngineSettings
 from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
-from mswift.tuners.lora import LoraConfig
 
 _ConfigT = TypeVar("_ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a MegatronEngine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
+class EngineConfig(EngineSettings):
+    """How a MegatronEngine computes and updates.
 
-    `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
-    turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
-    (and of magnitudes) over that of A. `four_bit_base`: how bitsandbytes keeps the base of `lora`. mcore: fields of
-    megatron-core's own configurations (`mswift.config.mcore`). Collectives of megatron-core's groups fail after
-    `timeout_seconds`. mtp_num_layers: all multi-token-prediction layers of the model, to train them; 0: they stay.
+    `four_bit_base`: how bitsandbytes keeps the base of `lora`. mcore: fields of megatron-core's own configurations
+    (`mswift.config.mcore`). mtp_num_layers: all multi-token-prediction layers of the model, to train them; 0: they
+    stay.
     """
 
-    dtype: Literal["F32", "BF16"] = "F32"
     micro_batch_size: int = 1
-    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 1e-5
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    sgd_momentum: float = 0.9
-    clip_grad: float = 1.0
-    seed: int = 42
-    timeout_seconds: float = 1800.0
-    loss_fusion: LossFusion = "auto"
-    lora: LoraConfig | None = None
-    trainable_modules: tuple[str, ...] = ()
-    lora_b_lr_ratio: float = 1.0
     four_bit_base: Literal["nf4", "fp4"] | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

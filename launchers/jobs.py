@@ -17,7 +17,7 @@ from mswift.launchers.preflight import EXPECTED, Expected, write
 from mswift.launchers.slurm import SlurmJob
 from mswift.launchers.survive import END, LIMITS, STARTS, Limits
 
-JOBS, RECIPE = "jobs.json", "recipe.yaml"
+JOBS, RECIPE = rundir.JOBS, "recipe.yaml"
 _PATIENCE_SECONDS = 60
 _GONE = "Invalid job id"
 _LOG_LINES = 60

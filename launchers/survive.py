@@ -102,7 +102,7 @@ def begin(run_dir: Path) -> int:
         return DONE if end["verdict"] == "done" else GIVEN_UP
     (launch / preflight.REFUSED).unlink(missing_ok=True)
     newest, restart = _newest(run_dir), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if (limit := reached(_starts(launch), restart, newest, _limits(launch))) is not None:
+    if (limit := reached(rundir.read_objects(launch / STARTS), restart, newest, _limits(launch))) is not None:
         return _say(launch, limit)
     start = {
         "time": time.time(),
@@ -111,8 +111,11 @@ def begin(run_dir: Path) -> int:
         "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
         "newest": newest,
     }
-    with (launch / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    try:
+        rundir.append_object(launch / STARTS, start)
+    except OSError as error:
+        why = f"{launch} cannot be written ({error.strerror}): make it writable or free some space; submit again"
+        return _say(launch, Verdict("stop", why))
     return 0
 
 
@@ -120,19 +123,18 @@ def end(run_dir: Path, status: int) -> int:
     """Judge, say it, note a last word; 0 done, AGAIN or GIVEN_UP."""
     launch = run_dir / rundir.LAUNCH
     refused = preflight.read_refusals(launch)
-    return _say(launch, judge(status, _starts(launch), _newest(run_dir), _limits(launch), refused))
+    starts = rundir.read_objects(launch / STARTS)
+    return _say(launch, judge(status, starts, _newest(run_dir), _limits(launch), refused))
 
 
 def _say(launch: Path, verdict: Verdict) -> int:
     print(f"mswift launch: {verdict.verdict}: {verdict.why}", flush=True)
     if verdict.verdict != "again":
-        rundir.write_json(launch / END, {"verdict": verdict.verdict, "why": verdict.why})
+        try:
+            rundir.write_json(launch / END, {"verdict": verdict.verdict, "why": verdict.why})
+        except OSError as error:
+            print(f"mswift launch: {launch / END} cannot be written ({error.strerror})", flush=True)
     return {"done": 0, "again": AGAIN, "stop": GIVEN_UP}[verdict.verdict]
-
-
-def _starts(launch: Path) -> list[dict[str, Any]]:
-    path = launch / STARTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _limits(launch: Path) -> Limits:

@@ -1,19 +1,19 @@
 """run.jsonl of a run directory: its starts, saves and stops, from which its goodput follows. No torch.
 
 One object a line, `event` and `time` (seconds since 1970) in each:
-    start   step it begins after, last_step, world_size, host, pid, SLURM job and restart; repeated_steps and
-            repeated_seconds: work of the start before that is done again; last_activity: when that one last wrote
+    start   step it begins after, last_step, world_size, host, pid, SLURM job and restart; starting_seconds from the
+            start of the process until it could begin; repeated_steps and repeated_seconds: work of the start before
+            that is done again; last_activity: when that one last wrote
     save    step, seconds that the steps waited
     stop    step, reason: finished, the name of a signal, or the first line of an error
 A start that was killed has no stop.
 """
 
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Ledger:
         metrics = self._path.with_name(rundir.METRICS)
         last_activity = metrics.stat().st_mtime if metrics.is_file() else None
         repeated = rundir.truncate_metrics(self._path.parent, step)
+        began = psutil.Process().create_time()
         slurm = {"slurm_job": "SLURM_JOB_ID", "slurm_restart": "SLURM_RESTART_COUNT"}
         self._add(
             "start",
@@ -48,7 +49,8 @@ class Ledger:
             repeated_steps=len(repeated),
             repeated_seconds=sum(row.get("step_seconds", 0.0) for row in repeated),
             last_activity=last_activity,
-            time=psutil.Process().create_time(),
+            starting_seconds=time.time() - began,
+            time=began,
         )
 
     def saved(self, step: int, seconds: float) -> None:
@@ -70,48 +72,41 @@ class Ledger:
             raise
 
     def _add(self, event: str, **values: Any) -> None:
-        line = json.dumps({"event": event, "time": time.time(), **values}) + "\n"
-        try:
-            with self._path.open("a+b") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        line = "\n" + line  # after a line that a kill left torn
-                file.write(line.encode())
-        except OSError:
-            pass  # what needs the disk says so
+        with suppress(OSError):  # what needs the disk says so
+            rundir.append_object(self._path, {"event": event, "time": time.time(), **values})
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the time of a run went, in seconds: steps that count, saves, steps done twice, the rest of `up`."""
+    """Where the time of a run went, in seconds: steps that count, saves, steps done twice, starts, the rest of `up`."""
 
     up: float
     steps: float
     saves: float
     repeated: float
+    starting: float
+    wall: float
+    """Since the first start: `up`, and what it was down in between."""
 
     @property
     def share(self) -> float:
         """Of the time in which the run was up, that of steps that count."""
         return self.steps / self.up if self.up > 0 else 0.0
 
+    @property
+    def wall_share(self) -> float:
+        """The same of all time since the first start."""
+        return self.steps / self.wall if self.wall > 0 else 0.0
+
 
 def read_events(output_dir: Path) -> list[dict[str, Any]]:
     """The objects of run.jsonl; torn lines (killed writers) are left out."""
-    path, events = output_dir / rundir.LEDGER, []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and {"event", "time"} <= event.keys():
-            events.append(event)
-    return events
+    found = rundir.read_objects(output_dir / rundir.LEDGER)
+    return [event for event in found if {"event", "time"} <= event.keys()]
 
 
 def goodput(events: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], last_seen: float) -> Goodput:
-    """Of all starts together; the time between a stop and the next start does not count.
+    """Of all starts together; the time between a stop and the next start counts in `wall` alone.
 
     rows: of metrics.jsonl; last_seen: when the newest start was last known to work.
     """
@@ -123,14 +118,19 @@ def goodput(events: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], la
                 up += max(0.0, ended - began)
             began = ended = event["time"]
         elif event["event"] == "stop" and began is not None:
-            up, began = up + event["time"] - began, None
+            ended = event["time"]
+            up, began = up + ended - began, None
         else:
             ended = event["time"]
     if began is not None:
         up += max(0.0, last_seen - began)
+        ended = max(ended, last_seen)
+    starts = [event for event in events if event["event"] == "start"]
     return Goodput(
         up,
         sum(row.get("step_seconds", 0.0) for row in rows),
         sum(event["seconds"] for event in events if event["event"] == "save"),
-        sum(event.get("repeated_seconds", 0.0) for event in events if event["event"] == "start"),
+        sum(start.get("repeated_seconds", 0.0) for start in starts),
+        sum(start.get("starting_seconds", 0.0) for start in starts),
+        ended - starts[0]["time"] if starts else 0.0,
     )

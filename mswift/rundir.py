@@ -40,6 +40,7 @@ STATE = "run.json"
 HF_FILES = "hf"
 LOCK = ".lock"
 LAUNCH = "launch"
+JOBS = "jobs.json"
 _COMMIT_VERSION = 2
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -126,6 +127,30 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def append_object(path: Path, value: Mapping[str, Any]) -> None:
+    """One more line of JSON; on a line of its own also after one that a kill or a full disk left torn."""
+    line = json.dumps(value) + "\n"
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects of lines of JSON; torn lines are left out, a missing file has none."""
+    objects = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
 
 
 def commit(directory: Path, destination: Path, files: Mapping[str, FileRecord]) -> None:

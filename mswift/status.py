@@ -13,6 +13,7 @@ from mswift import rank_words, rundir
 from mswift.config.status import StatusConfig
 from mswift.errors import ConfigError
 from mswift.ledger import FINISHED, Goodput, goodput, read_events
+from mswift.run_lock import holder_in_words
 
 State = Literal["running", "finished", "stopped", "failed", "killed", "not started"]
 _NEWEST = 20
@@ -97,21 +98,12 @@ def _holder(output_dir: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _in_words(file.read(4096))
+                return holder_in_words(file.read(4096)) or "just started"
             except OSError:
                 return None  # a file system without locks
     except OSError:
         pass
     return None
-
-
-def _in_words(content: bytes) -> str:
-    try:
-        holder = json.loads(content)
-        job = f", SLURM job {holder['slurm_job']}" if "slurm_job" in holder else ""
-        return f"pid {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
-    except (ValueError, TypeError, KeyError):
-        return "just started"
 
 
 def _notes(output_dir: Path) -> Iterator[str]:
@@ -140,12 +132,16 @@ def main(config: StatusConfig) -> int:
     """Print what `mswift status` knows; exit status 0 for a run that is running or finished, 1 for any other."""
     status = read_status(Path(config.run_dir))
     if config.json:
-        print(json.dumps(asdict(status) | {"goodput": asdict(status.goodput) | {"share": status.goodput.share}}))
+        print(json.dumps(asdict(status) | {"goodput": _goodput(status.goodput)}))
     else:
         width = 12
         for name, text in _lines(status):
             print(f"{name:{width}}{text}")
     return 0 if status.state in ("running", "finished") else 1
+
+
+def _goodput(found: Goodput) -> dict[str, float]:
+    return asdict(found) | {"share": found.share, "wall_share": found.wall_share}
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
@@ -170,8 +166,12 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "starts", f"{status.starts}{again}"
         good = status.goodput
         parts = [f"{good.share:.1%}: of {good.up:,.1f} s up, {good.steps:,.1f} s were steps that count"]
-        parts += [f"{good.saves:,.1f} s saving", f"{good.repeated:,.1f} s done again"]
-        yield "goodput", ", ".join(parts)
+        parts += [
+            f"{good.saves:,.1f} s saving",
+            f"{good.repeated:,.1f} s done again",
+            f"{good.starting:,.1f} s starting",
+        ]
+        yield "goodput", ", ".join(parts) + f"; {good.wall_share:.1%} of the {good.wall:,.1f} s since it began"
     for note in status.notes:
         yield "look at", note
 

@@ -1,9 +1,10 @@
 """torchrun with an exit status that means something: starts the ranks, hands them our signals, reports how they ended.
 
 Differences from `python -m torch.distributed.run`: SIGINT, SIGTERM and SIGUSR1 go to the ranks and nothing else
-happens, so that they can save (torchrun would kill them 30 s later); a second SIGINT kills them. When a rank fails, the
-others have some seconds to end in their own words, of which one may be the cause. The status is that of the rank that
-failed first, and 2 when any rank found the command wrong.
+happens, so that they can save (torchrun would kill them 30 s later); a second SIGINT kills them. A SIGUSR1 that comes
+before they listen waits for them; one that comes after their end is nobody's. When a rank fails, the others have some
+seconds to end in their own words, of which one may be the cause. The status is that of the rank that failed first, and
+2 when any rank found the command wrong.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     logs, rest = None, list(argv)
     if rest[0] == "--rank_logs":
         logs, rest = RankLogs(Path(rest[1])), rest[2:]
+    _let_ranks_be_told()
     try:
         _run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *rest]), logs)
     except ChildFailedError as error:
@@ -81,15 +83,37 @@ def _let_ranks_speak() -> None:
     api.SubprocessContext.close = patiently  # type: ignore[method-assign, assignment]
 
 
+def _let_ranks_be_told() -> None:
+    """Ranks begin with SIGUSR1 blocked, so that one waits until they listen (mswift.train.signals)."""
+    start = api.SubprocessContext._start
+
+    def blocked(self: api.SubprocessContext) -> None:
+        global _began
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        try:
+            start(self)
+            _began = True
+            if _told_early:
+                _hand_on(signal.SIGUSR1, None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    api.SubprocessContext._start = blocked  # type: ignore[method-assign]
+
+
 _interrupts = 0
+_began = _told_early = False
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    """Send signal `number` to every rank; end at once while there is none yet."""
-    global _interrupts
+    """Send signal `number` to every rank; before there are any, end at once, or (SIGUSR1) do it later."""
+    global _interrupts, _told_early
+    if not _began:
+        if number != signal.SIGUSR1:
+            sys.exit(128 + number)
+        _told_early = True
+        return
     ranks = psutil.Process().children()
-    if not ranks:
-        sys.exit(128 + number)
     _interrupts += number == signal.SIGINT
     for rank in ranks:
         rank.send_signal(signal.SIGKILL if _interrupts > 1 else number)

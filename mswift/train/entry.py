@@ -13,6 +13,7 @@ from mswift.train.resume import ResumePoint, starting_point
 from mswift.train.retention import remove_remains, set_aside
 from mswift.train.run import Start, prepare
 
+_OWN_PAST_SECONDS = 30.0  # for which ranks that hang go on after they have noticed
 _GONE_SECONDS = 120.0  # network file systems cache a listing for up to a minute
 
 
@@ -24,7 +25,8 @@ def enter_run_directory(start: Start, stack: ExitStack) -> Start:
     output_dir = Path(start.config.output_dir)
     with agreed(f"opening {output_dir}"):
         if start.info.rank == 0:
-            stack.enter_context(locked(output_dir))
+            own_past = start.config.distributed_timeout_minutes * 60 + _OWN_PAST_SECONDS
+            stack.enter_context(locked(output_dir, own_past))
             remove_remains(output_dir)
             if starting_point(start.config) != start.point:
                 raise ConfigError(f"--output_dir {output_dir}: another run has just saved there; start again")

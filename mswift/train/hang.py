@@ -1,6 +1,7 @@
 """A rank that no longer moves: noticed by a thread in every rank, named from what all ranks write down then.
 
-output_dir/hang-<start of the run>/rank-<r>.txt    where rank r was (one line of JSON), then the stacks of its threads
+output_dir/hang-<start of the run>/rank-<r>.txt     where rank r was (one line of JSON), then the stacks of its threads
+output_dir/hang-<start of the run>/flight-rank-<r>  its newest collectives, as torch's flight recorder has them
 """
 
 import faulthandler
@@ -15,7 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from mswift.ledger import Ledger
 from mswift.train.collective import gather_objects
 
 _FEWEST_POLLS = 20
@@ -81,18 +87,23 @@ class HangWatch:
     def _report(self, poll: float) -> None:
         """Write where this rank is, see what the others wrote, say who is hung, end the process."""
         write_position(self._folder, self._position())
+        write_flight_record(self._folder, self._rank)
         time.sleep(3 * poll + 2)  # the others see the folder
         if self._ended.is_set():
             return
         found = read_positions(self._folder, self._world_size)
         if min(position.rank for position in found) == self._rank:
+            what = (
+                f"no progress for {self.seconds:.0f} s (--distributed_timeout_minutes {self.seconds / 60:g}): "
+                f"{blame(found, self._world_size)}"
+            )
             text = (
-                f"mswift: no progress for {self.seconds:.0f} s (--distributed_timeout_minutes "
-                f"{self.seconds / 60:g}): {blame(found, self._world_size)}. The stacks of {len(found)} of "
-                f"{self._world_size} ranks are in {self._folder}/rank-N.txt. What was saved is safe: the same command "
-                "continues from the newest checkpoint"
+                f"mswift: {what}. The stacks of {len(found)} of {self._world_size} ranks are in "
+                f"{self._folder}/rank-N.txt, their collectives beside them (flight-rank-N). What was saved "
+                "is safe: the same command continues from the newest checkpoint"
             )
             print(text, file=sys.stderr, flush=True)
+            Ledger(self._output_dir).stop(self._place[0], what)
         else:
             time.sleep(1)  # the message comes before the launcher ends the others
         os._exit(_EXIT_STATUS)
@@ -116,6 +127,19 @@ def write_position(folder: Path, position: Position) -> None:
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
     temporary.replace(path)
+
+
+def write_flight_record(folder: Path, rank: int) -> None:
+    """The collectives that torch's flight recorder holds; TORCH_FR_BUFFER_SIZE says how many (0: none).
+
+    NCCL: the pickle that torchfrtrace reads. gloo, of which torchfrtrace knows no groups: JSON, in which a collective
+    that is still under way is not `retired`.
+    """
+    c10d: Any = torch._C._distributed_c10d
+    if dist.get_backend() == "nccl":
+        (folder / f"flight-rank-{rank}").write_bytes(c10d._dump_nccl_trace())
+    else:
+        (folder / f"flight-rank-{rank}.json").write_bytes(c10d._dump_fr_trace_json())
 
 
 def read_positions(folder: Path, world_size: int) -> list[Position]:

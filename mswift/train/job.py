@@ -167,7 +167,7 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
     stopped_by, step = 0, first_step
     ledger = Ledger(run.output_dir)
     failing = ledger.failing(lambda: step) if run.rank == 0 else nullcontext()
-    with watching(watchers), failing, closing(batches):
+    with watching(watchers), failing, lost_ranks_in_words(), closing(batches):
         for done in steps:
             step = done.step
             if not not_finite.check(done):

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end: noted when they come, agreed by all ranks after the step."""
+"""SIGTERM and SIGUSR1 ask a run to save and end: noted when they come, agreed by all ranks after the step.
+
+Under an agent a rank begins with SIGUSR1 blocked (mswift.parallel.agent): one that came meanwhile is noted at once.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -22,11 +25,16 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """While inside, the signals are noted in place of ending the process. For the main thread."""
+    """While inside, the signals are noted in place of ending the process. For the main thread.
+
+    Afterwards they are ignored unless they had a handler of Python's before: nothing is left to save, and a signal that
+    comes while the process ends would make a failure of it.
+    """
     request = StopRequest()
     previous = {number: signal.signal(number, request._note) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield request
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if callable(handler) else signal.SIG_IGN)

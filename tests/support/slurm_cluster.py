@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: slurmctld and two slurmd, each node with its own network, host name and processes.
+"""A real SLURM on this machine: slurmctld and some slurmd, each node with its own network, host name and processes.
 
 Needs root, network namespaces and Debian's packages (tests/support/install_slurm.sh). Everything lies in one folder.
 Several stand side by side: each takes a place, which is a bridge, a network, a port and the names of its nodes' spaces.
@@ -59,20 +59,20 @@ SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sc
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeAddr={network}.11 Port=17100 CPUs=64 RealMemory=16000 Gres=gpu:8
-NodeName=n2 NodeAddr={network}.12 Port=17100 CPUs=64 RealMemory=16000 Gres=gpu:8
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 CGROUP_V1 = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n"
-NODES = ("n1", "n2")
+NODE = "NodeName={name} NodeAddr={address} Port=17100 CPUs=64 RealMemory=16000 Gres=gpu:8"
 
 
 class Cluster:
-    """Up while inside `with`; `environ` is what its clients need."""
+    """Nodes n1, n2, ..., up while inside `with`; `environ` is what its clients need."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, num_nodes: int = 2) -> None:
         self.home = home
+        self.nodes = tuple(f"n{number}" for number in range(1, num_nodes + 1))
         self.environ = {**os.environ, "SLURM_CONF": str(home / "slurm.conf")}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
@@ -87,11 +87,9 @@ class Cluster:
             )))  # fmt: skip
             self._wait(lambda: (self.home / "munge" / "sock").exists(), "munged")
             self._start(*self._with_hosts(), "exec slurmctld -D -i")
-            for node in NODES:
+            for node in self.nodes:
                 self.start_node(node)
-            self._wait(
-                lambda: self.client("sinfo", "-hN", "-t", "idle", "-p", "main").count("\n") == 2, "two idle nodes"
-            )
+            self.wait_for_nodes()
         except BaseException:
             self.__exit__()
             raise
@@ -150,6 +148,26 @@ class Cluster:
         """The node dies: every process in it, at once."""
         self._slurmds[node].kill()
 
+    def wait_for_nodes(self) -> None:
+        """Until all nodes are idle."""
+        listed = ("sinfo", "-hN", "-t", "idle", "-p", "main")
+        self._wait(lambda: self.client(*listed).count("\n") == len(self.nodes), "idle nodes")
+
+    def cut(self, node: str) -> None:
+        """The node's network cable is out; the node goes on by itself."""
+        subprocess.run(["ip", "link", "set", self.space(node), "down"], check=True, timeout=20)
+
+    def heal(self, node: str) -> None:
+        """The cable is in again."""
+        subprocess.run(["ip", "link", "set", self.space(node), "up"], check=True, timeout=20)
+
+    def mend(self) -> None:
+        """All nodes are there, and reach each other."""
+        for node in self.nodes:
+            self.heal(node)
+            if self._slurmds[node].poll() is not None:
+                self.start_node(node)
+
     def processes(self, node: str, words: str) -> list[int]:
         """Processes (numbers on this machine) of a node whose command line holds `words`."""
         found, marks = [], {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.environ['SLURM_CONF']}".encode()}
@@ -185,19 +203,24 @@ class Cluster:
         key.chmod(0o600)
         host = platform.node()
         network = self._network
-        names = [f"127.0.0.1 localhost\n{network}.1 {host}", *(f"{network}.{11 + i} {n}" for i, n in enumerate(NODES))]
+        addresses = {node: f"{network}.{11 + number}" for number, node in enumerate(self.nodes)}
+        names = ["127.0.0.1 localhost", f"{network}.1 {host}"]
+        names += [f"{address} {node}" for node, address in addresses.items()]
         (self.home / "hosts").write_text("\n".join(names) + "\n")
         lines = Path("/etc/nsswitch.conf").read_text().splitlines()
         files_only = ["hosts: files" if line.startswith("hosts:") else line for line in lines]
         (self.home / "nsswitch.conf").write_text("\n".join(files_only) + "\n")
         for number in range(8):
             os.mknod(self.home / "dev" / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
-        (self.home / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.home}/dev/gpu[0-7]\n")
+        (self.home / "gres.conf").write_text(
+            f"NodeName={','.join(self.nodes)} Name=gpu File={self.home}/dev/gpu[0-7]\n"
+        )
         (self.home / "plugstack.conf").write_text("")
         v1 = Path("/sys/fs/cgroup/freezer").is_dir()
         (self.home / "cgroup.conf").write_text(CGROUP_V1 if v1 else "")
         proctrack = "cgroup" if v1 else "linuxproc"
-        ids = {"port": 16917 + self.place, "first_job": 1 + 10_000 * self.place}
+        ids: dict[str, object] = {"port": 16917 + self.place, "first_job": 1 + 10_000 * self.place}
+        ids["nodes"] = "\n".join(NODE.format(name=name, address=address) for name, address in addresses.items())
         conf = CONF.format(host=host, home=self.home, network=network, proctrack=proctrack, **ids)
         (self.home / "slurm.conf").write_text(conf)
 
@@ -217,7 +240,7 @@ class Cluster:
         pytest.fail(f"{NUM_PLACES} test clusters are up already")
 
     def _remove_network(self) -> None:
-        for node in NODES:
+        for node in self.nodes:
             subprocess.run(["ip", "netns", "del", self.space(node)], capture_output=True, check=False)
             subprocess.run(["ip", "link", "del", self.space(node)], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True, check=False)
@@ -229,7 +252,7 @@ class Cluster:
         ip("link", "add", self._bridge, "type", "bridge")
         ip("addr", "add", f"{self._network}.1/24", "dev", self._bridge)
         ip("link", "set", self._bridge, "up")
-        for number, node in enumerate(NODES):
+        for number, node in enumerate(self.nodes):
             space = self.space(node)
             ip("netns", "add", space)
             ip("link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)

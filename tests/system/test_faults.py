@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from mswift import rundir
+from mswift.ledger import read_events
+from mswift.status import read_status
 from tests.support.commands import command, make_home
 from tests.support.family_configs import family_config
 from tests.support.forks import Forge
@@ -217,12 +219,21 @@ def test_a_hung_rank_is_named_with_the_stacks(forge: Forge, home: Path, tmp_path
     assert why.format(pid=job.pids[1]) in text
     (folder,) = output.glob("hang-*")
     assert f"{folder}/rank-N.txt" in text
-    written = {path.name: path.read_text() for path in folder.iterdir()}
+    written = {path.name: path.read_text() for path in folder.glob("rank-*")}
     assert sorted(written) == (["rank-0.txt", "rank-1.txt"] if what == "sleep" else ["rank-0.txt"])
+    assert sorted(path.name for path in folder.glob("flight-*")) == [
+        f"flight-{Path(name).stem}.json" for name in sorted(written)
+    ]
     assert "train_step" in written["rank-0.txt"]
     if what == "sleep":
         assert "reading data" in text
         assert "faults.py" in written["rank-1.txt"]
+        records = [json.loads((folder / f"flight-rank-{rank}.json").read_bytes()) for rank in range(2)]
+        under_way = [[entry for entry in record["entries"] if not entry["retired"]] for record in records]
+        assert [len(entries) for entries in under_way] == [1, 0]  # rank 0 waits for a rank that reads data
+        assert under_way[0][0]["profiling_name"].startswith("gloo:")
+    assert read_events(output)[-1]["reason"].startswith("no progress for 3 s")
+    assert read_status(output).state == "failed"
 
 
 # -- full disks

@@ -135,6 +135,41 @@ def test_the_refusal_says_who_holds_the_lock(tmp_path: Path) -> None:
             run_lock.locked(tmp_path).__enter__()
 
 
+def test_an_earlier_start_of_the_same_job_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its nodes may be cut off, where its ranks work on; anybody else is refused."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    holder = threading.Event()
+
+    def hold() -> None:
+        with run_lock.locked(tmp_path):
+            holder.set()
+            ended.wait()
+
+    for job, restart, chain, waits in (("7", "1", [], True), ("7", "0", [], False), ("8", "0", [], False),
+                                       ("8", "0", ["7", "8"], True)):  # fmt: skip
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        (tmp_path / rundir.LAUNCH).mkdir(exist_ok=True)
+        rundir.write_json(tmp_path / rundir.LAUNCH / rundir.JOBS, {"jobs": chain})
+        ended, thread = threading.Event(), threading.Thread(target=hold)
+        holder.clear()
+        thread.start()
+        holder.wait()
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        if waits:
+            threading.Timer(run_lock._PATIENCE_SECONDS + 0.5, ended.set).start()
+            with run_lock.locked(tmp_path, 60):
+                assert f"earlier start of this job to end: pid {os.getpid()} on" in capsys.readouterr().out
+        else:
+            with pytest.raises(ConfigError, match="another run is writing there now"):
+                run_lock.locked(tmp_path, 60).__enter__()
+            ended.set()
+        thread.join()
+
+
 def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
     """The partner of the lock: kill -9 of its holder gives it back at once."""
     program = (

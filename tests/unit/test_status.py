@@ -127,16 +127,19 @@ def test_an_error_is_the_reason_of_the_stop(tmp_path: Path) -> None:
 def test_goodput_by_hand() -> None:
     """Killed at 130, back at 200, stopped at 300, back at 400, seen at 450: up 30 + 100 + 50 of 350 seconds."""
     events = [
-        {"event": "start", "time": 100.0},
+        {"event": "start", "time": 100.0, "starting_seconds": 11.0},
         {"event": "save", "time": 120.0, "seconds": 3.0},
         {"event": "start", "time": 200.0, "last_activity": 130.0, "repeated_seconds": 8.0},
         {"event": "save", "time": 280.0, "seconds": 4.0},
         {"event": "stop", "time": 300.0, "reason": "SIGTERM"},
-        {"event": "start", "time": 400.0, "last_activity": 299.0, "repeated_seconds": 0.0},
+        {"event": "start", "time": 400.0, "last_activity": 299.0, "starting_seconds": 12.0},
     ]
     found = goodput(events, [row(step, 9.0) for step in range(1, 17)], 450.0)
     assert (found.up, found.steps, found.saves, found.repeated) == (180.0, 144.0, 7.0, 8.0)
-    assert found.share == 0.8
+    assert (found.starting, found.wall) == (23.0, 350.0)
+    assert (found.share, found.wall_share) == (0.8, 144 / 350)
+    assert goodput(events[:-1], [], 999.0).wall == 200.0  # a run that has stopped is not seen any more
+    assert goodput([], [], 450.0).wall_share == 0.0
 
 
 def test_notes(tmp_path: Path) -> None:

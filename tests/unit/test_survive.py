@@ -107,3 +107,22 @@ def test_slurms_own_restarts_are_capped(run: Path, monkeypatch: pytest.MonkeyPat
         checkpoint(run, restart)
     assert start(run, 4, monkeypatch) == GIVEN_UP
     assert "all that --max_restarts 3 allows" in json.loads((run / "launch" / END).read_text())["why"]
+
+
+def test_a_disk_that_is_full_and_a_line_that_it_left_torn(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder in place of the file that cannot be written."""
+    launch = run / rundir.LAUNCH
+    assert start(run, 0, monkeypatch) == 0
+    with (launch / STARTS).open("ab") as file:
+        file.write(b'{"time": 1, "jo')
+    assert start(run, 1, monkeypatch) == 0
+    assert [found["restart"] for found in rundir.read_objects(launch / STARTS)] == [0, 1]
+    (launch / STARTS).unlink()
+    (launch / STARTS).mkdir()
+    (launch / f"{END}.tmp").mkdir()
+    assert start(run, 1, monkeypatch) == GIVEN_UP
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"mswift launch: stop: {launch} cannot be written (Is a directory): make it writable or")
+    assert second == f"mswift launch: {launch / END} cannot be written (Is a directory)"

@@ -28,9 +28,9 @@ class EvalConfig:
     """eval_url: the model's name there. Default: the only one that it serves."""
 
     # -- what is asked
-    eval_backend: Literal["native", "lm_eval"] = "native"
+    eval_backend: Literal["native", "lm_eval", "evalscope", "opencompass"] = "native"
     """native reads the files of eval_dataset itself. lm_eval: tasks of lm-evaluation-harness on the same files, or
-    any that its own data is here for."""
+    any that its own data is here for. evalscope and opencompass: their data sets, against eval_url."""
     eval_dataset: tuple[str, ...] = ()
     """TASK=FILE, several. Native tasks: arc mmlu choices gsm8k bbh match text humaneval ifeval toolbench bfcl.
     Other backends: their own names; lm_eval also takes NAME=FILE."""
@@ -70,4 +70,5 @@ class EvalConfig:
     compare: tuple[str, ...] = ()
     """Two output directories: writes comparison.md, .json and .png into eval_output_dir, and evaluates nothing."""
     eval_args: tuple[str, ...] = ()
-    """NAME=VALUE for the other backends. lm_eval: arguments of its evaluator (model=hf: it loads the model itself)."""
+    """NAME=VALUE for the other backends. lm_eval: arguments of its evaluator (model=hf: it loads the model itself);
+    evalscope: fields of its TaskConfig; opencompass: flags of its command."""

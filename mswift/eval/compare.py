@@ -48,6 +48,8 @@ def compare(first: Path, second: Path, output: Path, seed: int) -> str:
 
 
 def _check_same(first: TaskResult, second: TaskResult, one: Path, other: Path) -> None:
+    if not (first.samples and second.samples):
+        raise ConfigError(f"--compare: {first.name} was reported without its rows, which a comparison needs")
     ids = [[(sample["id"], sample.get("prompt_sha256")) for sample in result.samples] for result in (first, second)]
     if ids[0] != ids[1]:
         differ = sum(a != b for a, b in zip(*ids, strict=False)) + abs(len(ids[0]) - len(ids[1]))

@@ -11,6 +11,7 @@ from mswift.errors import ConfigError
 from mswift.eval import documents, results
 from mswift.eval.model import EvalModel, encode
 from mswift.eval.results import TaskResult, prompt_sha256
+from mswift.eval.server import arguments_of
 from mswift.eval.statistics import Metric
 from mswift.eval.task import Settings
 
@@ -38,7 +39,7 @@ def evaluate(config: EvalConfig, settings: Settings) -> tuple[list[TaskResult], 
     files = dict(_dataset(given) for given in config.eval_dataset)
     examples = dict(_dataset(given) for given in config.fewshot_dataset)
     specs = [_spec(name, file, examples.get(name), manager, folder) for name, file in files.items()]
-    arguments = _arguments(config)
+    arguments = arguments_of(config)
     with _opened(config, arguments) as (model, about):
         found = _run(lm_eval.simple_evaluate, config, arguments, model, specs, manager)
     task_results = [
@@ -121,20 +122,6 @@ def _rows(name: str, file: Path, written: Path) -> str:
     docs = reader(file) if reader else [doc for _, doc in documents.json_lines(file)]
     written.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
     return str(written.absolute())
-
-
-def _arguments(config: EvalConfig) -> dict[str, Any]:
-    """--eval_args as lm-eval's arguments: numbers, true and false as such."""
-    arguments: dict[str, Any] = {}
-    for given in config.eval_args:
-        name, equals, value = given.partition("=")
-        if not equals:
-            raise ConfigError(f"--eval_args {given}: write NAME=VALUE")
-        try:
-            arguments[name] = json.loads(value)
-        except ValueError:
-            arguments[name] = value
-    return arguments
 
 
 class _opened:

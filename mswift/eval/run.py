@@ -19,6 +19,8 @@ from mswift.infer.request import Engine, Sampling
 
 _OTHERS = {
     "lm_eval": "mswift.eval.lm_eval_backend",
+    "evalscope": "mswift.eval.evalscope_backend",
+    "opencompass": "mswift.eval.opencompass_backend",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from mswift.errors import ConfigError
 from mswift.infer.request import Completion, FinishReason, Piece, Request, Sampling, Score, TokenLogprob, TokenPair
 
-_KEY = "OPENAI_API_KEY"
+KEY = "OPENAI_API_KEY"
 _SECONDS = 600
 _DEFAULTS = Sampling()
 
@@ -115,7 +115,7 @@ class UrlEngine:
 
     def _call(self, route: str, body: bytes | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(_KEY):
+        if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/{route}", data=body, headers=headers)
         try:
@@ -123,7 +123,7 @@ class UrlEngine:
                 return cast(dict[str, Any], json.load(response))
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
-            hint = f"; its key goes into the variable {_KEY}" if error.code == 401 else ""
+            hint = f"; its key goes into the variable {KEY}" if error.code == 401 else ""
             raise ConfigError(f"{self.url}/{route}: {error.code} {' '.join(said.split())[:300]}{hint}") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"--eval_url {self.url}: no answer from {route} ({error})") from None

@@ -123,6 +123,9 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
         compare(one, _write(tmp_path / "gsm8k", _result([1.0], name="gsm8k")), tmp_path / "both", 0)
     with pytest.raises(ConfigError, match="not the results of mswift eval"):
         compare(one, tmp_path, tmp_path / "both", 0)
+    told = _write(tmp_path / "told", _result([], metrics=(), reported={"acc": 0.5}))
+    with pytest.raises(ConfigError, match="reported without its rows"):
+        compare(told, told, tmp_path / "both", 0)
     (one / "results.json").write_text('{"mswift_eval": 2}')
     with pytest.raises(ConfigError, match="format 2, and this version reads 1"):
         results.read(one)

@@ -17,7 +17,11 @@ _MEGATRON_ONLY = (
     *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
     *("init_weights", "target_parameters"),
 )
-_FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward")
+FREEZING = (
+    *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
+    *("trainable_parameters", "trainable_parameters_regex"),
+)
+_FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward", *FREEZING, "neftune_noise_alpha")
 
 
 def with_shared_sequences(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
@@ -48,13 +52,22 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.backend == "megatron":
         for name in _FSDP_ONLY:
             if _is_given(config, name):
-                yield ConfigError(f"--{name} belongs to --backend fsdp: leave it out, or use --backend fsdp")
+                yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
         return
     for name in _MEGATRON_ONLY:
         if _is_given(config, name):
             value = getattr(config, name)
             what = f"--mcore.{next(iter(value))}" if name == "mcore" else f"--{name} {_shown(value)}"
             yield ConfigError(f"{what} is not for --backend {config.backend}: leave it out, or use --backend megatron")
+    freezing = [name for name in FREEZING if _is_given(config, name)]
+    if freezing and config.tuner_type != "full":
+        yield ConfigError(f"--{freezing[0]} is for --tuner_type full; adapters have a frozen base: leave it out")
+    if not 0 <= config.freeze_parameters_ratio < 1:
+        yield ConfigError(
+            f"--freeze_parameters_ratio {config.freeze_parameters_ratio}: a share of the model, at least 0 and below 1"
+        )
+    if config.neftune_noise_alpha < 0:
+        yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")
     if config.recompute_granularity == "selective":
         yield ConfigError(
             f"--recompute_granularity selective is not for --backend {config.backend}: use full, or --backend megatron"

@@ -137,15 +137,34 @@ def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first
     return x * kept * (1 / (1 - probability))
 
 
+def noise(x: Tensor, name: str, magnitude: Tensor) -> Tensor:
+    """x [b, s, i] of this rank with uniform noise in +-magnitude [1, s or 1, 1], decided by place and name as above.
+
+    Outside of `at` (an evaluation) nothing is added.
+    """
+    place = _place.get()
+    if place is None:
+        return x
+    tokens = torch.arange(x.shape[1]) if place.positions is None else place.positions
+    key = f"{place.seed}:{place.step}:{name}"
+    features = torch.arange(x.shape[2], device=x.device)
+    words = _words(key, place.rows.to(x.device), tokens.to(x.device), features)
+    return x + (words.transpose(0, 1).to(torch.float32) * (magnitude / 2**31)).to(x.dtype)
+
+
 def keep(key: str, rows: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
     """bool [tokens, rows, features], true with 1 - probability. rows: [rows], or [tokens, 1]: a row for each token."""
+    return _words(key, rows, tokens, features) >= int(probability * 2**32) - 2**31
+
+
+def _words(key: str, rows: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
+    """int32 [tokens, rows, features], each uniform over all of them."""
     digest = hashlib.sha256(key.encode()).digest()
     one, two = (int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4))
     row = _mixed(rows.to(torch.int32) ^ one)
     token = _mixed(row ^ _mixed(tokens.to(torch.int32))[:, None])
     feature = _mixed(features.to(torch.int32) ^ two)
-    word = _mixed(token[:, :, None] ^ feature)
-    return word >= int(probability * 2**32) - 2**31
+    return _mixed(token[:, :, None] ^ feature)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mswift.errors import LayoutError
 from mswift.parallel.attention.core import SdpaAttention
-from mswift.parallel.attention.share import Share, positions
+from mswift.parallel.attention.share import Share, positions, segments
 
 NAME = "mswift"
 """`attn_implementation` of models that are to use it."""
@@ -28,6 +28,7 @@ class _Now:
     kind: str = "p2p"
     groups: Any = None
     size: int = 1
+    rank: int = 0
 
 
 _now = _Now()
@@ -52,8 +53,18 @@ def attending(documents: tuple[int, ...] | None) -> None:
     _now.lengths = documents
 
 
+def row_lengths(x: Tensor) -> Tensor:
+    """[1, s, 1]: of every row of x [b, s, ...] the positions of the whole sequence (document) it is in."""
+    if _now.lengths is None:
+        return torch.full((1, 1, 1), float(x.shape[1] * _now.size), device=x.device)
+    share = Share(_now.lengths, (_now.rank,), _now.size)
+    lengths = torch.cat([torch.full((s.length,), _now.lengths[s.document]) for s in segments(share)])
+    return lengths.to(x.device, torch.float32)[None, :, None]
+
+
 def document_positions(documents: tuple[int, ...] | None, seq_length: int, rank: int, device: torch.device) -> Tensor:
     """int64 [1, rows]: the position of each of this rank's rows in its document."""
+    _now.rank = rank
     share = Share(documents or (seq_length,), (rank,), _now.size)
     return positions(share, device).unsqueeze(0)
 

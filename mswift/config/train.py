@@ -76,6 +76,19 @@ class TrainConfig:
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory to continue from (one)."""
 
+    freeze_parameters_ratio: float = 0.0
+    """full (fsdp, ddp): freeze the first parameters of the model, as many as have this share of its elements."""
+    freeze_parameters: tuple[str, ...] = ()
+    """full (fsdp, ddp): freeze the parameters whose names begin so."""
+    freeze_parameters_regex: str | None = None
+    """full (fsdp, ddp): freeze the parameters whose names this expression finds."""
+    trainable_parameters: tuple[str, ...] = ()
+    """full (fsdp, ddp): train the parameters whose names begin so, whatever else is frozen."""
+    trainable_parameters_regex: str | None = None
+    """full (fsdp, ddp): train the parameters whose names this expression finds, whatever else is frozen."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune (fsdp, ddp): noise on the embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
+
     # -- data
     dataset: tuple[str, ...] = ()
     """Files, folders or hub data sets to train on; PATH#N takes N rows of it, PATH:SUBSET a subset. Or one YAML file

@@ -19,6 +19,7 @@ from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lora import LoraConfig
+from mswift.tuners.part import Part
 
 
 @contextmanager
@@ -102,8 +103,22 @@ def _fsdp_engine(
         shard_size=shard_size(config, dims.world_size),
         reshard_after_forward=config.fsdp_reshard_after_forward,
         recompute_blocks=again,
+        part=part_of(config),
+        neftune_alpha=config.neftune_noise_alpha,
     )
     return FsdpEngine(reader.table, dims, own, device)
+
+
+def part_of(config: TrainConfig) -> Part | None:
+    """What of a full run is trained; None: everything."""
+    part = Part(
+        config.freeze_parameters_ratio,
+        config.freeze_parameters,
+        config.freeze_parameters_regex,
+        config.trainable_parameters,
+        config.trainable_parameters_regex,
+    )
+    return part if part != Part() else None
 
 
 def _lora(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mswift import rundir
+from mswift.backend_refusals import FREEZING
 from mswift.config.loader import dump, to_dict
 from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
@@ -55,7 +56,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
-          "mtp_num_layers",
+          "mtp_num_layers", *FREEZING,
           "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization",
           "streaming", "streaming_block_rows")  # fmt: skip
 

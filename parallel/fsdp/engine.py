@@ -39,6 +39,7 @@ from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, firs
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.model import (
     TrainedModel,
+    add_noise,
     allocate,
     blocks,
     empty_model,
@@ -48,8 +49,9 @@ from mswift.parallel.fsdp.model import (
     shard,
 )
 from mswift.parallel.fsdp.optimizer import Group, ShardedOptimizer, local
-from mswift.parallel.fsdp.pieces import Mapped, map_parameters, read_rows, row_regions, shards
+from mswift.parallel.fsdp.pieces import Mapped, map_parameters, read_rows, row_regions, shards, whole
 from mswift.topology import ParallelDims
+from mswift.tuners.part import Part
 from mswift.tuners.shapes import promised_shapes
 
 _INNER = "inner."
@@ -78,11 +80,19 @@ class FsdpEngine:
             for parameter in inner.parameters():
                 if parameter.requires_grad:  # fp32 masters; computed in the dtype of the run
                     parameter.data = parameter.data.float()
-        adapters = map_adapters(inner, table, config.lora)
         self._base = {name: base[found] for name, _ in inner.named_parameters() if (found := base_name(name))}
         self._buffers = {name: base[name] for name in kept}
-        self._trained = adapters if config.lora is not None else self._base
+        if config.part is not None:
+            self._freeze(inner, config.part)
+        self._saved = self._base if config.lora is None else map_adapters(inner, table, config.lora)
+        learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+        self._trained = {name: mapped for name, mapped in self._saved.items() if name in learning}
+        self._state_of = self._trained
+        if config.part is not None:  # a global tensor may be trained in a part of it: state goes by transformers' names
+            self._state_of = {name: whole(m.name, f"of.{m.name}", m.shape) for name, m in self._trained.items()}
         recompute(blocks(inner)[: config.recompute_blocks])
+        if config.neftune_alpha:
+            add_noise(inner, config.neftune_alpha)
         self._model = TrainedModel(inner, table.spec, config.loss_fusion)
         self._lay_out()
         self._parameters = {name.removeprefix(_INNER): parameter for name, parameter in self._model.named_parameters()}
@@ -90,6 +100,14 @@ class FsdpEngine:
         self._share_sequences()
         trained = {name: self._parameters[name] for name in self._trained}
         self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group)
+
+    def _freeze(self, inner: torch.nn.Module, part: Part) -> None:
+        """Frozen parameters are kept in the dtype of the run."""
+        frozen = part.frozen({name: prod(mapped.shape) for name, mapped in self._base.items()})
+        for name, parameter in inner.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.to(DTYPES[self.config.dtype])
 
     def _lay_out(self) -> None:
         """Cut the parameters over ranks; `_norm_group`: ranks with different rows, `_copies` how many have the same."""
@@ -217,16 +235,17 @@ class FsdpEngine:
                 read_rows(mapped, rows, shard, read)
             else:  # the weights are what the masters are rounded to; both are asked for, as a strict reader wants
                 read_rows(mapped, rows, torch.empty(rows.sizes, dtype=dtype), read)
-                read_rows(mapped, rows, shard, read, "optimizer.master.")
+                read_rows(self._state_of[name], rows, shard, read, "optimizer.master.")
             if optimizer_step:
                 self._optimizer.make_states(name, optimizer_step)
                 for key, values in self._optimizer.states(name):
-                    read_rows(mapped, rows, values, read, f"optimizer.{key}.")
+                    read_rows(self._state_of[name], rows, values, read, f"optimizer.{key}.")
+        self._read({n: m for n, m in self._saved.items() if n not in self._trained}, read, lambda _: dtype)
 
     @torch.no_grad()
     def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
         """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
-        self._read(self._trained, read, lambda mapped: stored(mapped.key))
+        self._read(self._saved, read, lambda mapped: stored(mapped.key))
         if self.config.lora is None:
             self._read_buffers(read, lambda mapped: stored(mapped.key))
 
@@ -247,15 +266,16 @@ class FsdpEngine:
         A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
         """
         dtype = DTYPES[self.config.dtype]
-        for name, mapped, rows in self._answered():
-            yield from shards(mapped, rows, self._optimizer.shard(name).to(dtype))
+        for name, mapped, rows in self._answered(self._saved):
+            values = local(self._parameters[name]).detach()
+            yield from shards(mapped, rows, values.to(dtype))
         if self.config.lora is None and self.rank == 0:
             for name, mapped in self._buffers.items():
                 yield from shards(mapped, Region.full(mapped.shape), self._kept[name])
 
     def optimizer_shards(self) -> Iterator[StateShard]:
         """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16."""
-        for name, mapped, rows in self._answered():
+        for name, mapped, rows in self._answered(self._state_of):
             if self.config.dtype != "F32":
                 yield from shards(mapped, rows, self._optimizer.shard(name), "optimizer.master.")
             for key, values in self._optimizer.states(name):
@@ -263,16 +283,16 @@ class FsdpEngine:
 
     def gradients(self) -> Iterator[StateShard]:
         """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
-        for name, mapped, rows in self._answered():
+        for name, mapped, rows in self._answered(self._trained):
             gradient = self._optimizer.shard(name).grad
             if gradient is not None:
                 yield from shards(mapped, rows, gradient, "gradient.")
 
-    def _answered(self) -> Iterator[tuple[str, Mapped, Region]]:
-        """Trained parameters and the rows of them that this rank, and no other, answers for."""
+    def _answered(self, parameters: dict[str, Mapped]) -> Iterator[tuple[str, Mapped, Region]]:
+        """Of these the rows that this rank, and no other, answers for."""
         if self._copy:
             return
-        for name, mapped in self._trained.items():
+        for name, mapped in parameters.items():
             rows = self._rows(name)
             if rows.sizes[0]:
                 yield name, mapped, rows
@@ -292,7 +312,7 @@ class FsdpEngine:
         weight_sum = self._sum([weights])[0]
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self.device)
         places: list[dropout.BatchPlace] = []
-        if self.config.lora is not None and self.config.lora.settings.dropout:
+        if self.config.neftune_alpha or (self.config.lora is not None and self.config.lora.settings.dropout):
             seed, done = self.config.seed, self.optimizer_step
             places = dropout.places(microbatches, batches, self.dims, self.coordinate, seed, done)
         for number, batch in enumerate(batches):
@@ -398,7 +418,7 @@ class FsdpEngine:
         """Let go of the model and of the groups; the engine is of no use afterwards."""
         sequence.share_with("p2p", None, 1)
         sequence.attending(None)
-        self._parameters, self._base, self._trained, self._kept = {}, {}, {}, {}
+        self._parameters, self._base, self._saved, self._trained, self._kept = {}, {}, {}, {}, {}
         del self._model, self._optimizer
         for group in self._groups:
             if group is not dist.group.WORLD:

@@ -17,7 +17,7 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel import sequence
-from mswift.parallel.dropout import remembered
+from mswift.parallel.dropout import noise, remembered
 from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy, scaled_logits
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 
@@ -74,7 +74,7 @@ class TrainedModel(nn.Module):
             losses = vocab_parallel_cross_entropy(logits, labels, first_row=0, vocab_size=spec.vocab_size, group=_ALONE)
             total = (losses * loss_weights).sum()
         if not num_channels:
-            return total.unsqueeze(0)
+            return torch.stack([total])  # no view, on which FSDP2 warns
         assert channels is not None
         apart = losses.detach() * loss_weights
         return torch.stack([total, *(torch.where(channels == n, apart, 0.0).sum() for n in range(num_channels))])
@@ -133,6 +133,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
             "be sharded: use --backend megatron"
         )
     return found
+
+
+def add_noise(model: nn.Module, alpha: float) -> None:
+    """Embeddings [b, s, h] of training batches get uniform noise of magnitude alpha / sqrt(positions x h).
+
+    Positions are those of a row; of a packed document its own, as if it were a row.
+    """
+
+    def noisy(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return noise(output, "embedding", alpha * (sequence.row_lengths(output) * output.shape[-1]) ** -0.5)
+
+    model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
 
 
 def recompute(layers: list[nn.Module]) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from mswift.tuners.lora import LoraConfig
+from mswift.tuners.part import Part
 from tests.support.adapters import table_of
 from tests.support.family_configs import FAMILY_CONFIGS, REMOTE_CODE, family_config
 from tests.support.lora_parity import mswift_run, peft_run
@@ -233,3 +235,60 @@ def test_bf16_keeps_fp32_weights() -> None:
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
     assert all(w.dtype == np.float32 for w in found["weights"].values())
     assert torch.tensor(found["grad_norm"]).isfinite().all()
+
+
+PART = Part(ratio=0.4, freeze=("model.layers.3.mlp",), trainable_regex=r"layers\.0\..*norm")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_part_of_the_model_is_trained(world_size: int) -> None:
+    model = random_model("qwen3")
+    frozen = PART.frozen({name: parameter.numel() for name, parameter in model.named_parameters()})
+    assert (
+        {"model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight"} < frozen < {*dict(model.named_parameters())}
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    steps = random_steps()
+    wanted = reference(model, steps, SGD)
+    found = run("qwen3", world_size, {}, steps, part=PART)
+    assert worst(found, wanted, 1e-5, ("loss", "grad_norm", "weights")) == {}
+    assert all(np.array_equal(found["weights"][name], start("qwen3")[1][name]) for name in frozen)
+
+
+@pytest.mark.parametrize(("world_size", "dims"), [(2, {}), (2, {"cp": 2})])
+def test_noise_on_embeddings_is_the_same_at_any_layout(world_size: int, dims: Any) -> None:
+    one = run("llama", 1, {}, random_steps(), neftune_alpha=5.0)
+    found = run("llama", world_size, dims, random_steps(), neftune_alpha=5.0)
+    assert worst(found, one, 5e-6) == {}
+    assert one["evaluated"] == run("llama", 1, {}, random_steps())["evaluated"]
+    assert abs(one["loss"][0] - truth_of_two()["loss"][0]) > 1e-3
+
+
+@cache
+def truth_of_two() -> dict[str, Any]:
+    return run("llama", 1, {}, random_steps())
+
+
+def test_noise_is_uniform_in_the_bounds_of_neftune() -> None:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    from mswift.parallel import sequence
+    from mswift.parallel.dropout import BatchPlace, at
+    from mswift.parallel.fsdp.model import add_noise
+
+    model, tokens, bounds = random_model("llama"), torch.zeros(3, 50, dtype=torch.long), []
+    theirs = torch.nn.Embedding(4, 64)
+    theirs.neftune_noise_alpha = 5.0
+    with patch.object(torch.Tensor, "uniform_", lambda x, low, high: bounds.append(float(high)) or x):
+        neftune_post_forward_hook(theirs, (tokens,), torch.zeros(3, 50, 64))
+    plain = model.get_input_embeddings()(tokens)
+    sequence.attending(None)
+    add_noise(model, 5.0)
+    with at(BatchPlace(1, 2, torch.arange(3))):
+        noise = (model.get_input_embeddings()(tokens) - plain).flatten().double() / bounds[0]
+    assert noise.abs().max() <= 1.001
+    for bins in (2, 10):
+        counts = torch.histc(noise, bins, -1, 1) / len(noise)
+        assert (counts - 1 / bins).abs().max() < 0.02
+    assert torch.equal(model.get_input_embeddings()(tokens), plain)

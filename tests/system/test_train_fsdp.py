@@ -15,7 +15,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "cut, packed": ("sft", ["--backend", "fsdp", "--nproc_per_node", "2", "--packing", "--packing_length", "128"]),
     "ring": ("pt", ["--backend", "fsdp", "--nproc_per_node", "2", "--sequence_parallel_size", "2",
                     "--cross_entropy_loss_fusion", "true"]),
-    "lora, one process": ("sft", ["--backend", "ddp", "--tuner_type", "lora"]),
+    "lora, one process": ("sft", ["--backend", "ddp", "--tuner_type", "lora", "--neftune_noise_alpha", "5"]),
+    "a part, packed": ("sft", ["--backend", "fsdp", "--nproc_per_node", "2", "--packing", "--freeze_parameters_ratio",
+                               "0.5", "--neftune_noise_alpha", "5", "--torch_dtype", "bfloat16"]),
     "copies, bfloat16": ("sft", ["--backend", "ddp", "--nproc_per_node", "2", "--torch_dtype", "bfloat16", *AGAIN]),
 }  # fmt: skip
 

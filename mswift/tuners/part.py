@@ -1,0 +1,72 @@
+"""Full tuning of a part of the model: which parameters stay as they are, by name and by share. No torch."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from mswift.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """ratio: the first parameters in the model's order are frozen, as many as have that share of its elements.
+
+    freeze, trainable: beginnings of names, *_regex: expressions that are searched in them; what is named trainable is
+    trained whatever else is said.
+    """
+
+    ratio: float = 0.0
+    freeze: tuple[str, ...] = ()
+    freeze_regex: str | None = None
+    trainable: tuple[str, ...] = ()
+    trainable_regex: str | None = None
+
+    def frozen(self, sizes: Mapping[str, int]) -> set[str]:
+        """Names out of `sizes` (parameter -> elements, in the model's order).
+
+        ConfigError for a name or an expression that means no parameter, and where nothing is left to train.
+        """
+        names = list(sizes)
+        found: set[str] = set()
+        left = self.ratio * sum(sizes.values())
+        for name, size in sizes.items():
+            left -= size
+            if left < 0:
+                break
+            found.add(name)
+        found |= _beginning(names, self.freeze, "freeze_parameters")
+        found |= _matching(names, self.freeze_regex, "freeze_parameters_regex")
+        found -= _beginning(names, self.trainable, "trainable_parameters")
+        found -= _matching(names, self.trainable_regex, "trainable_parameters_regex")
+        if len(found) == len(names):
+            raise ConfigError(
+                "--freeze_parameters_ratio, --freeze_parameters: every parameter is frozen, nothing is left to train: "
+                "name some with --trainable_parameters"
+            )
+        return found
+
+
+def _beginning(names: Sequence[str], starts: Sequence[str], flag: str) -> set[str]:
+    found: set[str] = set()
+    for start in starts:
+        mine = {name for name in names if name.startswith(start)}
+        if not mine:
+            near = get_close_matches(start, [*names, *{name.rpartition(".")[0] for name in names}], 3)
+            raise ConfigError(
+                f"--{flag} {start}: no parameter's name begins so" + (f"; near: {', '.join(near)}" if near else "")
+            )
+        found |= mine
+    return found
+
+
+def _matching(names: Sequence[str], expression: str | None, flag: str) -> set[str]:
+    if expression is None:
+        return set()
+    try:
+        found = {name for name in names if re.search(expression, name)}
+    except re.error as error:
+        raise ConfigError(f"--{flag} {expression}: no regular expression: {error}") from None
+    if not found:
+        raise ConfigError(f"--{flag} {expression}: matches no parameter; the first one is {names[0]}")
+    return found

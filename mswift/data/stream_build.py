@@ -1,5 +1,6 @@
 """The sources of a stream, and what decides its samples; see `stream`."""
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -90,15 +91,16 @@ def build_stream(
     )
     root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
     folder = root / "streams" / content_hash({"samples": fingerprint, "owner": stream.owner})[:40]
+    own = copy.deepcopy(tokenizer) if is_writer else tokenizer  # truncation and padding of a call are a state of it
     one_at_a_time = threading.Lock()  # transformers keeps the {% generation %} marks of a text in the shared template
 
     def fill(writer: StoreWriter, files: Files, paths: Sequence[Path]) -> Mapping[str, Any]:
         how = HowToWrite(options.strict, False, options.num_proc or default_num_proc(paths))
         with one_at_a_time:
             encoder: DocumentEncoder | ConversationEncoder = (
-                DocumentEncoder(tokenizer, columns, strict=how.strict)
+                DocumentEncoder(own, columns, strict=how.strict)
                 if kind == "pt"
-                else ConversationEncoder(tokenizer, columns, sft, strict=how.strict)
+                else ConversationEncoder(own, columns, sft, strict=how.strict)
             )
             return write_rows(writer, files, encoder, columns, how)
 
@@ -113,7 +115,7 @@ def build_stream(
         check(data)
         return data if stream.packing is None else PackedDataset(data, *stream.packing)
 
-    cut = partial(proved_cut, tokenizer) if kind == "pt" else None
+    cut = partial(proved_cut, own) if kind == "pt" else None
 
     def stream_of(number: int, of: Sequence[Source]) -> SourceStream:
         parts = [part for source in of for part in source.parts]

@@ -84,6 +84,32 @@ def test_the_data_command_reads_it(home, capsys, action):
     assert "b.jsonl" in said
 
 
+def test_a_tokenizer_in_use_elsewhere_changes_no_token_of_a_stream(home, tmp_path):
+    """A call with truncation or padding sets a state of the tokenizer, which calls of other threads would meet."""
+    rows = [{"text": f"say {i} " * (1 + i % 90)} for i in range(3000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(home)
+    data = build_stream(
+        "pt", [str(tmp_path / "a.jsonl")], tokenizer, DataOptions(50, cache_dir=tmp_path, num_proc=1),
+        StreamOptions(1000, None, "owner"), is_writer=True, check=lambda _: None, say=print, opened=lambda *_: None,
+    )  # fmt: skip
+    data.start(0, None)
+    maker, calls = data._streams[0].blocks, 0
+    while not calls or maker._thread.is_alive():
+        tokenizer(["another text"] * 3, truncation=True, max_length=2, padding="max_length")
+        calls += 1
+    options = DataOptions(50, cache_dir=tmp_path, selection=Selection("first"), num_proc=1)
+    expected = build_dataset("pt", [f"{tmp_path}/a.jsonl#1000"], load_tokenizer(home), options, is_writer=True,
+                             barrier=lambda: None, progress=False)  # fmt: skip
+    found = data.window(0, len(expected))
+    samples = {number: found.row(place)[row] for place, number in enumerate(found.numbers) for row in found.row(place)}
+    assert calls > 5
+    assert [samples[n].tokens.tolist() for n in range(len(expected))] == [
+        expected.sample(n).tokens.tolist() for n in range(len(expected))
+    ]
+    data.close()
+
+
 def test_streams_of_a_mixture_share_a_template_with_marks(home, tmp_path):
     """transformers collects the places of {% generation %} in the compiled template: two threads would mix them."""
     for name in "ab":

@@ -8,7 +8,9 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from mswift.data.selection import Selection
 from mswift.data.sources import LocalFile
 from mswift.data.stream_build import StreamOptions, build_stream
 from mswift.errors import ConfigError, DataError
+from mswift.train.prefetch import ahead
 
 
 class Bytes:
@@ -170,6 +173,32 @@ def test_other_ranks_read_what_the_writer_makes_and_the_disk_is_bounded(tmp_path
         assert len([path for path in folder.iterdir() if path.name.isdigit()]) <= 3
     writer.close()
     assert not folder.exists()
+
+
+def test_a_thread_that_reads_ahead_and_a_loop_that_gives_up_blocks_do_not_meet(tmp_path):
+    """As in training: one thread makes blocks, one reads the next batch, the loop saves and removes what is behind."""
+    specs = [_rows(tmp_path / f"{name}.jsonl", _texts(name, 90)) for name in "ab"]
+    flags = {"weights": (2, 1), "rows": 3, "packing": (90, "bestfit")}
+    alone = _stream(specs, tmp_path / "alone", **flags)
+    alone.start(0, None)
+    expected = [_take(alone, at, 3) for at in range(0, 600, 3)]
+    alone.close()
+    data, interval = _stream(specs, tmp_path / "cache", **flags), sys.getswitchinterval()
+    data.start(0, None)
+    sys.setswitchinterval(1e-6)
+    try:
+        with closing(ahead(lambda at: (at, _take(data, at, 3)), range(0, 600, 3))) as batches:
+            for step, (at, found) in enumerate(batches):
+                assert found == expected[step]
+                states = data.state_at(at + 3)
+                assert sum(state["first"] + state["taken"] for state in states) == at + 3
+                assert [s.tokens.tolist() for s in data.row(found[0][0]).values()] == found[0][1]
+                data.finished(at + 3)
+                assert data.state_at(at + 3) == states
+    finally:
+        sys.setswitchinterval(interval)
+    data.close()
+    assert list((tmp_path / "cache" / "streams").iterdir()) == []
 
 
 def test_lines_go_on_at_a_byte_offset_and_other_files_say_how_fast_they_skip(tmp_path):

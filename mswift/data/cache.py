@@ -27,7 +27,7 @@ from mswift.data.one_writer import WRITER_FAILED, HandOver, made_by_writer
 from mswift.data.partial import JOURNAL, read_journal, sole_builder, write_journal
 from mswift.errors import DataError
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MOST_WEIGHTS = MOST_CHANNELS = 256
 """Distinct loss weights in an entry: a token has a byte for its own."""
 REJECTED = "rejected.jsonl"
@@ -35,7 +35,7 @@ INDEX = "index.json"
 CHECKPOINT_BYTES = 16 << 20
 """Written between two checkpoints of a build."""
 _EMPTY: dict[str, Any] = {
-    "sizes": {}, "num_tokens": 0, "num_pieces": 0, "largest_token": -1, "weights": [0.0, 1.0],
+    "sizes": {}, "num_tokens": 0, "num_pieces": 0, "num_trained_tokens": 0, "largest_token": -1, "weights": [0.0, 1.0],
     "channels": [NO_CHANNEL], "state": None,
 }  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ class TokenStore:
     fingerprint: str
     rejected_path: Path
     """Bad rows, one JSON object a line."""
+    num_trained_tokens: int
+    """Tokens that are learned, where there is a mask."""
 
 
 class _HashedFile:
@@ -116,6 +118,7 @@ class StoreWriter:
         self._directory = directory
         self._files = {name: _HashedFile(directory / name, journal["sizes"].get(name, 0)) for name in names}
         self.num_tokens, self.num_pieces = journal["num_tokens"], journal["num_pieces"]
+        self._num_trained_tokens = journal["num_trained_tokens"]
         self._largest_token = journal["largest_token"]
         self._places = {weight: place for place, weight in enumerate(journal["weights"])}
         self._channels = {name: place for place, name in enumerate(journal["channels"])}
@@ -147,7 +150,9 @@ class StoreWriter:
                 f"the tokens have {len(self._places)} distinct loss weights so far, a data set can have "
                 f"{MOST_WEIGHTS}: round `loss_scale` of the messages to fewer values"
             )
-        self._files["mask.bin"].write(np.array(places, dtype=np.uint8)[which].tobytes())
+        mask = np.array(places, dtype=np.uint8)[which]
+        self._num_trained_tokens += int(np.count_nonzero(mask))
+        self._files["mask.bin"].write(mask.tobytes())
         number = self._channels.setdefault(sample.channel, len(self._channels))
         if number >= MOST_CHANNELS:
             raise DataError(
@@ -172,6 +177,7 @@ class StoreWriter:
             "sizes": {name: file.size for name, file in self._files.items()},
             "num_tokens": self.num_tokens,
             "num_pieces": self.num_pieces,
+            "num_trained_tokens": self._num_trained_tokens,
             "largest_token": self._largest_token,
             "weights": list(self._places),
             "channels": list(self._channels),
@@ -193,6 +199,7 @@ class StoreWriter:
             "files": files,
             "weights": list(self._places),
             "channels": list(self._channels),
+            "num_trained_tokens": self._num_trained_tokens,
             "largest_token": self._largest_token,
             "report": report,
         }
@@ -265,6 +272,7 @@ def open_store(directory: Path) -> TokenStore:
             | {name: index[name] for name in ("weights", "channels")}
         ),
         rejected_path=directory / REJECTED,
+        num_trained_tokens=index["num_trained_tokens"],
     )
 
 

@@ -99,6 +99,7 @@ def _store(files: Sequence[IndexedFile], scan: dict[str, Any], entry: Path) -> T
         report={"files": [], "source_ends": list(enumerate(ends, start=1)), "unused_columns": []},
         fingerprint=content_hash({"indexed": scan["hashes"]}),
         rejected_path=entry / "rejected.jsonl",
+        num_trained_tokens=0,
     )
 
 

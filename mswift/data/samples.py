@@ -59,9 +59,8 @@ def whole(store: TokenStore, cut: Cut) -> Samples:
     """Every sample of the store once; a stream without a mask is cut as `cut` says."""
     num_tokens = len(store.tokens)
     if store.mask is not None:
-        trained = int(np.count_nonzero(store.mask))
         return Samples(
-            store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, trained,
+            store.offsets[:-1], store.offsets[1:], store.fingerprint, num_tokens, store.num_trained_tokens,
             channels=store.channels, channel_names=store.channel_names,
         )  # fmt: skip
     starts, ends = _cut(store, 0, num_tokens, cut)

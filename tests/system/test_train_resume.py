@@ -21,8 +21,10 @@ CASES = {
                              "--sequence_parallel"]),
     "pt-full-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2", "--micro_batch_size", "2"]),
     "sft-full-dp2-bf16": ("sft", ["--nproc_per_node", "2", "--torch_dtype", "bfloat16"]),
-    "sft-packed-dp2": ("sft", ["--nproc_per_node", "2", "--packing", "--packing_length", "100",
-                               "--micro_batch_size", "2"]),
+    "pt-rows-cp2": ("pt", ["--nproc_per_node", "2", "--context_parallel_size", "2", "--packing",
+                           "--packing_strategy", "concat-and-split"]),
+    "sft-packed-dp2": ("sft", ["--nproc_per_node", "2", "--packing", "--packing_length", "100", "--tuner_type", "lora",
+                               "--lora_dropout", "0.1", "--micro_batch_size", "2"]),
 }  # fmt: skip
 
 

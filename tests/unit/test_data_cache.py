@@ -13,6 +13,7 @@ import pytest
 
 from mswift.data.batch import Sample
 from mswift.data.cache import open_or_build, open_store
+from mswift.data.samples import Cut, whole
 from mswift.errors import ConfigError, DataError
 
 SAMPLES = [Sample(np.arange(n, dtype=np.int32), (np.arange(n) % 2).astype(np.float32)) for n in (4, 3, 9)]
@@ -43,6 +44,17 @@ def test_what_is_written_is_read(tmp_path):
         assert store.weights[store.mask[cut]].tolist() == sample.loss_weights.tolist()
     assert isinstance(store.tokens, np.memmap)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_to_open_a_data_set_its_tokens_are_not_read(tmp_path):
+    """They are another 5 bytes for each of billions: numbers of them stand in the index."""
+    store = _open(tmp_path / "a", Builder())
+    learned = sum(int(np.count_nonzero(sample.loss_weights)) for sample in SAMPLES)
+    for name in ("tokens.bin", "mask.bin"):
+        path = tmp_path / "a" / name
+        path.write_bytes(bytes(path.stat().st_size))
+    samples = whole(open_store(tmp_path / "a"), Cut(9))
+    assert (samples.num_tokens, samples.num_trained_tokens) == (len(store.mask), learned) == (16, 7)
 
 
 def test_built_once_and_the_fingerprint_is_of_the_content(tmp_path):

@@ -20,7 +20,7 @@ def store(lengths, ends=None):
     tokens = np.arange(offsets[-1], dtype=np.int32)
     report = {"files": [], "source_ends": [(end, int(offsets[end])) for end in ends or [len(lengths)]]}
     return TokenStore(
-        tokens, None, np.array([0, 1], np.float32), offsets, None, (), int(offsets[-1]), report, "f", Path()
+        tokens, None, np.array([0, 1], np.float32), offsets, None, (), int(offsets[-1]), report, "f", Path(), 0
     )
 
 

@@ -1,28 +1,21 @@
 """Samples in shuffled order out of a file that is not in memory: bytes from the disk, and time, by number of ranks.
 
-    python benchmarks/reading.py [--megatokens 256] [--ranks 1,2,4] [--directory DIR] [--write FILE.md]
-
 Every rank reads the same 64 batches of 8 samples of 4,096 tokens, as the ranks of a tensor-, context- or
 pipeline-parallel group do, through mswift.data.apart.Apart. The peer is a numpy.memmap, read as it comes. The file is
 taken out of the page cache before each row. Then what it takes to broadcast one batch over gloo instead.
 """
 
-import argparse
 import multiprocessing
 import os
 import socket
-import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import cpu_name
 
 from mswift.data.apart import Apart
 from mswift.data.order import sample_ids
@@ -97,41 +90,27 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--megatokens", type=int, default=256)
-    parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--directory")
-    parser.add_argument("--write", type=Path)
-    args = parser.parse_args()
-    sizes = [int(size) for size in args.ranks.split(",")]
+def reading(folder: Path, megatokens: int, sizes: Sequence[int]) -> list[str]:
+    """By number of ranks; the file has so many million tokens."""
     asked = _STEPS * _ROWS * (_LENGTH + 1) * 4 / 1e6
     lines = [
-        f"{_STEPS} batches of {_ROWS} samples, {asked:.1f} MB, of a file of {args.megatokens * 4} MiB",
+        f"{_STEPS} batches of {_ROWS} samples, {asked:.1f} MB, of a file of {megatokens * 4} MiB",
         "",
         "| | ranks | MB from the disk, all ranks | ms a batch, median of the slowest rank |",
         "|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        path = Path(directory) / "tokens.bin"
-        write_tokens(path, args.megatokens << 20)
-        for apart in (False, True):
-            for size in sizes:
-                forget(path)
-                barrier = SPAWN.Barrier(size)
-                read, slowest = together(reader, [(path, apart, barrier)] * size)
-                lines.append(f"| {'Apart' if apart else 'memmap'} | {size} | {read:,.1f} | {slowest:.2f} |")
+    path = folder / "tokens.bin"
+    write_tokens(path, megatokens << 20)
+    for apart in (False, True):
+        for size in sizes:
+            forget(path)
+            barrier = SPAWN.Barrier(size)
+            read, slowest = together(reader, [(path, apart, barrier)] * size)
+            lines.append(f"| {'Apart' if apart else 'memmap'} | {size} | {read:,.1f} | {slowest:.2f} |")
+    path.unlink()
     for size in sizes:
         if size > 1:
             port = free_port()
             _, slowest = together(sender, [(rank, size, port) for rank in range(size)])
             lines.append(f"| a broadcast (gloo) | {size} | | {slowest:.2f} |")
-    head = f"{cpu_name()}, load {os.getloadavg()[0]:.1f} at the end"
-    text = "\n".join([head, "", *lines])
-    print(text)
-    if args.write:
-        args.write.write_text(f"# Reading\n\n`python benchmarks/reading.py`\n\n{text}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return lines

@@ -1,80 +1,45 @@
-"""Tokenising in numbers: against `datasets.map` with a bare tokenizer call, memory, a second start.
+"""Tokenising in numbers: against `datasets.map` with a bare tokenizer call, by workers, and its memory.
 
-    python benchmarks/tokenising.py [--model DIR] [--rows 1000] [--megabytes 4] [--write FILE.md]
-
-Rows are conversations of one to three turns. Speeds are by CPU seconds of one thread, so that they hold on a machine
-that does other work too; peaks are those of the process above what it holds before it reads. Prints Markdown.
+Speeds are by CPU seconds, so that they hold on a machine that does other work too; peaks are those of the process above
+what it holds before it reads.
 """
 
-import argparse
 import json
 import os
 import random
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measure import cpu_name, peak_bytes, resident_bytes
+from benchmarks.measure import conversations, peak_bytes, resident_bytes
 from mswift.data.dataset import DataOptions, TokenDataset, build_dataset
-from mswift.data.tokenizer import load_tokenizer
-from tests.support.tiny import tiny_tokenizer
-
-WORDS = ("the", "model", "reads", "a", "question", "and", "writes", "its", "answer,", "short,", "clear.", "1234", "5")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="whose tokenizer is used (default: a tiny one of single bytes)")
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--megabytes", type=int, default=4, help="of the files whose peak is measured")
-    parser.add_argument("--write", type=Path, default=None)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mswift-benchmark-") as name:
-        folder = Path(name)
-        if args.model is None:
-            tiny_tokenizer(folder / "tiny")
-        tokenizer = load_tokenizer(args.model or folder / "tiny")
-        tokenizer(["warm"])
-        held = memory(folder, tokenizer, args.megabytes)  # first: nothing is kept from before
-        parts = [speed(folder, tokenizer, args.rows), held]
-    load = f"load average {os.getloadavg()[0]:.0f}"
-    head = f"Machine: {cpu_name()}, {load}. Command: `python {' '.join(sys.argv)}`"
-    text = "\n\n".join([head, *parts]) + "\n"
-    print(text)
-    if args.write:
-        args.write.write_text("# Tokenising\n\n" + text)
-
-
-def write_rows(path: Path, enough: Callable[[int, int], bool]) -> None:
-    """Conversations until `enough(rows, bytes)`."""
-    chosen, rows, size = random.Random(0), 0, 0
-    with path.open("w") as stream:
-        while not enough(rows, size):
-            roles = ("user", "assistant") * chosen.randint(1, 3)
-            said = [" ".join(chosen.choices(WORDS, k=chosen.randint(5, 120))) for _ in roles]
-            messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-            size += stream.write(json.dumps({"messages": messages}) + "\n")
+def write_rows(path: Path, words: Sequence[str], enough: Callable[[int, int], bool]) -> int:
+    """Conversations until `enough(rows, bytes)`; their number."""
+    rows, size = 0, 0
+    with path.open("w", encoding="utf-8") as stream:
+        for line in conversations(random.Random(0), words):
+            if enough(rows, size):
+                break
+            size += stream.write(line)
             rows += 1
+    return rows
 
 
-def build(kind: Any, path: Path, cache: Path, tokenizer: Any) -> TokenDataset:
-    options = DataOptions(max_length=4096, cache_dir=cache, num_proc=1)
+def build(kind: Any, path: Path, cache: Path, tokenizer: Any, num_proc: int = 1) -> TokenDataset:
+    options = DataOptions(max_length=4096, cache_dir=cache, num_proc=num_proc)
     return build_dataset(kind, [str(path)], tokenizer, options, is_writer=True, barrier=lambda: None, progress=False)
 
 
-def speed(folder: Path, tokenizer: Any, rows: int) -> str:
+def speed(folder: Path, tokenizer: Any, words: Sequence[str], rows: int) -> list[str]:
     """CPU seconds of one thread: tokens with masks, the part of it inside the tokenizer, and the bare call."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     path = folder / "speed.jsonl"
-    write_rows(path, lambda count, _: count == rows)
+    write_rows(path, words, lambda count, _: count == rows)
     inside, original = [0.0], tokenizer._encode_plus
 
     def timed(*positional: Any, **options: Any) -> Any:
@@ -111,27 +76,50 @@ def speed(folder: Path, tokenizer: Any, rows: int) -> str:
         f"What is outside the tokenizer is Python, so threads inside it (rayon) could make the whole at most "
         f"{whole / (whole - inside[0]):.1f} times as fast on any number of cores; processes share out both.",
     ]
-    return "\n".join(["## Speed", "", *lines])
+    return lines
 
 
-def memory(folder: Path, tokenizer: Any, megabytes: int) -> str:
+def workers(folder: Path, tokenizer: Any, words: Sequence[str], rows: int) -> list[str]:
+    """CPU seconds of the process that reads and writes, and of each tokenising process; the larger bounds the speed."""
+    path, small = folder / "workers.jsonl", folder / "small.jsonl"
+    write_rows(path, words, lambda count, _: count == rows)
+    write_rows(small, words, lambda count, _: count == 1)
+    _, start = _shared_out(small, folder / "small", tokenizer, 1 + 1)
+    lines = [
+        "| tokenising processes | reading, writing: CPU s | tokenising: CPU s of each, started | shared out |",
+        "|---|---|---|---|",
+    ]
+    for number in (1, 2, 4):
+        mine, each = _shared_out(path, folder / f"cache-{number}", tokenizer, number)
+        work = 0.0 if number == 1 else each - start
+        share = (mine + number * work) / max(mine, work)
+        lines.append(f"| {number} | {mine:.2f} | {work:.2f} | {share:.2f} times as fast as one |")
+    return [*lines, "", f"{rows:,} conversations. The start of a tokenising process takes {start:.1f} CPU s."]
+
+
+def _shared_out(path: Path, cache: Path, tokenizer: Any, number: int) -> tuple[float, float]:
+    """CPU seconds of this process, and of each other one (`number` of them, none for 1)."""
+    before, started = os.times(), time.process_time()
+    build("sft", path, cache, tokenizer, number)
+    mine, after = time.process_time() - started, os.times()
+    others = after.children_user + after.children_system - before.children_user - before.children_system
+    return mine, others / number
+
+
+def memory(folder: Path, tokenizer: Any, words: Sequence[str], megabytes: int) -> list[str]:
     """Peak above the start."""
     lines = ["| file | size | peak above the start |", "|---|---|---|"]
     for name, kind in (("rows.jsonl", "sft"), ("book.txt", "pt")):
         path = folder / name
         if kind == "sft":
-            write_rows(path, lambda _, size: size >= megabytes << 20)
+            write_rows(path, words, lambda _, size: size >= megabytes << 20)
         else:
             with path.open("w") as stream:
                 while stream.tell() < megabytes << 20:
-                    stream.write(" ".join(WORDS) + "\n" * 2)
+                    stream.write(" ".join(words[:5000]) + "\n" * 2)
         before = resident_bytes()
         build(kind, path, folder / "cache", tokenizer)
         size = path.stat().st_size
         lines.append(f"| {name} ({kind}) | {size / 2**20:,.0f} MiB | {(peak_bytes() - before) / 2**20:,.0f} MiB |")
         path.unlink()
-    return "\n".join(["## Memory", "", *lines])
-
-
-if __name__ == "__main__":
-    main()
+    return lines

@@ -31,6 +31,7 @@ BUDGET_SECONDS = {
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 100,
     "cpu/test_parity_context": 140,
+    "cpu/test_parity_fsdp": 130,
     "cpu/test_parity_ssm": 60,
     "cpu/test_parity_pipeline": 35,
     "cpu/test_parity_overlap": 35,
@@ -59,6 +60,7 @@ BUDGET_SECONDS = {
     "cpu/test_random_shapes": 45,
     "cpu/": 170,
     "system/test_train": 500,
+    "system/test_train_fsdp": 130,
     "system/test_faults": 200,
     "system/test_doctor": 80,
     "system/test_convert": 100,
@@ -71,7 +73,7 @@ BUDGET_SECONDS = {
 }
 
 LARGEST_FILES = {
-    "cpu/test_matrix": 159, "cpu/test_parity_context": 90, "cpu/test_bad_input": 60, "cpu/test_parity_ssm": 60,
+    "cpu/test_matrix": 159, "cpu/test_parity_context": 90, "cpu/test_parity_fsdp": 75, "cpu/test_bad_input": 60, "cpu/test_parity_ssm": 60,
     "cpu/test_parity_families": 60, "cpu/test_parity_moe": 60, "cpu/test_adapters_kinds": 50,
     "cpu/test_adapters_experts": 45, "cpu/test_random_shapes": 44, "cpu/test_parity_mtp": 40, "cpu/test_traffic": 35,
     "cpu/test_parity_mla": 35, "cpu/test_train_stories": 30,

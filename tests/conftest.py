@@ -73,7 +73,8 @@ BUDGET_SECONDS = {
 }
 
 LARGEST_FILES = {
-    "cpu/test_matrix": 159, "cpu/test_parity_context": 90, "cpu/test_parity_fsdp": 75, "cpu/test_bad_input": 60, "cpu/test_parity_ssm": 60,
+    "cpu/test_matrix": 159, "cpu/test_parity_context": 90, "cpu/test_parity_fsdp": 75, "cpu/test_bad_input": 60,
+    "cpu/test_parity_ssm": 60,
     "cpu/test_parity_families": 60, "cpu/test_parity_moe": 60, "cpu/test_adapters_kinds": 50,
     "cpu/test_adapters_experts": 45, "cpu/test_random_shapes": 44, "cpu/test_parity_mtp": 40, "cpu/test_traffic": 35,
     "cpu/test_parity_mla": 35, "cpu/test_train_stories": 30,

@@ -13,6 +13,7 @@ from mswift import rundir
 LOGS = "logs"
 _BYTES = 64 << 10
 _LOG_BYTES = 8 << 20
+_VERDICT = re.compile(rb"^mswift launch: .*$", re.MULTILINE)
 _LABELLED = re.compile(rb"^ *(\d+): (.*)$", re.MULTILINE)
 
 
@@ -42,14 +43,17 @@ def by_last_line(said: Mapping[int, bytes]) -> dict[str, list[int]]:
     return dict(sorted(found.items(), key=lambda entry: len(entry[1])))
 
 
-def last_words(output_dir: Path) -> dict[str, list[int]]:
-    """`by_last_line` of the newest start of a run; {} where its ranks have no files and no labelled log."""
-    starts = sorted((output_dir / LOGS).glob("*/"), key=lambda path: path.stat().st_mtime)
-    if starts:
-        return by_last_line({int(path.stem[5:]): _end(path, _BYTES) for path in starts[-1].glob("rank-*.err")})
+def last_words(output_dir: Path, since: float) -> dict[str, list[int]]:
+    """`by_last_line` of the start that began at `since`; {} where its ranks have no files and no labelled log."""
+    folders = sorted((output_dir / LOGS).glob("*/"), key=lambda path: path.stat().st_mtime)
+    files = [path for path in folders[-1].glob("rank-*.err") if path.stat().st_mtime >= since] if folders else []
     logs = sorted((output_dir / rundir.LAUNCH).glob("log-*.txt"), key=lambda path: path.stat().st_mtime)
-    said = _LABELLED.findall(_end(logs[-1], _LOG_BYTES)) if logs else []
-    return by_last_line({int(rank): words for rank, words in said if words.strip()})
+    if files or not logs:
+        return by_last_line({int(path.stem[5:]): _end(path, _BYTES) for path in files})
+    for start in reversed(_VERDICT.split(_end(logs[-1], _LOG_BYTES))[-2:]):  # the last may be what follows its verdict
+        if said := _LABELLED.findall(start):
+            return by_last_line({int(rank): words for rank, words in said if words.strip()})
+    return {}
 
 
 def _end(path: Path, size: int) -> bytes:

@@ -68,13 +68,15 @@ def read_status(output_dir: Path, now: float | None = None) -> RunStatus:
     steps = rundir.committed_steps(output_dir)
     checkpoint = rundir.checkpoint_dir(output_dir, steps[-1]) if steps else None
     left = None if per_step is None or last_step is None or state != "running" else (last_step - step) * per_step
+    broke_off = state in ("failed", "killed") and starts
+    notes = (*_notes(output_dir), *(_last_words(output_dir, starts[-1]["time"]) if broke_off else ()))
     return RunStatus(
         str(output_dir), state, reason, step, last_step, rows[-1] if rows else None, per_step,
         rundir.data_wait(rows[-_NEWEST:]), left,
         None if checkpoint is None else str(checkpoint),
         None if checkpoint is None else now - (checkpoint / rundir.COMMIT).stat().st_mtime,
         len(starts), sum(event.get("repeated_steps", 0) for event in starts), goodput(events, rows, seen),
-        (*_notes(output_dir), *(_last_words(output_dir) if state in ("failed", "killed") else ())),
+        notes,
     )  # fmt: skip
 
 
@@ -119,9 +121,9 @@ def _notes(output_dir: Path) -> Iterator[str]:
             yield f"{rejected.name}: {sum(1 for _ in file):,} rows of the data were not used"
 
 
-def _last_words(output_dir: Path) -> Iterator[str]:
-    """What ranks of a run that broke off said last: what few of them said is nearest to the cause."""
-    said = rank_words.last_words(output_dir)
+def _last_words(output_dir: Path, since: float) -> Iterator[str]:
+    """What ranks of a start that broke off said last: what few of them said is nearest to the cause."""
+    said = rank_words.last_words(output_dir, since)
     for words, ranks in list(said.items())[:_WORDS]:
         yield f"{rank_words.in_words(ranks)} said last: {words[:_WIDTH]}"
     if len(said) > _WORDS:

@@ -45,7 +45,12 @@ def main(argv: Sequence[str]) -> int:
     _let_ranks_speak()
     logs, rest = None, list(argv)
     if rest[0] == "--rank_logs":
-        logs, rest = RankLogs(Path(rest[1])), rest[2:]
+        try:
+            logs, rest = RankLogs(Path(rest[1])), rest[2:]
+        except OSError as error:
+            print(f"mswift on {os.uname().nodename}: {rest[1]}, where ranks are to write, cannot be made "
+                  f"({error.strerror}): free some space, or use another --output_dir", file=sys.stderr)  # fmt: skip
+            return 1
     _let_ranks_be_told()
     try:
         _run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *rest]), logs)

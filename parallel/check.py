@@ -3,6 +3,7 @@
 A process of every rank, started as the ranks of the run are: `python -m mswift.parallel.check RUN_DIR`.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -129,8 +130,9 @@ def main(run_dir: Path) -> int:
         )
         return 1
     if info.rank == 0 and refusals:
-        preflight.write_refusals(run_dir / rundir.LAUNCH, refusals)
         preflight.say(refusals)
+        with contextlib.suppress(OSError):  # a disk that is full or read-only is among them
+            preflight.write_refusals(run_dir / rundir.LAUNCH, refusals)
     groups.destroy()
     return _REFUSED if refusals else 0
 

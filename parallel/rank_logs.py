@@ -20,13 +20,14 @@ class RankLogs(DefaultLogsSpecs):
     """torchrun's way to be told where ranks write."""
 
     def __init__(self, folder: Path) -> None:
+        """Make the folder; OSError where that cannot be."""
         super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._paths: list[Path] = []
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """The files of these local ranks."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         outs, errs = dict.fromkeys(envs, ""), dict.fromkeys(envs, "")
         for local, env in envs.items():
             if (rank := int(env["RANK"])) != 0:

@@ -44,7 +44,7 @@ class LaunchConfig:
     time: str | None = None
     """Time limit, as 12:00:00 or 2-00:00:00. Default: the site's, else the partition's."""
     job_name: str | None = None
-    """Default: the name of the recipe's file."""
+    """Default: mswift- and the name of the run's directory."""
     signal_seconds: int = 600
     """The run is told this long before its time limit to save and stop; longer than a step and a save."""
     requeue: bool = True

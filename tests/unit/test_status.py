@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,17 +171,22 @@ def test_the_last_words_of_64_ranks_while_they_write(tmp_path: Path) -> None:
     )
     with locked(tmp_path):
         assert read_status(tmp_path).notes == ()  # it runs
+    with (tmp_path / rundir.LEDGER).open("a") as file:  # a later start, whose ranks said nothing
+        file.write(json.dumps({"event": "start", "step": 2, "time": time.time() + 60}) + "\n")
+    assert read_status(tmp_path).notes == ()
 
 
 def test_the_last_words_of_tasks_of_srun(tmp_path: Path) -> None:
     """From the log that srun labelled; its own lines are nobody's."""
     Ledger(tmp_path).start(0, 4, 12)
     (tmp_path / rundir.LAUNCH).mkdir()
-    lines = [
+    lines = [*(f"{rank:2}: of the start before" for rank in range(13)), "mswift launch: again: exit status 1"]
+    lines += [
         *(f"{rank:2}: same words" for rank in range(12)),
         " 3: cause: 7",
         "srun: error: n1: task 3: Exited",
         "11: ",
     ]
-    (tmp_path / rundir.LAUNCH / "log-7.txt").write_text("\n".join(lines))
-    assert read_status(tmp_path).notes == ("rank 3 said last: cause: 7", "ranks 0-2, 4-11 said last: same words")
+    for verdict in ("srun: error: n1", "mswift launch: stop: exit status 1\nsrun: error: n1: task 0: Exited"):
+        (tmp_path / rundir.LAUNCH / "log-7.txt").write_text("\n".join([*lines, verdict]))
+        assert read_status(tmp_path).notes == ("rank 3 said last: cause: 7", "ranks 0-2, 4-11 said last: same words")

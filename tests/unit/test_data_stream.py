@@ -105,6 +105,7 @@ def test_stops_anywhere_change_nothing(stops, rows, mixed, packed, batch):
             "rows": rows,
             "weights": (0.5, 1, 2, 0.3) if mixed else (),
             "packing": (90, "bestfit") if packed else None,
+            "cut": "documents" if packed else "joined",
         }
         specs, steps = _mixed_files(folder), 16
         whole = _stream(specs, folder / "whole", **flags)

@@ -15,7 +15,7 @@ class InferConfig:
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory (one), or NAME=DIRECTORY."""
-    infer_backend: Literal["transformers"] = "transformers"
+    infer_backend: Literal["transformers", "vllm"] = "transformers"
     """Generation engine."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""

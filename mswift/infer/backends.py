@@ -44,6 +44,9 @@ class Backend:
 
 BACKENDS = {
     "transformers": Backend("mswift.infer.transformers_engine:open_engine", "transformers", "pip install mswift"),
+    "vllm": Backend(
+        "mswift.infer.vllm_engine:open_engine", "vllm", "pip install 'mswift[vllm]' (GPUs) or make vllm (a CPU)"
+    ),
 }
 
 

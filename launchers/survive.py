@@ -45,11 +45,11 @@ def judge(
     """What follows when the ranks ended with `status`; `newest` is the step of the newest checkpoint now.
 
     starts: of this run, the one that has just ended last; `newest` in each is the newest checkpoint when it began.
-    refused: by its preflight.
+    refused: what the preflight or rank 0 of the command said, whatever status srun made of it.
     """
     if refused:
         more = f" (and {len(refused) - 1} more, in the log)" if len(refused) > 1 else ""
-        return Verdict("stop", f"the preflight refused: {refused[0]}{more}")
+        return Verdict("stop", f"refused: {refused[0]}{more}")
     if status == 0:
         return Verdict("done", f"the run is finished; its newest checkpoint is {_name(newest)}")
     if status == _WRONG_COMMAND:

@@ -14,6 +14,7 @@ from mswift.converters.reader import WeightReader
 from mswift.launchers import local
 from mswift.launchers.environment import RankInfo, current
 from mswift.launchers.job import mswift_job
+from mswift.launchers.preflight import noting_refusals
 from mswift.refusals import check_train
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, open_model
@@ -58,14 +59,16 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     if info is None and config.nproc_per_node is not None:
         prepare(kind, config, replace(RankInfo.single(), world_size=config.nproc_per_node))  # refuse before starting
         return local.run(mswift_job(config.nproc_per_node, kind, to_arguments(config), Path(config.output_dir)))
-    start = prepare(kind, config, info or RankInfo.single())
-    from mswift.parallel import device
+    info = info or RankInfo.single()
+    with noting_refusals(Path(config.output_dir), info.rank):
+        start = prepare(kind, config, info)
+        from mswift.parallel import device
 
-    choose = device.prepare if config.backend == "megatron" else device.choose
-    chosen = choose(config.device)  # before the first import of megatron.core
-    from mswift.train.job import run_job
+        choose = device.prepare if config.backend == "megatron" else device.choose
+        chosen = choose(config.device)  # before the first import of megatron.core
+        from mswift.train.job import run_job
 
-    return run_job(start, chosen)
+        return run_job(start, chosen)
 
 
 def prepare(kind: Kind, config: TrainConfig, info: RankInfo) -> Start:

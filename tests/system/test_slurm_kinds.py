@@ -3,6 +3,7 @@
 Ranks by srun that go on with fewer nodes, a sweep, a chain that is cancelled, a node that lacks a file.
 """
 
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -86,7 +87,20 @@ def test_a_node_that_lacks_a_file_is_named_and_nothing_is_trained(
     assert [line.startswith(f"refused: {why}") for line in run.said().splitlines() if "refused: " in line[:9]] == [True]
     status, said = launch(cluster, "status", run.output)
     assert status == 1
-    assert f"stop          {run.output}: the preflight refused: {why}" in said
+    assert f"stop          {run.output}: refused: {why}" in said
+    assert (cluster.field(run.job, "Restarts"), run.events("start")) == ("0", [])
+
+
+def test_a_command_that_both_ranks_refuse_is_not_tried_again(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """The data goes once the job is submitted; srun may report a rank that it ended (143), not the refusal (2)."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((recipe.home / "chat.jsonl").read_bytes())
+    run = recipe.submit(cluster, tmp_path / "run", "--dataset", str(rows))
+    rows.unlink()
+    assert run.wait_for_end() == ["FAILED"], run.said()
+    last = run.verdict()
+    assert last is not None
+    assert re.match(rf"refused: .*{rows}", last["why"])
     assert (cluster.field(run.job, "Restarts"), run.events("start")) == ("0", [])
 
 

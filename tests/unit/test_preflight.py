@@ -8,8 +8,20 @@ import pytest
 
 from mswift.cli.main import main
 from mswift.config.train import SftConfig
+from mswift.errors import CheckpointError, ConfigError
 from mswift.launchers.machine import Gpu
-from mswift.launchers.preflight import Expected, Facts, facts, job_refusals, node_refusals, read, versions, write
+from mswift.launchers.preflight import (
+    Expected,
+    Facts,
+    facts,
+    job_refusals,
+    node_refusals,
+    noting_refusals,
+    read,
+    read_refusals,
+    versions,
+    write,
+)  # fmt: skip
 from mswift.train.dry_run import needs_of
 from tests.unit.test_launch import recipe
 
@@ -88,6 +100,32 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {"python", "mswift", "torch", "megatron-core"} <= versions().keys()
     write(tmp_path / "expected.json", want)
     assert read(tmp_path / "expected.json") == want
+
+
+@pytest.mark.parametrize(
+    ("rank", "in_job", "error", "noted"),
+    [
+        (0, True, ConfigError("no data"), ["no data"]),
+        (1, True, ConfigError("no data"), []),
+        (0, False, ConfigError("no data"), []),
+        (0, True, CheckpointError("damaged"), []),
+        (0, True, RuntimeError("a bug"), []),
+    ],
+)
+def test_a_refused_command_is_noted_by_rank_0_of_a_job(
+    rank: int, in_job: bool, error: Exception, noted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if in_job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for folder in (tmp_path / "of a launch", tmp_path / "of its own"):
+        folder.mkdir()
+    (tmp_path / "of a launch" / "launch").mkdir()
+    for folder in tmp_path.iterdir():
+        with pytest.raises(type(error), match=str(error)), noting_refusals(folder, rank):
+            raise error
+    assert read_refusals(tmp_path / "of a launch" / "launch") == noted
+    assert list((tmp_path / "of its own").iterdir()) == []
 
 
 def test_needs_of_a_run(recipe: Path) -> None:

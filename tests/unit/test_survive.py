@@ -44,7 +44,7 @@ def test_what_the_preflight_refused_is_the_last_word(run: Path, monkeypatch: pyt
     assert start(run, 0, monkeypatch) == 0
     preflight.write_refusals(run / rundir.LAUNCH, ["node n2: /m/w is missing", "node n2: full"])
     assert main(["end", str(run), "--status", "143"]) == GIVEN_UP
-    said = "the preflight refused: node n2: /m/w is missing (and 1 more, in the log)"
+    said = "refused: node n2: /m/w is missing (and 1 more, in the log)"
     assert json.loads((run / rundir.LAUNCH / END).read_text()) == {"verdict": "stop", "why": said}
     for name in (END, STARTS):
         (run / rundir.LAUNCH / name).unlink()

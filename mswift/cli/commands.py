@@ -91,6 +91,12 @@ COMMANDS = {
         example="mswift eval --model Qwen3-0.6B --eval_dataset arc=arc_challenge.jsonl humaneval=HumanEval.jsonl.gz "
         "--eval_output_dir runs/eval",
     ),
+    "deploy": Command(
+        summary="serve a model and its adapters with OpenAI's routes",
+        config="mswift.config.deploy:DeployConfig",
+        run="mswift.infer.server.run:main",
+        example="mswift deploy --model Qwen3-0.6B --adapters mine=Qwen3-0.6B-adapter --port 8000",
+    ),
 }
 
 

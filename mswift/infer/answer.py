@@ -6,6 +6,10 @@ from mswift.infer.detokenize import Decoder, Detokenizer, StopFinder
 from mswift.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
 
 
+class GivenUp(Exception):
+    """Why an answer that nobody wants has no end."""
+
+
 class Answer:
     """The answer number `index` of a request; `room`: how many tokens it may have."""
 
@@ -31,6 +35,11 @@ class Answer:
     def ended(self) -> bool:
         """Whether it is complete, or will never be."""
         return self.finish_reason is not None or self.error is not None
+
+    def give_up(self) -> None:
+        """Nobody wants it any more; nothing happens to an answer that has ended."""
+        if not self.ended:
+            self.error = GivenUp()
 
     def add(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Take the next token."""

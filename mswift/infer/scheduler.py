@@ -28,43 +28,45 @@ class Scheduler:
     """Answers in a model's batch. Nothing runs by itself: each `step` computes one token of every running answer.
 
     A prompt is computed alone, so that nothing of its answer is padded by its neighbours' prompts. Answers by different
-    adapters are batches of their own. Not safe for threads: one at a time may call it.
+    adapters are batches of their own. `add` may be called by any thread at any time, the rest by one at a time.
     """
 
     def __init__(self, model: PreTrainedModel, use_adapter: Callable[[str | None], None], max_rows: int) -> None:
         self._use_adapter = use_adapter
         self._max_rows = max_rows
         self._forward = _Forward(model)
+        self._added: deque[tuple[list[Answer], str | None]] = deque()  # appending is atomic
         self._waiting: deque[tuple[list[Answer], str | None]] = deque()
         self._batches: dict[str | None, _Batch] = {}
 
     @property
     def num_running(self) -> int:
         """Answers that grow."""
-        return sum(len(batch.answers) for batch in self._batches.values())
+        return sum(len(batch.answers) for batch in list(self._batches.values()))
 
     @property
     def num_waiting(self) -> int:
         """Answers that have not begun."""
-        return sum(len(answers) for answers, _ in self._waiting)
+        return sum(len(answers) for answers, _ in [*list(self._added), *list(self._waiting)])
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._batches)
+        return bool(self._added or self._waiting or self._batches)
 
     def add(self, answers: list[Answer], adapter: str | None) -> None:
         """Let the answers to one prompt, which they hold, begin when there is room."""
-        self._waiting.append((answers, adapter))
+        self._added.append((answers, adapter))
 
-    def drop(self, answers: Sequence[Answer]) -> None:
-        """Go on without these answers."""
-        gone = {id(answer) for answer in answers}
-        kept = (([a for a in waiting if id(a) not in gone], adapter) for waiting, adapter in self._waiting)
-        self._waiting = deque(entry for entry in kept if entry[0])
+    def sweep(self) -> None:
+        """Forget answers that have ended, by themselves or because nobody wants them."""
+        while self._added:
+            self._waiting.append(self._added.popleft())
+        left = (([answer for answer in answers if not answer.ended], adapter) for answers, adapter in self._waiting)
+        self._waiting = deque(entry for entry in left if entry[0])
         for batch in self._batches.values():
-            batch.keep([row for row, answer in enumerate(batch.answers) if id(answer) not in gone])
-        self._forget_empty()
+            batch.keep([row for row, answer in enumerate(batch.answers) if not answer.ended])
+        self._batches = {adapter: batch for adapter, batch in self._batches.items() if batch.answers}
 
     def step(self) -> None:
         """One more token of every running answer; then those that there is room for begin, with their first token.
@@ -72,12 +74,12 @@ class Scheduler:
         What a forward pass or a draw raises becomes the `error` of the answers in it; the others go on.
         """
         with torch.inference_mode():
+            self.sweep()
             for adapter, batch in self._batches.items():
                 with _errors_of(batch.answers):
                     self._use_adapter(adapter)
                     batch.grow()
-                batch.keep([row for row, answer in enumerate(batch.answers) if not answer.ended])
-            self._forget_empty()
+            self.sweep()
             num_tokens = 0
             while self._waiting and num_tokens < PREFILL_TOKENS and self._has_room(len(self._waiting[0][0])):
                 answers, adapter = self._waiting.popleft()
@@ -99,9 +101,6 @@ class Scheduler:
         if others is not batch:
             with _errors_of([*others.answers, *batch.answers]):  # half joined, neither can go on
                 others.append(batch)
-
-    def _forget_empty(self) -> None:
-        self._batches = {adapter: batch for adapter, batch in self._batches.items() if batch.answers}
 
 
 @contextlib.contextmanager

@@ -75,11 +75,15 @@ class TransformersEngine:
         """Token ids that the model is given for a request. Raises DataError."""
         return prompt_tokens(self.tokenizer, request)
 
+    def check(self, prompt: list[int]) -> None:
+        """DataError for tokens that the model cannot take, or that leave no room for another."""
+        check_prompt(prompt, self.tokenizer, self._rows, self.max_length)
+
     def submit(self, request: Request) -> list[Answer]:
         """Its n answers, which grow with every `step` from now on. Raises DataError and ConfigError."""
         adapter = choose_adapter(request.adapter, self.adapters)
         prompt = self.prompt_tokens(request)
-        check_prompt(prompt, self.tokenizer, self._rows, self.max_length)
+        self.check(prompt)
         room = request.sampling.max_new_tokens
         if self.max_length is not None:
             room = min(room, self.max_length - len(prompt))
@@ -87,8 +91,7 @@ class TransformersEngine:
             Answer(request, prompt, room, self._end_tokens, cast(Any, self.tokenizer), index)
             for index in range(request.sampling.n)
         ]
-        with self._turn:
-            self._scheduler.add(answers, adapter)
+        self._scheduler.add(answers, adapter)
         return answers
 
     def step(self) -> bool:
@@ -101,8 +104,13 @@ class TransformersEngine:
 
     def drop(self, answers: Sequence[Answer]) -> None:
         """Stop work on answers that nobody wants."""
-        with self._turn:
-            self._scheduler.drop(answers)
+        for answer in answers:
+            answer.give_up()
+        if self._turn.acquire(blocking=False):  # else the step under way, or the next one, sweeps
+            try:
+                self._scheduler.sweep()
+            finally:
+                self._turn.release()
 
     @property
     def load(self) -> tuple[int, int]:
@@ -141,7 +149,7 @@ class TransformersEngine:
         """Log-probabilities of continuations (Engine)."""
         name = choose_adapter(adapter, self.adapters)
         for prompt, continuation in pairs:
-            check_prompt([*prompt, *continuation[:-1]], self.tokenizer, self._rows, self.max_length)
+            self.check([*prompt, *continuation[:-1]])
         with self._turn:
             return score_pairs(self.model, pairs, lambda: self._active.use(name))
 

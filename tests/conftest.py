@@ -68,6 +68,7 @@ BUDGET_SECONDS = {
     "system/test_eval": 80,
     "system/test_deploy": 60,
     "system/test_slurm": 240,
+    "system/test_slurm_faults": 90,
     "system/test_preflight": 35,
     "system/test_vllm": 120,
     "system": 120,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "ip", "nsenter", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "ip", "nsenter", "unshare", "setpriv")
 NUM_PLACES = 8
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
@@ -190,6 +190,7 @@ class Cluster:
 
     def _start(self, *argv: str) -> "subprocess.Popen[bytes]":
         with (self.home / "daemons.log").open("ab") as log:
+            argv = ("setpriv", "--pdeathsig", "KILL", *argv)  # nothing outlives the process of the tests
             process = subprocess.Popen(argv, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._processes.append(process)
         return process

@@ -29,10 +29,11 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Fault:
-    """does: at once; is_told: the run hears of it before, and saves."""
+    """does: at once; is_told: the run hears of it before, and saves; is_silent: the ranks wait until they time out."""
 
     does: Callable[[SlurmRun], object]
     is_told: bool = False
+    is_silent: bool = False
 
 
 def requeue(run: SlurmRun) -> None:
@@ -72,14 +73,20 @@ def cut_batch_host(run: SlurmRun) -> None:
     run.cluster.cut(run.nodes[0])
 
 
+def hang(run: SlurmRun) -> None:
+    """A rank stands still, and the others wait for it in a collective."""
+    run.kill(run.nodes[1], signal.SIGUSR2)
+
+
 FAULTS = {
     "requeue": Fault(requeue, is_told=True),
     "kill_rank": Fault(kill_rank),
     "node_back": Fault(node_back),
     "lose_node": Fault(lose_node),
     "lose_batch_host": Fault(lose_batch_host),
-    "cut_link": Fault(cut_link),
-    "cut_batch_host": Fault(cut_batch_host),
+    "cut_link": Fault(cut_link, is_silent=True),
+    "cut_batch_host": Fault(cut_batch_host, is_silent=True),
+    "hang": Fault(hang, is_silent=True),
 }
 
 
@@ -97,14 +104,20 @@ def befall(run: SlurmRun, name: str) -> Recovery:
     return found
 
 
-def storm(run: SlurmRun, seconds: float) -> list[Recovery]:
-    """Faults in turn for so long, three at least; each after 20 times the time that a start takes."""
+def storm(run: SlurmRun, seconds: float, timeout_seconds: float) -> list[Recovery]:
+    """Faults in turn for so long, three at least; timeout_seconds: of its --distributed_timeout_minutes.
+
+    What a fault costs beside steps (a start, a time-out) is the same at any save interval: the next one comes after 12
+    times that, so that on any machine it takes less than a tenth of the time.
+    """
     run.wait_for_step(1)
-    began, found = time.monotonic(), []
+    began, found, unseen = time.monotonic(), list[Recovery](), 0.0
     while time.monotonic() - began < seconds or len(found) < 3:
-        until = time.monotonic() + 20 * run.events("start")[-1]["starting_seconds"]
+        until = time.monotonic() + 12 * (run.events("start")[-1]["starting_seconds"] + unseen)
         run.wait(lambda until=until: time.monotonic() > until, "pause", until)  # type: ignore[misc]
-        found.append(befall(run, list(FAULTS)[len(found) % len(FAULTS)]))
+        name = list(FAULTS)[len(found) % len(FAULTS)]
+        found.append(befall(run, name))
+        unseen = timeout_seconds if FAULTS[name].is_silent else 0.0
     return found
 
 

@@ -14,10 +14,16 @@ from mswift import rundir
 from mswift.ledger import read_events
 from mswift.status import read_status
 from tests.support.commands import PROGRAM, command, make_home, run
+from tests.support.ranks import ROOT
 from tests.support.runs import log, tensors
 from tests.support.slurm_cluster import ENDED, Cluster
 
 PATIENCE_SECONDS = 500  # a busy machine is no failure
+HANGS = """
+import signal, time
+signal.signal(signal.SIGUSR2, lambda number, frame: time.sleep(3600))
+"""
+"""Of every process of a run: SIGUSR2 makes it hang, while its threads go on."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,10 @@ class Recipe:
     def make(cls, home: Path, num_steps: int, save_steps: int, *flags: str) -> "Recipe":
         """Model, data, recipe and site file in `home`."""
         make_home(home)
-        (home / "site.yaml").write_text("gpus_per_node: 0\ncpus_per_rank: 1\n")
+        (home / "hangs").mkdir()
+        (home / "hangs" / "sitecustomize.py").write_text(HANGS)
+        path = f"environment: {{PYTHONPATH: '{home}/hangs:{ROOT}'}}\n"
+        (home / "site.yaml").write_text(f"gpus_per_node: 0\ncpus_per_rank: 1\n{path}")
         (home / "recipe.yaml").write_text("command: sft\n")
         return cls(home, num_steps, save_steps, flags)
 

@@ -17,7 +17,6 @@ import pytest
 
 from mswift import rundir
 from mswift.status import read_status
-from tests.support.ranks import ROOT
 from tests.support.slurm_cluster import Cluster, skip_without_slurm
 from tests.support.slurm_faults import FAULTS, befall, cancel, kill_rank, storm
 from tests.support.slurm_runs import Recipe, SlurmRun
@@ -26,7 +25,7 @@ EVERYTHING = os.environ.get("MSWIFT_ALL_FAULTS") == "1"
 everything = pytest.mark.skipif(not EVERYTHING, reason="takes long: MSWIFT_ALL_FAULTS=1 runs it")
 STEPS, SAVE_STEPS = 200, 20
 STORM_SECONDS = 900.0
-HANG_SECONDS = 24
+HANG_SECONDS = 15
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +55,15 @@ def whole(recipe: Recipe) -> Path:
 
 
 @everything
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "hang"])
 def test_a_run_survives(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path, name: str) -> None:
-    minutes = "0.5" if name.startswith("cut") else "30"
+    minutes = {"cut_link": "0.5", "cut_batch_host": "2"}.get(name, "30")
     run = recipe.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", minutes)
     befall(run, name)
     run.wait_for_end()
     run.assert_survived(whole, 2)
+    if name == "cut_batch_host":
+        assert "waiting for an earlier start of this job to end: pid " in run.said()
     if FAULTS[name].is_told:
         assert run.events("start")[-1]["repeated_steps"] == 0  # it saved before it went
 
@@ -77,7 +78,7 @@ def assert_good(run: SlurmRun, num_faults: int, *, starts_count: bool) -> None:
 
 
 def test_a_short_storm(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
-    names = ["requeue", "node_back", "kill_rank"]
+    names = ["requeue", "node_back"]
     run = recipe.submit(cluster, tmp_path / "run")
     for name in names:
         befall(run, name)
@@ -88,10 +89,9 @@ def test_a_short_storm(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: 
 
 @everything
 def test_a_storm_of_15_minutes(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Faults come after so long a time of training that starts are 5 % of it, on any machine."""
     long = Recipe(recipe.home, 1_000_000, 200)
     run = long.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", "0.5")
-    faults = len(storm(run, STORM_SECONDS))
+    faults = len(storm(run, STORM_SECONDS, 30))
     cancel(run)
     assert_good(run, faults, starts_count=True)
     rows = rundir.read_metrics(run.output)
@@ -161,20 +161,12 @@ def test_the_limit_of_slurm_itself(cluster: Cluster, recipe: Recipe, tmp_path: P
 
 # -- a rank that hangs, a disk that is full
 
-HANGS = """
-import signal, time
-signal.signal(signal.SIGUSR2, lambda number, frame: time.sleep(3600))
-"""
-
 
 def test_a_rank_hangs_in_a_job(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     """The others wait in a collective: stacks and collectives of all ranks are there, and the job goes on."""
-    (tmp_path / "sitecustomize.py").write_text(HANGS)
-    site = f"gpus_per_node: 0\ncpus_per_rank: 1\nenvironment: {{PYTHONPATH: '{tmp_path}:{ROOT}'}}\n"
     minutes = str(HANG_SECONDS / 60)
-    run = recipe.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", minutes, site=site)
-    run.wait_for_step(SAVE_STEPS + 5)
-    run.kill(run.nodes[1], signal.SIGUSR2)
+    run = recipe.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", minutes)
+    befall(run, "hang")
     run.wait_for_end()
     run.assert_survived(whole, 2)
     assert f"no progress for {HANG_SECONDS} s (--distributed_timeout_minutes {HANG_SECONDS / 60:g}): " in run.said()
@@ -189,6 +181,7 @@ def test_a_rank_hangs_in_a_job(cluster: Cluster, recipe: Recipe, whole: Path, tm
     assert not collectives[-1]["retired"]
 
 
+@everything
 def test_the_disk_is_full_during_a_save(
     cluster: Cluster, recipe: Recipe, whole: Path, disk: Path, tmp_path: Path
 ) -> None:

@@ -128,13 +128,13 @@ def test_a_cancelled_run_has_saved_and_a_chain_ends_it(
 
 @everything
 def test_signals_while_a_run_ends(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
-    """From its last steps on all its processes are told to stop, over and over: what it has done counts as done."""
+    """From its last steps on srun, agents and ranks are told to stop over and over: what is done counts."""
     run = recipe.submit(cluster, tmp_path / "run")
     run.wait_for_step(STEPS - 5)
     told = 0
     while run.verdict() is None:
         for node in ("n1", "n2"):
-            for pid in cluster.processes(node, "mswift"):
+            for pid in cluster.processes(node, "mswift.cli.main"):
                 try:
                     os.kill(pid, signal.SIGUSR1)
                     told += run.step == STEPS

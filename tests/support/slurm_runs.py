@@ -65,12 +65,8 @@ class Recipe:
         site = ("--site", str(self.home / "site.yaml"))
         return [*argv, *site, "--nodes", "2", "--signal_seconds", "20", "--preflight", "false", *flags]
 
-    def submit(self, cluster: Cluster, output: Path, *flags: str, site: str | None = None) -> "SlurmRun":
-        """Submit a run on two nodes, a rank each. site: text in place of the site file's."""
-        if site is not None:
-            site_file = output.with_suffix(".site.yaml")
-            site_file.write_text(site)
-            flags = ("--site", str(site_file), *flags)
+    def submit(self, cluster: Cluster, output: Path, *flags: str) -> "SlurmRun":
+        """Submit it."""
         said = cluster.client(*self.submission(output, *flags))
         jobs = said.splitlines()[0].removeprefix("submitted ").split(":")[0].split()
         return SlurmRun(cluster, self, output, jobs)

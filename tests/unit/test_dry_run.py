@@ -169,6 +169,16 @@ def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: p
     assert len(refused) == 4
 
 
+def test_rows_of_cut_documents_are_no_mixture(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cut = ["--packing", "--packing_strategy", "concat-and-split"]
+    assert main([*argv, *cut]) == 0
+    assert "packs a step" in capsys.readouterr().out
+    assert main([*argv, *cut, "--dataset_weights", "1"]) == 2
+    assert "concat-and-split fills rows with documents in file order, which weights" in capsys.readouterr().out
+    assert main([*argv, *cut, "--dataset_weights", "1", "--streaming"]) == 0
+    assert main([*argv, "--packing", "--dataset_weights", "1"]) == 0
+
+
 def test_a_wrong_module_name_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--tuner_type", "lora", "--target_modules", "q_prj"]) == 2
     assert "q_proj" in capsys.readouterr().out

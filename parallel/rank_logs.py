@@ -48,9 +48,10 @@ class RankLogs(DefaultLogsSpecs):
             yield from lines
 
     def tidy(self) -> None:
-        """Remove the files of ranks that said nothing, and the folder where all did."""
+        """Remove the files of ranks that said nothing, and the folder (and its parent) that has no others."""
         for path in self._paths:
             if path.is_file() and not path.stat().st_size:
                 path.unlink()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+            self.folder.parent.rmdir()

@@ -45,7 +45,7 @@ from pathlib import Path
 from mswift.launchers.job import Job
 from mswift.launchers.local import run
 assert "torch" not in sys.modules
-logs = Path(sys.argv[2]) / "logs" if sys.argv[1].endswith("-logged") else None
+logs = Path(sys.argv[2]) / "logs" / "start" if sys.argv[1].endswith("-logged") else None
 sys.exit(run(Job(2, "rank_program", (sys.argv[1].removesuffix("-logged"), sys.argv[2]), rank_logs=logs)))
 """
 
@@ -85,17 +85,17 @@ def test_a_rank_that_fails_first_does_not_silence_the_one_that_knows_the_cause(t
 def test_ranks_write_to_files_and_their_last_words_are_repeated(tmp_path: Path) -> None:
     """Rank 0 writes to the console; files of ranks that said nothing go, as does their folder."""
     status, stderr = _finish("cause-logged", tmp_path)
-    log = tmp_path / "logs" / "rank-00001.err"
+    log = tmp_path / "logs" / "start" / "rank-00001.err"
     assert (status, log.read_text()) == (1, "rank 1 says why\n")
     assert stderr == f"rank 0 says why\nmswift: rank 1 ended with 1; {log} ends:\nrank 1 says why\n"
-    assert list((tmp_path / "logs").iterdir()) == [log]
+    assert list(log.parent.iterdir()) == [log]
     log.unlink()
     assert _finish("fine-logged", tmp_path) == (0, "")
     assert not (tmp_path / "logs").exists()
     (tmp_path / "logs").write_text("in the way")
     status, stderr = _finish("fine-logged", tmp_path)
     assert status == 1
-    assert f"{tmp_path / 'logs'}, where ranks are to write, cannot be made (File exists): free some space" in stderr
+    assert f"{log.parent}, where ranks are to write, cannot be made (Not a directory): free some space" in stderr
 
 
 def test_a_killed_rank_is_reported(tmp_path: Path) -> None:

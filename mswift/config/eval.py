@@ -15,8 +15,8 @@ class EvalConfig:
     """Hugging Face directory. With eval_url: whose tokenizer encodes the prompts (needed for choices)."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory (one)."""
-    infer_backend: Literal["transformers"] = "transformers"
-    """Generation engine."""
+    infer_backend: str = "transformers"
+    """Generation engine, as mswift infer takes it."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

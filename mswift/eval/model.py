@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mswift.errors import ConfigError
+from mswift.infer.prompts import prompt_tokens
 from mswift.infer.request import Completion, Engine, Request
 
 SCORES_AT_ONCE = 256
@@ -22,9 +23,11 @@ class Likelihood:
 class EvalModel:
     """An engine (or a server) with what encodes for it."""
 
-    def __init__(self, engine: Engine, max_length: int | None, batch_size: int) -> None:
+    def __init__(self, engine: Engine, max_length: int | None, batch_size: int, *, is_server: bool = False) -> None:
+        """max_length: tokens that the model takes. A server also writes one where it scores, an engine none."""
         self.engine = engine
         self.max_length = max_length
+        self._score_length = None if max_length is None else max_length + (-1 if is_server else 1)
         self._batch_size = batch_size
 
     @property
@@ -48,7 +51,7 @@ class EvalModel:
         encoded, cut = [], []
         for context, continuation in pairs:
             prompt, rest = encode_pair(self.tokenizer, context, continuation)
-            room = None if self.max_length is None else self.max_length + 1 - len(rest)
+            room = None if self._score_length is None else self._score_length - len(rest)
             if room is not None and room < 1:
                 raise ConfigError(
                     f"a choice of {len(rest)} tokens is longer than the model's {self.max_length}: {continuation!r:.60}"
@@ -68,6 +71,7 @@ class EvalModel:
     ) -> tuple[list[list[Completion]], list[bool]]:
         """The n answers to each request, and whether its prompt was cut to leave room for them."""
         ready, cut = [], []
+        self._check_conversations(requests)
         for request in requests:
             shorter, is_cut = self._fit(request)
             ready.append(shorter)
@@ -79,6 +83,19 @@ class EvalModel:
             answers += [[next(left) for _ in range(request.sampling.n)] for request in part]
             advance(len(part))
         return answers, cut
+
+    def _check_conversations(self, requests: Sequence[Request]) -> None:
+        """ConfigError where conversations, which cannot be cut, leave no room for their answers."""
+        if self.max_length is None or self.engine.tokenizer is None:
+            return
+        asked = [request for request in requests if request.messages is not None]
+        lengths = [len(prompt_tokens(self.tokenizer, one)) + one.sampling.max_new_tokens for one in asked]
+        if too_long := [length for length in lengths if length > self.max_length]:
+            raise ConfigError(
+                f"{len(too_long)} of {len(lengths)} conversations leave no room for --max_new_tokens "
+                f"{asked[0].sampling.max_new_tokens}: with it the longest has {max(too_long)} tokens, the model "
+                f"{self.max_length}; lower it, or take a model (or --rope_scaling) that reads more"
+            )
 
     def _fit(self, request: Request) -> tuple[Request, bool]:
         """Text as tokens, without the beginning for which there is no room; a conversation as it is."""

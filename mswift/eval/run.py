@@ -107,7 +107,7 @@ def opened(config: EvalConfig) -> Iterator[tuple[EvalModel, dict[str, Any]]]:
         engine, about = _engine(config)
         limit = _limit(Path(str(config.model)))
     try:
-        yield EvalModel(engine, limit, config.max_batch_size), about
+        yield EvalModel(engine, limit, config.max_batch_size, is_server=config.eval_url is not None), about
     finally:
         engine.close()
 

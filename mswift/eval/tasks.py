@@ -120,6 +120,9 @@ def _pass_metrics(settings: Settings) -> tuple[Metric, ...]:
 
 def _ifeval_library() -> Any:
     try:
+        import nltk
+
+        nltk.data.find("tokenizers/punkt_tab")  # where it is missing, lm-eval would download it
         from lm_eval.tasks.ifeval import utils
     except ModuleNotFoundError as error:
         raise ConfigError(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from mswift.errors import ConfigError
+from mswift.infer.prompts import prompt_tokens
 from mswift.infer.request import Completion, FinishReason, Piece, Request, Sampling, Score, TokenLogprob, TokenPair
 
 KEY = "OPENAI_API_KEY"
@@ -62,7 +63,10 @@ class UrlEngine:
                  != getattr(_DEFAULTS, name)}  # fmt: skip
         if sampling.stop:
             body["stop"] = list(sampling.stop)
-        if request.messages is not None:
+        if request.messages is not None and request.opening and self.tokenizer is not None:
+            body["prompt"] = prompt_tokens(self.tokenizer, request)
+            answer = self._post("completions", body)
+        elif request.messages is not None:
             body["messages"] = [dict(message) for message in request.messages]
             if request.opening:
                 body["messages"].append({"role": "assistant", "content": request.opening})

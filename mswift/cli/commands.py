@@ -91,6 +91,13 @@ COMMANDS = {
         example="mswift eval --model Qwen3-0.6B --eval_dataset arc=arc_challenge.jsonl humaneval=HumanEval.jsonl.gz "
         "--eval_output_dir runs/eval",
     ),
+    "sample": Command(
+        summary="several answers to each row, scored; the best as training data; pass@k",
+        config="mswift.config.sample:SampleConfig",
+        run="mswift.eval.sample:main",
+        example="mswift sample --model Qwen3-0.6B --val_dataset sums.jsonl --num_samples 8 "
+        "--result_path samples.jsonl --best_path best.jsonl",
+    ),
     "deploy": Command(
         summary="serve a model and its adapters with OpenAI's routes",
         config="mswift.config.deploy:DeployConfig",

@@ -20,8 +20,8 @@ class DeployConfig:
     """PEFT adapter directories; clients choose one as `model`, by the last part of its path or NAME=DIRECTORY."""
     served_model_name: str | None = None
     """What clients call the model. Default: the last part of its path."""
-    infer_backend: Literal["transformers"] = "transformers"
-    """Generation engine."""
+    infer_backend: Literal["transformers", "vllm"] = "transformers"
+    """transformers in this process, or vLLM's own server."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -10,7 +10,10 @@ from types import FrameType
 from mswift.errors import DataError
 from mswift.infer.request import Completion, Engine, Message, Request
 
-HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer."
+HELP = (
+    "/clear forgets the conversation, /system TEXT starts another with this system message, "
+    "/exit (or Ctrl-D) leaves; Ctrl-C stops an answer."
+)
 
 
 def show(engine: Engine, request: Request) -> tuple[str, Completion | None]:
@@ -95,10 +98,17 @@ class Chat:
         if line == "/clear":
             self.messages = list(self._first)
             print("(conversation forgotten)")
+        elif line.split()[0] == "/system":
+            self._set_system(line.removeprefix("/system").strip())
         elif line.startswith("/"):
             print(f"(no command {line.split()[0]}. {HELP})")
         else:
             self._answer(line)
+
+    def _set_system(self, text: str) -> None:
+        self._first = ({"role": "system", "content": text},) if text else ()
+        self.messages = list(self._first)
+        print("(system message set; conversation forgotten)" if text else "(no system message; conversation forgotten)")
 
     def _answer(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})

@@ -152,6 +152,7 @@ def test_mistakes_are_one_line_and_status_2(
         (*model, "--api_key_file", str(tmp_path / "keys")): "it holds no key",
         (*model, "--port", "70000"): "--port 70000",
         (*model, "--host", "192.0.2.1", "--without_api_key"): "--host 192.0.2.1",
+        (*model, "--infer_backend", "vllm", "--agent_template", "hermes"): "vLLM's server does not follow it",
         (*model, "--max_num_seqs", "0"): "--max_num_seqs 0",
         (*model, "--adapters", "a/x", "b/x"): "'x' names another one already",
         (*model, "--adapters", f"y={tmp_path}"): "no adapter_config.json",

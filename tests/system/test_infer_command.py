@@ -119,6 +119,10 @@ def test_history_is_kept_until_clear(model_dir: Path, capsys: pytest.CaptureFixt
         chat.handle(line)
     assert capsys.readouterr().out.split("\n")[:4] == ["2", "4", "(conversation forgotten)", "2"]
     assert [message["content"] for message in chat.messages] == ["be brief", "c", "2"]
+    for line in ("/system be kind", "d", "/clear", "/system"):
+        chat.handle(line)
+        contents = [message["content"] for message in chat.messages]
+        assert contents == {"d": ["be kind", "d", "2"], "/system": []}.get(line, ["be kind"])
 
 
 def test_a_chat_reads_a_pipe_and_leaves_at_its_end(model_dir: Path) -> None:

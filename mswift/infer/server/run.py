@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -27,6 +27,8 @@ API_KEY_VARIABLE = "MSWIFT_API_KEY"
 def main(config: DeployConfig) -> int:
     """Run `mswift deploy` until SIGTERM or Ctrl-C; returns the exit status."""
     keys = _check(config)
+    if config.infer_backend == "vllm":
+        return _vllm(config, keys)
     with _listening(config.host, config.port) as bound:
         app = _load(config, keys)
         host, port = bound.getsockname()[:2]
@@ -98,24 +100,49 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield bound
 
 
+_OURS = ("agent_template", "max_waiting", "max_new_tokens", "max_body_mib", "request_seconds", "shutdown_seconds")
+"""Options that vLLM's server has no word for."""
+
+
+def _vllm(config: DeployConfig, keys: tuple[str, ...]) -> int:
+    """vLLM's own server, to its end. Raises ConfigError for options that it would not follow."""
+    from mswift.infer.vllm_server import ServerOptions, serve
+
+    defaults = {field.name: field.default for field in fields(DeployConfig)}
+    if ours := [name for name in _OURS if getattr(config, name) != defaults[name]]:
+        raise ConfigError(
+            f"--{ours[0]}: vLLM's server does not follow it; leave it out, or --infer_backend transformers"
+        )
+    if len(keys) > 1:
+        raise ConfigError(f"--api_key_file {config.api_key_file}: it holds {len(keys)} keys, vLLM's server takes one")
+    options = ServerOptions(
+        host=config.host,
+        port=config.port,
+        api_key=keys[0] if keys else None,
+        served_model_name=config.served_model_name,
+    )
+    return serve(_engine_config(config), options)
+
+
+def _engine_config(config: DeployConfig) -> EngineConfig:
+    return EngineConfig(
+        model=Path(config.model),
+        adapters=named_adapters(config.adapters),
+        torch_dtype=config.torch_dtype,
+        device=config.device,
+        chat_template=config.chat_template,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+    )
+
+
 def _load(config: DeployConfig, keys: tuple[str, ...]) -> "FastAPI":
     from mswift.infer.server.app import Limits, create_app
     from mswift.infer.server.translate import Served
     from mswift.infer.server.worker import SteppedEngine, Worker
 
     adapters = named_adapters(config.adapters)
-    engine = open_engine(
-        config.infer_backend,
-        EngineConfig(
-            model=Path(config.model),
-            adapters=adapters,
-            torch_dtype=config.torch_dtype,
-            device=config.device,
-            chat_template=config.chat_template,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-        ),
-    )
+    engine = open_engine(config.infer_backend, _engine_config(config))
     served = Served(
         model=config.served_model_name or Path(config.model).resolve().name,
         adapters=tuple(adapters),

@@ -1,0 +1,122 @@
+"""`mswift sample`: scores are the reward's, the best is the best, a half-written file continues to the same bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mswift.cli.main import main
+from mswift.infer.loading import load_model, load_tokenizer
+from mswift.infer.transformers_engine import TransformersEngine
+from tests.support.serving import fixed_answer_model, serving
+from tests.support.tiny import tiny_model, tiny_tokenizer
+
+REWARD = """
+def reward(prompts, completions, label):
+    assert len(prompts) == len(completions) == len(label)
+    return [len(text) + (prompt == "1?") * 100 for prompt, text in zip(prompts, completions)]
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_tokenizer(path)
+    tiny_model(path, "qwen3", vocab_size=259)
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"query": f"{n}?", "response": str(n)}) + "\n" for n in range(5)))
+    return path
+
+
+def _sample(model: Path, rows: Path, result: Path, *flags: str) -> list[dict[str, Any]]:
+    argv = ["sample", "--model", str(model), "--val_dataset", str(rows), "--result_path", str(result)]
+    assert main([*argv, "--num_samples", "3", "--max_new_tokens", "12", "--max_batch_size", "2", *flags]) == 0
+    return [json.loads(line) for line in result.read_text().splitlines()]
+
+
+def test_answers_are_scored_by_a_function_and_the_best_become_rows(
+    model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(REWARD)
+    result, best = tmp_path / "samples.jsonl", tmp_path / "new" / "best.jsonl"
+    flags = (
+        "--reward",
+        str(tmp_path / "own.py"),
+        "--min_score",
+        "100",
+        "--best_path",
+        str(best),
+        "--pass_at",
+        "1",
+        "2",
+    )
+    lines = _sample(model_dir, rows, result, *flags)
+    said = capsys.readouterr().out
+    assert [line["label"] for line in lines] == list("01234")
+    for number, line in enumerate(lines):
+        texts = [sample["response"] for sample in line["samples"]]
+        assert len(set(texts)) == 3
+        assert [sample["score"] for sample in line["samples"]] == [len(text) + 100 * (number == 1) for text in texts]
+    assert "pass@1 0.2000\npass@2 0.2000\n" in said
+    (row,) = (json.loads(line) for line in best.read_text().splitlines())
+    longest = max((sample["response"] for sample in lines[1]["samples"]), key=len)
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert row["messages"][1]["content"] == longest
+    whole = result.read_bytes()
+    result.write_bytes(whole[: len(whole) // 2])
+    _sample(model_dir, rows, result, *flags)
+    assert result.read_bytes() == whole
+
+
+def test_labels_by_pattern_and_a_judge_behind_an_address(
+    model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    tokenizer = tiny_tokenizer(judge)
+    asked = [{"role": "user", "content": "Rate."}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    fixed_answer_model(judge, tokenizer, f"{prompt}It is 8<|im_end|>")
+    engine = TransformersEngine(load_model(judge, None, torch.device("cpu")), load_tokenizer(judge))
+    with serving(engine, "judge") as url:
+        flags = ("--reward", "judge", "--judge_url", url, "--judge_model", "judge", "--judge_prompt", "Rate.")
+        lines = _sample(model_dir, rows, tmp_path / "judged.jsonl", *flags)
+    assert {sample["score"] for line in lines for sample in line["samples"]} == {8.0}
+    from mswift.config.sample import SampleConfig
+    from mswift.eval.rewards import find_reward
+
+    def score(reward: str, *answers: str) -> list[float]:
+        config = SampleConfig(model="m", val_dataset=("d",), result_path="r", reward=reward)
+        return find_reward(config)("q", answers, "41")
+
+    assert score("exact_match", "41", " 41\n", "it is 41", "") == [1, 1, 0, 0]
+    assert score(r"regex:is (\d+)", "it is 40, no, it is 41", "it is 41, no, it is 40", "41") == [1, 0, 0]
+    assert score(r"regex:\d+", "40 41", "x") == [1, 0]
+    capsys.readouterr()
+
+
+def test_mistakes_are_one_line(model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.py").write_text("x = 1\n")
+    mistakes = {
+        ("--reward", "best"): "exact_match, regex:PATTERN, judge, or a file",
+        ("--reward", "regex:("): "--reward regex:(",
+        ("--reward", str(tmp_path / "none.py")): "it has no function reward",
+        ("--reward", str(tmp_path / "absent.py")): "no such file",
+        ("--reward", "judge"): "needs --judge_url and --judge_model",
+        ("--judge_url", "http://x/v1"): "--judge_url is for --reward judge",
+        ("--temperature", "0"): "8 times the same answer",
+        ("--pass_at", "9"): "from 1 to --num_samples 8",
+        ("--num_samples", "0"): "--num_samples 0",
+    }
+    argv = ("--model", str(model_dir), "--val_dataset", str(rows), "--result_path", str(tmp_path / "r.jsonl"))
+    for flags, message in mistakes.items():
+        assert main(["sample", *argv, *flags]) == 2, flags
+        error = capsys.readouterr().err
+        assert message in error, (flags, error)
+        assert error.count("\n") == 1

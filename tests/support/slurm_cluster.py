@@ -51,7 +51,8 @@ KillWait=5
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MessageTimeout=10
-UnkillableStepTimeout=15
+# longer than a step of a node that was cut off tries to tell its end: the node would be drained
+UnkillableStepTimeout=120
 CompleteWait=0
 MinJobAge=300
 SchedulerType=sched/backfill

@@ -122,7 +122,7 @@ def _range(found: list[Recovery], what: str) -> str:
 
 def _storm(cluster: Cluster, folder: Path, seconds: float) -> list[str]:
     """What `mswift status` says of a run under faults, and what its save interval allows."""
-    recipe = Recipe.make(folder / "storm", 1_000_000, 200)
+    recipe = Recipe.make(folder / "storm", 1_000_000, 50, "--global_batch_size", "64")
     run = recipe.submit(cluster, folder / "run-storm", "--distributed_timeout_minutes", TIMEOUT_MINUTES)
     found = storm(run, seconds, 60 * float(TIMEOUT_MINUTES))
     cancel(run)

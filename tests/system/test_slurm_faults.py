@@ -89,7 +89,8 @@ def test_a_short_storm(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: 
 
 @everything
 def test_a_storm_of_15_minutes(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    long = Recipe(recipe.home, 1_000_000, 200)
+    """With steps of a fraction of a second, beside which what a step writes down is little."""
+    long = Recipe(recipe.home, 1_000_000, 50, ("--global_batch_size", "64"))
     run = long.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", "0.5")
     faults = len(storm(run, STORM_SECONDS, 30))
     cancel(run)

@@ -101,12 +101,12 @@ def begin(run_dir: Path) -> int:
         print(f"mswift launch: {end['why']}", flush=True)
         return DONE if end["verdict"] == "done" else GIVEN_UP
     (launch / preflight.REFUSED).unlink(missing_ok=True)
-    newest, restart = _newest(run_dir), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    newest, (job, restart) = _newest(run_dir), _this_start()
     if (limit := reached(rundir.read_objects(launch / STARTS), restart, newest, _limits(launch))) is not None:
         return _say(launch, limit)
     start = {
         "time": time.time(),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "job": job,
         "restart": restart,
         "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
         "newest": newest,
@@ -120,11 +120,23 @@ def begin(run_dir: Path) -> int:
 
 
 def end(run_dir: Path, status: int) -> int:
-    """Judge, say it, note a last word; 0 done, AGAIN or GIVEN_UP."""
+    """Judge, say it, note a last word; 0 done, AGAIN or GIVEN_UP.
+
+    A script on a node that was cut off may come here when SLURM has long started the job elsewhere: it would queue that
+    start again.
+    """
     launch = run_dir / rundir.LAUNCH
     refused = preflight.read_refusals(launch)
     starts = rundir.read_objects(launch / STARTS)
+    if (starts[-1]["job"], starts[-1]["restart"]) != _this_start():
+        print(f"mswift launch: the run has gone on elsewhere, on {starts[-1].get('nodes')}", flush=True)
+        return GIVEN_UP
     return _say(launch, judge(status, starts, _newest(run_dir), _limits(launch), refused))
+
+
+def _this_start() -> tuple[str, int]:
+    """SLURM's number of this job, and how often it was started before."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _say(launch: Path, verdict: Verdict) -> int:

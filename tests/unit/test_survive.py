@@ -126,3 +126,17 @@ def test_a_disk_that_is_full_and_a_line_that_it_left_torn(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"mswift launch: stop: {launch} cannot be written (Is a directory): make it writable or")
     assert second == f"mswift launch: {launch / END} cannot be written (Is a directory)"
+
+
+def test_the_script_of_a_node_that_was_cut_off_decides_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(run, 0, monkeypatch) == 0
+    assert start(run, 1, monkeypatch) == 0  # SLURM has started it elsewhere
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert main(["end", str(run), "--status", "1"]) == GIVEN_UP
+    assert "the run has gone on elsewhere" in capsys.readouterr().out
+    assert not (run / rundir.LAUNCH / END).exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    checkpoint(run, 5)
+    assert main(["end", str(run), "--status", "143"]) == AGAIN

@@ -21,7 +21,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip i
 
 MODEL = BASE | {
     "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "tie_word_embeddings": True,
+    "num_key_value_heads": 4, "tie_word_embeddings": True, "initializer_range": 0.08,
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

@@ -110,7 +110,7 @@ def computable(job: dict[str, Any], world_size: int, degrees: dict[str, Any]) ->
         check_stages(spec.num_layers, dims.pp, dims.chunks)
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, job.get("cp_comm_type", "p2p"), spec)
-        if job["target_modules"]:
+        if job.get("target_modules"):
             refuse_recurrent(table)
     except ConfigError:
         return False

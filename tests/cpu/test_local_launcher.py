@@ -24,6 +24,7 @@ def stop(number, frame):
 if mode == "wait":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # under the agent it is blocked until a rank listens
     (here / f"ready{info.rank}").touch()
     time.sleep(60)
 if mode == "cause":

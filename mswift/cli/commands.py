@@ -63,8 +63,14 @@ COMMANDS = {
     "export": Command(
         summary="a run or checkpoint to a Hugging Face model or a PEFT adapter",
         config="mswift.config.export:ExportConfig",
-        run="mswift.train.export:main",
+        run="mswift.handover.export:main",
         example="mswift export --model runs/sft --output_dir Qwen3-0.6B-adapter",
+    ),
+    "handover": Command(
+        summary="prove that vLLM computes an exported model as it was trained",
+        config="mswift.config.handover:HandoverConfig",
+        run="mswift.handover.gate:main",
+        example="mswift handover Qwen3-0.6B-mine --run runs/sft",
     ),
     "merge": Command(
         summary="fold adapters into a copy of their base model",

@@ -1,6 +1,9 @@
 """Options of `mswift export`."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from mswift.config.handover import GateEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,3 +14,11 @@ class ExportConfig:
     """Run directory (its newest committed checkpoint is taken) or checkpoint-N."""
     output_dir: str
     """Destination directory; must not exist, or be empty."""
+    to: Literal["hf", "vllm"] = "hf"
+    """vllm: with the fields of config.json that vLLM needs; then `mswift handover` proves the result."""
+    base_model: str | None = None
+    """Of an adapter, to vllm: directory of its base. Default: what the run was started with."""
+    gate_engines: tuple[GateEngine, ...] = ("megatron", "transformers", "vllm")
+    """To vllm: engines that score the tokens (mswift handover --help)."""
+    use_chat_template: bool = True
+    """To vllm: false: the model is none to chat with, and needs no chat template."""

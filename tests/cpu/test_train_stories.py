@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mswift.config.export import ExportConfig
-from mswift.train import export
+from mswift.handover import export
 from tests.support.ranks import join, run_ranks
 from tests.support.shared import shared_file
 

@@ -31,6 +31,7 @@ def write_serve_script(path: Path, model: Path, adapter: Path | None) -> None:
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         f"python=${{MSWIFT_VLLM_PYTHON:-{shlex.quote(python)}}}",
         '[ -x "$python" ] || python=python3',
+        'export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"',
         *(f'export {name}="${{{name}:-{value}}}"' for name, value in variables.items()),
         f'exec "$python" {" ".join(words)} "$@"',
     ]

@@ -54,14 +54,15 @@ def test_a_full_run_is_handed_over_and_serve_sh_serves_it(home: Path) -> None:
     assert "# Handover passed" in (out / "handover.md").read_text()
     moved = Path(shutil.move(out, home / "moved"))
     port = free_port("127.0.0.1")
+    said = home / "serve.txt"
     server = subprocess.Popen(
         ["/bin/sh", str(moved / "serve.sh"), "--max-num-seqs", "4"],
-        env={**os.environ, "PORT": str(port)}, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+        env={**os.environ, "PORT": str(port)}, stdout=said.open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     try:
         while not _healthy(port):
-            assert server.poll() is None, "serve.sh ended"
+            assert server.poll() is None, said.read_text()[-5000:]
             time.sleep(0.2)
         question = {"model": "served", "messages": [{"role": "user", "content": "say 3"}], "max_tokens": 5}
         asked = urllib.request.Request(

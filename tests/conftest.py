@@ -70,7 +70,7 @@ BUDGET_SECONDS = {
     "system/test_slurm": 240,
     "system/test_slurm_faults": 90,
     "system/test_preflight": 35,
-    "system/test_vllm": 120,
+    "system/test_vllm": 160,
     "system": 120,
     "gpu": 600,
 }

@@ -94,6 +94,19 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
             f"--fsdp_shard_size {size} does not divide the {dims.world_size} ranks: it can be "
             f"{', '.join(map(str, divisors(dims.world_size)))}"
         )
+    for rope in spec.ropes:
+        if rope.kind in ("longrope", "dynamic") and (dims.cp > 1 or config.packing):
+            flag = f"--context_parallel_size {dims.cp}" if dims.cp > 1 else "--packing"
+            raise LayoutError(
+                f"--backend {config.backend} with {flag}: transformers chooses the frequencies of rope type "
+                f"{rope.kind!r} by the largest position that a rank sees, not by each sequence: use --backend megatron"
+            )
+        longest = rope.original_max_position_embeddings
+        if rope.kind == "dynamic" and config.row_length > longest:
+            raise LayoutError(
+                f"--max_length {config.row_length}: beyond {longest} positions the frequencies of rope type 'dynamic' "
+                f"depend on what was computed before: use --max_length {longest}, or --rope_scaling yarn"
+            )
     if spec.mtp_layers and config.tuner_type == "full":
         raise ConfigError(
             f"--backend {config.backend}: transformers' model has none of the checkpoint's {len(spec.mtp_layers)} "

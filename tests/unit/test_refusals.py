@@ -305,6 +305,17 @@ def test_tensor_parallel_sizes_that_a_message_names_all_work(
         check_train(dataclasses.replace(config, tensor_model_parallel_size=int(size)), spec, int(size))
 
 
+@pytest.mark.parametrize("changes", [{"context_parallel_size": 2}, {"packing": True}, {"max_length": 600}])
+def test_frequencies_that_depend_on_a_rank_s_rows_are_refused(changes: dict[str, Any]) -> None:
+    rope = RopeSpec(theta=10_000.0, kind="dynamic", original_max_position_embeddings=256)
+    spec = dataclasses.replace(SPEC, rope=rope, max_position_embeddings=1024)
+    config = dataclasses.replace(FINE, backend="fsdp", **changes)
+    if "max_length" not in changes:
+        config = dataclasses.replace(config, max_length=128)
+    assert "rope type 'dynamic'" in _refused(config, 2, spec)
+    assert train_refusals(dataclasses.replace(FINE, backend="fsdp", max_length=128), spec, 2) == []
+
+
 @pytest.mark.parametrize(
     ("size", "kind", "levels"), [(1, "p2p", ()), (2, "a2a", ()), (4, "a2a", ()), (8, "a2a+p2p", (4, 2)), (3, "p2p", ())]
 )

@@ -64,6 +64,10 @@ class Fork:
         return self.status
 
 
+_NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""For libraries that start one when they are imported: pyarrow's allocator, which peft brings in beside vLLM."""
+
+
 class ForkServer:
     """The pytest process's end of the server; `modules` are what it imports (none: nor is torch prepared)."""
 
@@ -71,7 +75,7 @@ class ForkServer:
         self._pipe, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.server", str(theirs.fileno()), *modules],
-            env=ENVIRON, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            env=ENVIRON | _NO_THREADS, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
         self._forks: list[Fork] = []

@@ -43,7 +43,8 @@ def by_vllm(texts: list[tuple[str, str]]) -> list[Any]:
     assert PYTHON is not None
     program = Path(__file__).parents[1] / "support" / "vllm_parsers.py"
     asked = {"tokenizer": str(shared_file("data/tokenizers/qwen2-8k")), "texts": texts}
-    done = subprocess.run([PYTHON, str(program)], input=json.dumps(asked), capture_output=True, text=True, check=False)
+    argv = [PYTHON, "-P", str(program)]  # -P: beside the program lies a module that is named vllm too
+    done = subprocess.run(argv, input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

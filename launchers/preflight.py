@@ -81,12 +81,14 @@ def facts(expected: Expected) -> Facts:
 
 def write_refusals(launch: Path, refusals: Sequence[str]) -> None:
     """Leave what was refused for the job's last word."""
-    (launch / REFUSED).write_text(json.dumps(list(refusals)), encoding="utf-8")
+    part = launch / f"{REFUSED}.{os.uname().nodename}.{os.getpid()}"  # several ranks may write at once
+    part.write_text(json.dumps(list(refusals)), encoding="utf-8")
+    part.rename(launch / REFUSED)
 
 
 @contextmanager
 def noting_refusals(run_dir: Path, rank: int) -> Iterator[None]:
-    """In a job of `mswift launch slurm` rank 0 leaves a refused command for the job's last word.
+    """In a job of `mswift launch slurm` a rank leaves a refused command for the job's last word; that of rank 0 counts.
 
     Its exit status does not suffice: srun reports that of a rank which it ended when the first was refused.
     """
@@ -94,9 +96,10 @@ def noting_refusals(run_dir: Path, rank: int) -> Iterator[None]:
         yield
     except MswiftError as error:
         launch = run_dir / rundir.LAUNCH
-        if error.exit_status == ConfigError.exit_status and rank == 0 and "SLURM_JOB_ID" in os.environ:
+        if error.exit_status == ConfigError.exit_status and "SLURM_JOB_ID" in os.environ:
             with suppress(OSError):  # a directory without launch/ is no such job's
-                write_refusals(launch, [str(error)])
+                if rank == 0 or not (launch / REFUSED).is_file():
+                    write_refusals(launch, [str(error)])
         raise
 
 

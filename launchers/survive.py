@@ -45,7 +45,7 @@ def judge(
     """What follows when the ranks ended with `status`; `newest` is the step of the newest checkpoint now.
 
     starts: of this run, the one that has just ended last; `newest` in each is the newest checkpoint when it began.
-    refused: what the preflight or rank 0 of the command said, whatever status srun made of it.
+    refused: what the preflight or a rank of the command said, whatever status srun made of it.
     """
     if refused:
         more = f" (and {len(refused) - 1} more, in the log)" if len(refused) > 1 else ""

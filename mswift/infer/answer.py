@@ -1,6 +1,7 @@
 """One answer while it grows: tokens in, text and its end out. Torch-free."""
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Generator, Sequence
 
 from mswift.infer.detokenize import Decoder, Detokenizer, StopFinder
 from mswift.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
@@ -85,3 +86,47 @@ class Answer:
             logprobs=tuple(self._logprobs) if self.sampling.logprobs is not None else None,
             index=self.index,
         )
+
+
+class SteppedEngine(ABC):
+    """The part of an Engine that follows from steps, each of which makes a token of every answer that is growing."""
+
+    @abstractmethod
+    def submit(self, request: Request) -> list[Answer]:
+        """Have the answers of a request grow. Raises DataError."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """One token of every answer; False when there is nothing to do."""
+
+    @abstractmethod
+    def drop(self, answers: Sequence[Answer]) -> None:
+        """Stop work on answers that nobody wants."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer a batch (Engine)."""
+        answers: list[Answer] = []
+        try:
+            for request in requests:
+                answers += self.submit(request)
+            while not all(answer.ended for answer in answers):
+                self.step()
+            return [answer.completion() for answer in answers]
+        finally:
+            self.drop(answers)
+
+    def stream(self, request: Request) -> Generator[Piece, None, None]:
+        """Answer piece by piece (Engine); the model waits until the next piece is asked for."""
+        answers = self.submit(request)
+        try:
+            growing = list(answers)
+            while growing:
+                self.step()
+                for answer in list(growing):
+                    piece = answer.take()
+                    if piece.completion is not None:
+                        growing.remove(answer)
+                    if piece.text or piece.logprobs or piece.completion is not None:
+                        yield piece
+        finally:
+            self.drop(answers)

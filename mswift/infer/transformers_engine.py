@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mswift.data.chat_template import template_of_adapters, use_chat_template
 from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError
-from mswift.infer.answer import Answer
+from mswift.infer.answer import Answer, SteppedEngine
 from mswift.infer.backends import EngineConfig
 from mswift.infer.batch_cache import new_cache
 from mswift.infer.loading import ActiveAdapter, load_adapters, load_model, load_tokenizer, pick_device
 from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
-from mswift.infer.request import Completion, Piece, Request, Score, TokenPair, choose_adapter
+from mswift.infer.request import Request, Score, TokenPair, choose_adapter
 from mswift.infer.scheduler import Scheduler
 from mswift.infer.scoring import score_pairs
 
@@ -39,7 +39,7 @@ def open_engine(config: EngineConfig) -> "TransformersEngine":
     )
 
 
-class TransformersEngine:
+class TransformersEngine(SteppedEngine):
     """Answers requests with a transformers model (mswift.infer.request.Engine).
 
     It computes only while it is asked: `stream` makes the next token when its reader wants the next piece. Threads take
@@ -116,34 +116,6 @@ class TransformersEngine:
     def load(self) -> tuple[int, int]:
         """How many answers are growing and how many have not begun."""
         return self._scheduler.num_running, self._scheduler.num_waiting
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer a batch (Engine)."""
-        answers: list[Answer] = []
-        try:
-            for request in requests:
-                answers += self.submit(request)
-            while not all(answer.ended for answer in answers):
-                self.step()
-            return [answer.completion() for answer in answers]
-        finally:
-            self.drop(answers)
-
-    def stream(self, request: Request) -> Generator[Piece, None, None]:
-        """Answer piece by piece (Engine); the model waits until the next piece is asked for."""
-        answers = self.submit(request)
-        try:
-            open_answers = list(answers)
-            while open_answers:
-                self.step()
-                for answer in list(open_answers):
-                    piece = answer.take()
-                    if piece.completion is not None:
-                        open_answers.remove(answer)
-                    if piece.text or piece.logprobs or piece.completion is not None:
-                        yield piece
-        finally:
-            self.drop(answers)
 
     def score(self, pairs: Sequence[TokenPair], adapter: str | None = None) -> list[Score]:
         """Log-probabilities of continuations (Engine)."""

@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +16,11 @@ from typing import Any, cast
 from mswift.data.chat_template import template_of_adapters, use_chat_template
 from mswift.data.tokenizer import Tokenizer
 from mswift.errors import ConfigError, DataError, MswiftError
-from mswift.infer.answer import Answer
+from mswift.infer.answer import Answer, SteppedEngine
 from mswift.infer.backends import EngineConfig
 from mswift.infer.loading import load_tokenizer
 from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
-from mswift.infer.request import Completion, Piece, Request, Sampling, Score, TokenLogprob, TokenPair, choose_adapter
+from mswift.infer.request import Request, Sampling, Score, TokenLogprob, TokenPair, choose_adapter
 from mswift.infer.vllm_adapters import check_vllm_adapter
 from mswift.infer.vllm_options import INSTALL, WORKER, vllm_environment, vllm_options, vllm_version
 
@@ -71,7 +71,7 @@ def _check_process() -> bool:
 _engines: "weakref.WeakSet[VllmEngine]" = weakref.WeakSet()
 
 
-class VllmEngine:
+class VllmEngine(SteppedEngine):
     """Answers requests with vLLM (mswift.infer.request.Engine); it computes only while it is asked.
 
     After an exception inside vLLM it refuses further work (AFTER_ERRORS): the next step could hang.
@@ -162,34 +162,6 @@ class VllmEngine:
             self._engine.abort_request(list(names))
         for name in names:
             del self._growing[name]
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer a batch (Engine)."""
-        answers: list[Answer] = []
-        try:
-            for request in requests:
-                answers += self.submit(request)
-            while not all(answer.ended for answer in answers):
-                self.step()
-            return [answer.completion() for answer in answers]
-        finally:
-            self.drop(answers)
-
-    def stream(self, request: Request) -> Generator[Piece, None, None]:
-        """Answer piece by piece (Engine)."""
-        answers = self.submit(request)
-        try:
-            growing = list(answers)
-            while growing:
-                self.step()
-                for answer in list(growing):
-                    piece = answer.take()
-                    if piece.completion is not None:
-                        growing.remove(answer)
-                    if piece.text or piece.logprobs or piece.completion is not None:
-                        yield piece
-        finally:
-            self.drop(answers)
 
     def score(self, pairs: Sequence[TokenPair], adapter: str | None = None) -> list[Score]:
         """Log-probabilities of continuations (Engine); the last token of each is what is generated, forced."""

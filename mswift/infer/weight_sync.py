@@ -88,8 +88,8 @@ def update_server(
     report = SyncReport()
     started = time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="mswift-weights-", dir=spool or (_MEMORY if _MEMORY.is_dir() else None)))
-    server.post("/pause", query="?mode=wait")
     try:
+        server.post("/pause", query="?mode=wait")
         call = _Call(lambda: server.post("/collective_rpc", {"method": "receive_weights", "args": [str(home)]}))
         _send(home, _Counted(tensors, expected, report), bucket_bytes, num_workers, call, report)
         _check_answer(call.result(), report)

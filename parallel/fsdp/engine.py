@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -37,6 +36,7 @@ from mswift.parallel.engine import (
 )
 from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters
 from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.context import share_sequences
 from mswift.parallel.fsdp.model import (
     TrainedModel,
     add_noise,
@@ -97,7 +97,8 @@ class FsdpEngine:
         self._lay_out()
         self._parameters = {name.removeprefix(_INNER): parameter for name, parameter in self._model.named_parameters()}
         self._kept = {name: self._model.get_buffer(_INNER + name) for name in self._buffers}
-        self._share_sequences()
+        self._context, made = share_sequences(dims, self.rank, config.cp_comm_type)
+        self._groups += made
         trained = {name: self._parameters[name] for name in self._trained}
         self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group)
 
@@ -124,40 +125,6 @@ class FsdpEngine:
             return
         used = mesh["shard"] if self._copies == 1 else mesh
         shard(self._model, used, DTYPES[config.dtype], self.device, config.reshard_after_forward)
-
-    def _share_sequences(self) -> None:
-        """The groups of context-parallel ranks."""
-        if self.dims.cp == 1:
-            sequence.share_with(self.config.cp_comm_type, None, 1)
-            return
-        self._context = self._group("cp")
-        levels = self.dims.cp_levels
-        hierarchy = [self._group_of(members) for members in self._levels()] if levels else None
-        groups = SimpleNamespace(cp=self._context, hcp=hierarchy)
-        sequence.share_with(self.config.cp_comm_type, groups, self.dims.cp)
-
-    def _group(self, axis: str) -> dist.ProcessGroup:
-        every = {self.dims.members(axis, rank) for rank in range(self.dims.world_size)}
-        return self._group_of(sorted(every))
-
-    def _levels(self) -> Iterator[list[tuple[int, ...]]]:
-        """Members of the groups that exchange heads, and of those that pass keys on."""
-        assert self.dims.cp_levels is not None
-        inner, outer = self.dims.cp_levels
-        contexts = sorted({self.dims.members("cp", rank) for rank in range(self.dims.world_size)})
-        yield [members[n * inner : (n + 1) * inner] for members in contexts for n in range(outer)]
-        yield [members[n::inner] for members in contexts for n in range(inner)]
-
-    def _group_of(self, every: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
-        """This rank's; all ranks make all groups."""
-        mine = None
-        for members in every:
-            group = dist.new_group(list(members))
-            if self.rank in members:
-                mine = group
-                self._groups.append(group)
-        assert mine is not None
-        return mine
 
     def _optimizer_groups(self, trained: dict[str, torch.nn.Parameter]) -> list[Group]:
         ratio = self.config.lora_b_lr_ratio

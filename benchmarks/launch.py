@@ -26,7 +26,8 @@ from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_faults import FAULTS, Recovery, befall, cancel, storm
 from tests.support.slurm_runs import Recipe
 
-TIMEOUT_MINUTES = "0.5"
+TIMEOUT_MINUTES = "0.25"
+STORM_EVERY_SECONDS = 90.0
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def _storm(cluster: Cluster, folder: Path, seconds: float) -> list[str]:
     """What `mswift status` says of a run under faults, and what its save interval allows."""
     recipe = Recipe.make(folder / "storm", 1_000_000, 50, "--global_batch_size", "64")
     run = recipe.submit(cluster, folder / "run-storm", "--distributed_timeout_minutes", TIMEOUT_MINUTES)
-    found = storm(run, seconds, 60 * float(TIMEOUT_MINUTES))
+    found = storm(run, seconds, STORM_EVERY_SECONDS)
     cancel(run)
     status = cluster.client(sys.executable, "-m", "mswift.cli.main", "status", str(run.output), check=False)
     line = next(line for line in status.splitlines() if line.startswith("goodput"))
@@ -132,7 +133,8 @@ def _storm(cluster: Cluster, folder: Path, seconds: float) -> list[str]:
     share = read_status(run.output).goodput.share
     faults = ", ".join(recovery.name for recovery in found)
     return [
-        f"Storm of {seconds / 60:g} minutes, a save every {recipe.save_steps} steps ({faults}): "
+        f"Storm of {seconds / 60:g} minutes, a fault every {STORM_EVERY_SECONDS:g} s ({faults}), a save every "
+        f"{recipe.save_steps} steps, --distributed_timeout_minutes {TIMEOUT_MINUTES}: "
         f"`{' '.join(line.split())}`. The save interval allows {allowed:.1%}: {share / allowed:.1%} of that."
     ]
 

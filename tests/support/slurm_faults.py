@@ -104,24 +104,21 @@ def befall(run: SlurmRun, name: str) -> Recovery:
     return found
 
 
-def storm(run: SlurmRun, seconds: float, timeout_seconds: float) -> list[Recovery]:
-    """Faults in turn for so long, two at least; timeout_seconds: of its --distributed_timeout_minutes.
+def storm(run: SlurmRun, seconds: float, every: float) -> list[Recovery]:
+    """All kinds of faults in turn, one each `every` seconds by the clock, whatever a machine takes to recover.
 
-    What a fault costs beside steps (a start, a time-out) is the same at any save interval: ten times that passes before
-    the next one, and at the end, so that on any machine it takes less than a tenth of the time.
+    A fault that is due while the last one still costs time comes once that is over. The last one has its time, too.
     """
-
-    def pause(cost: float) -> None:
-        until = time.monotonic() + 10 * (run.events("start")[-1]["starting_seconds"] + cost)
-        run.wait(lambda: time.monotonic() > until, "pause", until)
-
     run.wait_for_step(1)
-    pause(0.0)
     began, found = time.monotonic(), list[Recovery]()
-    while time.monotonic() - began < seconds or len(found) < 2:
-        name = list(FAULTS)[len(found) % len(FAULTS)]
-        found.append(befall(run, name))
-        pause(timeout_seconds if FAULTS[name].is_silent else 0.0)
+
+    def until(moment: float) -> None:
+        run.wait(lambda: time.monotonic() > moment, "pause", moment)
+
+    while (due := (len(found) + 1) * every) < seconds:
+        until(began + due)
+        found.append(befall(run, list(FAULTS)[len(found) % len(FAULTS)]))
+    until(began + seconds)
     return found
 
 

@@ -24,7 +24,7 @@ from tests.support.slurm_runs import Recipe, SlurmRun
 EVERYTHING = os.environ.get("MSWIFT_ALL_FAULTS") == "1"
 everything = pytest.mark.skipif(not EVERYTHING, reason="takes long: MSWIFT_ALL_FAULTS=1 runs it")
 STEPS, SAVE_STEPS = 200, 20
-STORM_SECONDS = 900.0
+STORM_SECONDS, STORM_EVERY_SECONDS = 900.0, 90.0
 HANG_SECONDS = 15
 
 
@@ -91,8 +91,8 @@ def test_a_short_storm(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: 
 def test_a_storm_of_15_minutes(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
     """With steps of a fraction of a second, beside which what a step writes down is little."""
     long = Recipe(recipe.home, 1_000_000, 50, ("--global_batch_size", "64"))
-    run = long.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", "0.5")
-    faults = len(storm(run, STORM_SECONDS, 30))
+    run = long.submit(cluster, tmp_path / "run", "--distributed_timeout_minutes", "0.25")
+    faults = len(storm(run, STORM_SECONDS, STORM_EVERY_SECONDS))
     cancel(run)
     assert_good(run, faults, starts_count=True)
     rows = rundir.read_metrics(run.output)

@@ -88,6 +88,7 @@ def test_what_a_variant_asks_for() -> None:
     free = render(job(**KINDS["range"], nproc_per_node=4))
     assert "\n#SBATCH --nodes=2-4\n#SBATCH --mincpus=32\n" in free
     assert "#SBATCH --ntasks" not in free
+    assert "if ((${SLURM_RESTART_COUNT:-0} % 2)); then for _ in 1 2; do srun --nodes=1 --ntasks=1 " in script
     assert "mswift.parallel.check" in script
     assert "mswift.parallel.check" not in render(job(preflight=False))
     assert "scontrol requeue" in script

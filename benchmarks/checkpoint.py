@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import cpu_name, peak_bytes, resident_bytes
+from measure import cpu_name, peak_bytes, publish, resident_bytes
 from train import SEED, SIZES, batches, model_config
 
 KINDS = ("synchronous", "asynchronous", "torch.save")
@@ -238,11 +238,7 @@ def main() -> None:
             if kind == "synchronous":
                 grown["load"] = apart(memory, args, folder, "load")
     text = report(args, found, grown)
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        with args.write.open("a") as file:
-            file.write("\n" + text)
+    publish(text, args.write)
 
 
 if __name__ == "__main__":

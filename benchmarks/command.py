@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train import cpu_name, model_config
+from benchmarks.measure import cpu_name
+from benchmarks.train import model_config
 
 IMPORTS = {
     "import torch": "import torch",

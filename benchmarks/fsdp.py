@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from measure import cpu_name, peak_bytes, resident_bytes
+from measure import cpu_name, peak_bytes, publish, resident_bytes, training_table
 from train import SEED, SIZES, batches, model_config
 
 NAMES = ("mswift", "FSDP2 by hand")
@@ -143,22 +143,9 @@ def report(args: argparse.Namespace, taken: dict[str, list[tuple[float, float, f
         f"2 ranks of one thread, {args.microbatches} microbatches of {args.batch} x {args.length} tokens, "
         f"{args.rounds} rounds by turns; loss of the first step {first[0]:.6f} and {first[1]:.6f}.",
         "",
-        "| contender | tokens/s (median) | least | most | mswift / it | CPU seconds per step (median) | mswift / it "
-        "| memory of a rank | it / mswift |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    medians = {
-        name: [statistics.median(column) for column in zip(*steps[2:], strict=True)] for name, steps in taken.items()
-    }
-    for name, steps in taken.items():
-        rates = sorted(tokens / wall for wall, *_ in steps[2:])
-        wall, cpu, _, _ = medians[name]
-        held, ours = steps[-1][2], taken["mswift"][-1][2]
-        lines.append(
-            f"| {name} | {statistics.median(rates):.0f} | {rates[0]:.0f} | {rates[-1]:.0f} "
-            f"| {wall / medians['mswift'][0]:.2f} | {cpu:.3f} | {cpu / medians['mswift'][1]:.2f} "
-            f"| {held / 2**20:.0f} MiB | {held / ours:.2f} |"
-        )
+        *training_table({name: [step[:3] for step in steps[2:]] for name, steps in taken.items()}, tokens,
+                        "memory of a rank"),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -173,11 +160,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     text = report(args, measure(args))
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        with args.write.open("a") as file:
-            file.write("\n" + text)
+    publish(text, args.write)
 
 
 if __name__ == "__main__":

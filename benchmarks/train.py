@@ -17,14 +17,13 @@ was built.
 import argparse
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from measure import cpu_name, peak_bytes, resident_bytes
+from measure import cpu_name, peak_bytes, publish, resident_bytes, training_table
 
 SIZES: dict[str, dict[str, Any]] = {
     "10M": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "vocab_size": 4096},
@@ -329,9 +328,6 @@ def report(args: argparse.Namespace, seconds: dict[str, list[tuple[float, float,
     import transformers
 
     tokens = args.microbatches * args.batch * args.length
-    walls = {name: [wall for wall, _, _ in values] for name, values in seconds.items()}
-    cpus = {name: [cpu for _, cpu, _ in values] for name, values in seconds.items()}
-    peaks = {name: values[-1][2] for name, values in seconds.items()}
     command = f"python benchmarks/train.py --model {args.model} --tuner {args.tuner} --size {args.size}"
     command += f" --rounds {args.rounds} --threads {args.threads}"
     command += f" --microbatches {args.microbatches} --batch {args.batch} --length {args.length}"
@@ -342,18 +338,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[tuple[float, float,
         f"{args.tuner}, fp32, {args.microbatches} microbatches of {args.batch} x {args.length} tokens, "
         f"{args.threads} thread(s), {args.rounds} rounds in rotated order.",
         "",
-        "| contender | tokens/s (median) | least | most | mswift / it | CPU seconds per step (median) | mswift / it "
-        "| memory | it / mswift |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *training_table(seconds, tokens),
     ]
-    for name in seconds:
-        rates = sorted(tokens / wall for wall in walls[name])
-        wall, cpu = statistics.median(walls[name]), statistics.median(cpus[name])
-        ratios = wall / statistics.median(walls["mswift"]), cpu / statistics.median(cpus["mswift"])
-        lines.append(
-            f"| {name} | {statistics.median(rates):.0f} | {rates[0]:.0f} | {rates[-1]:.0f} | {ratios[0]:.2f} "
-            f"| {cpu:.3f} | {ratios[1]:.2f} | {peaks[name] / 2**20:.0f} MiB | {peaks[name] / peaks['mswift']:.2f} |"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -371,11 +357,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     text = report(args, measure(args))
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        with args.write.open("a") as file:
-            file.write("\n" + text)
+    publish(text, args.write)
 
 
 if __name__ == "__main__":

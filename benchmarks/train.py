@@ -214,8 +214,8 @@ def megatron_step(args: argparse.Namespace) -> Any:
     return step
 
 
-def mswift_step(args: argparse.Namespace, backend: str) -> Any:
-    """A function that makes one step of an engine and returns the loss."""
+def mswift_engine(args: argparse.Namespace, backend: str, micro_batch_size: int) -> Any:
+    """mswift's engine with the model's weights."""
     import torch
 
     from mswift.launchers.environment import RankInfo
@@ -226,7 +226,6 @@ def mswift_step(args: argparse.Namespace, backend: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mswift.converters.reader import WeightReader
-    from mswift.parallel.batch import Microbatch
 
     dims = ParallelDims()
     groups.init(dims, chosen, RankInfo.single())
@@ -245,7 +244,7 @@ def mswift_step(args: argparse.Namespace, backend: str) -> Any:
         if backend == "megatron":
             from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 
-            config = EngineConfig(**settings, micro_batch_size=args.batch)
+            config = EngineConfig(**settings, micro_batch_size=micro_batch_size)
             engine: Any = MegatronEngine(reader.table, dims, config, chosen)
         else:
             from mswift.parallel.fsdp.config import FsdpConfig
@@ -253,13 +252,23 @@ def mswift_step(args: argparse.Namespace, backend: str) -> Any:
 
             engine = FsdpEngine(reader.table, dims, FsdpConfig(**settings), chosen)
         engine.load_weights(reader)
+    return engine
+
+
+def mswift_step(args: argparse.Namespace, backend: str) -> Any:
+    """A function that makes one step of an engine and returns the loss."""
+    import torch
+
+    from mswift.parallel.batch import Microbatch
+
+    engine = mswift_engine(args, backend, args.batch)
     data = [
         Microbatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), torch.ones(t.shape[0], t.shape[1] - 1))
         for t in batches(args.size, args)
     ]
 
     def step() -> float:
-        return engine.train_step(data, 1e-4).loss
+        return float(engine.train_step(data, 1e-4).loss)
 
     return step
 

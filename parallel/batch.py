@@ -25,7 +25,7 @@ class Microbatch:
     row is one sequence; else the lengths of what is packed in the rows, row by row, padding at a row's end included,
     b * s in all. A document sees itself alone and its positions count from 0. channels: uint8 [b, s], the number
     under which the loss of a position is reported apart, or None. rows: the places of the rows in the global batch,
-    where they are packed; they decide what dropout drops.
+    which decide what dropout drops.
     """
 
     tokens: Tensor
@@ -54,18 +54,20 @@ class RankBatch:
 def rank_batches(
     microbatches: Sequence[Microbatch], dims: ParallelDims, cp_rank: int, num_ahead: int = 0
 ) -> list[RankBatch]:
-    """Parts of a context-parallel rank, all of one shape. Raises LayoutError for rows of several lengths.
+    """Parts of a context-parallel rank. Between pipeline stages all have one shape: LayoutError for rows of several.
 
     num_ahead: multi-token-prediction layers, for which each part has as many `ahead`.
     """
-    _check_shapes(microbatches)
-    length = max(_padded_length(batch, dims) for batch in microbatches)
-
-    def of(batch: Microbatch) -> RankBatch:
-        return _rank_batch(batch, dims, cp_rank, length)
-
-    ahead = [tuple(of(moved(batch, depth + 1)) for depth in range(num_ahead)) for batch in microbatches]
-    return [replace(of(batch), ahead=further) for batch, further in zip(microbatches, ahead, strict=True)]
+    _check_shapes(microbatches, dims)
+    lengths = [_padded_length(batch, dims) for batch in microbatches]
+    if dims.pp > 1:
+        lengths = [max(lengths)] * len(lengths)
+    parts = []
+    for batch, length in zip(microbatches, lengths, strict=True):
+        each = [batch, *(moved(batch, depth + 1) for depth in range(num_ahead))]
+        part, *ahead = (_rank_batch(one, dims, cp_rank, length) for one in each)
+        parts.append(replace(part, ahead=tuple(ahead)))
+    return parts
 
 
 def packed_places(batch: Microbatch, dims: ParallelDims, cp_rank: int, seq_length: int) -> tuple[Tensor, Tensor]:
@@ -123,14 +125,14 @@ def document_multiple(dims: ParallelDims) -> int:
     return 2 * dims.cp if dims.cp > 1 else 1
 
 
-def _check_shapes(microbatches: Sequence[Microbatch]) -> None:
+def _check_shapes(microbatches: Sequence[Microbatch], dims: ParallelDims) -> None:
     first = microbatches[0]
     for batch in microbatches:
         if (batch.documents is None) != (first.documents is None):
             raise LayoutError("microbatches of one step are packed and not packed")
-        if batch.documents is None and batch.tokens.shape != first.tokens.shape:
+        if batch.documents is None and dims.pp > 1 and batch.tokens.shape != first.tokens.shape:
             shapes = f"{tuple(batch.tokens.shape)} and {tuple(first.tokens.shape)}"
-            raise LayoutError(f"microbatches of one step differ in shape: {shapes}")
+            raise LayoutError(f"microbatches of one step differ in shape over {dims.pp} pipeline stages: {shapes}")
         if batch.documents is not None and sum(batch.documents) != batch.tokens.numel():
             raise LayoutError(
                 f"documents of {sum(batch.documents)} positions in rows of {batch.tokens.numel()}: padding at the end "

@@ -75,13 +75,20 @@ def places(
 ) -> list[BatchPlace]:
     """Of every microbatch of a step on the rank `here`; `batches` are its parts of them."""
     if batches[0].documents is not None:
-        where = [packed_places(batch, dims, here.cp, batches[0].seq_length) for batch in microbatches]
+        where = [
+            packed_places(batch, dims, here.cp, part.seq_length)
+            for batch, part in zip(microbatches, batches, strict=True)
+        ]
         return [BatchPlace(seed, step, rows[:, None], of_tokens) for rows, of_tokens in where]
-    size = len(batches[0].tokens)
-    share = Share((batches[0].seq_length,), (here.cp,), dims.cp)
-    positions = natural_rows(share, torch.device("cpu")) if dims.cp > 1 else None
-    first = [(number * dims.dp + here.dp) * size for number in range(len(batches))]
-    return [BatchPlace(seed, step, torch.arange(row, row + size), positions) for row in first]
+    found = []
+    for number, (batch, part) in enumerate(zip(microbatches, batches, strict=True)):
+        size = len(part.tokens)
+        first = (number * dims.dp + here.dp) * size  # in order, where nothing else is said
+        rows = torch.arange(first, first + size) if batch.rows is None else torch.tensor(batch.rows)
+        share = Share((part.seq_length,), (here.cp,), dims.cp)
+        positions = natural_rows(share, torch.device("cpu")) if dims.cp > 1 else None
+        found.append(BatchPlace(seed, step, rows, positions))
+    return found
 
 
 def _enter(place: BatchPlace | None) -> None:

@@ -33,6 +33,9 @@ class BatchPlan:
     """What each packed sample is padded to a multiple of where a rank lays a microbatch out."""
     microbatch_multiple: int = 1
     """The same for all the rows of a packed microbatch together; it divides `seq_multiple`."""
+    one_length: bool = False
+    """All microbatches of a step are as long as the longest: what passes between pipeline stages has one shape. Else
+    samples of like length share a microbatch, which is as long as its longest."""
     per_sample: bool = False
     """The weights of each sample sum up to 1 (--loss_normalization sample)."""
 
@@ -69,29 +72,45 @@ def evaluation_batches(data: Stored, plan: BatchPlan) -> list[list[int]]:
 
 
 def assemble(data: Dataset, plan: BatchPlan, ids: Sequence[int]) -> StepBatch:
-    """Microbatches of this data-parallel rank out of the global batch `ids`, all rows padded to one length.
+    """Microbatches of this data-parallel rank out of the global batch `ids`.
 
-    The length is that of the longest row of the *global* batch, so every rank computes the same one without asking.
+    Their lengths follow from the rows of all ranks, so every rank computes the same ones without asking.
     """
     real = [i for i in ids if i >= 0]
-    lengths = data.lengths[real]  # positions: the last token of a sample is only a target
-    longest = max(int(lengths.max(initial=1)), 1)
-    seq_length = -(-longest // plan.seq_multiple) * plan.seq_multiple
+    by_place = np.array([data.lengths[i] if i >= 0 else 0 for i in ids])  # the last token of a sample is only a target
     if isinstance(data, TokenDataset) or not is_packed(data):
-        rows, positions = _by_rank(len(ids), plan), len(ids) * seq_length
+        slots = _slots(by_place, plan)
+        rows = slots[:, plan.dp_rank].tolist()
+        lengths = _padded(by_place[slots].max(axis=(1, 2), initial=1), plan)
+        positions = int(lengths.sum()) * plan.micro_batch_size * plan.dp_size
     else:
-        rows, positions = dealt(ids, data.squares, plan), _packed_positions(data, ids, seq_length, plan)
-    microbatches = [_microbatch(data, ids, places, seq_length, plan) for places in rows]
-    tokens = int(lengths.sum())
+        rows = dealt(ids, data.squares, plan)
+        lengths = np.repeat(_padded(by_place.max(initial=1), plan), len(rows))
+        positions = _packed_positions(data, ids, int(lengths[0]), plan)
+    microbatches = [
+        _microbatch(data, ids, places, int(length), plan) for places, length in zip(rows, lengths, strict=True)
+    ]
+    tokens = int(by_place.sum())
     squares = int(squared_lengths(data, real).sum())
     return StepBatch(microbatches, list(ids), tokens, squares, positions - tokens)
 
 
-def _by_rank(count: int, plan: BatchPlan) -> list[list[int]]:
-    """Microbatch m of rank d has the places m x B x dp + d x B onwards of the global batch."""
-    stride = plan.micro_batch_size * plan.dp_size
-    first = plan.dp_rank * plan.micro_batch_size
-    return [list(range(at + first, at + first + plan.micro_batch_size)) for at in range(0, count, stride)]
+def _slots(lengths: NDArray[np.int64], plan: BatchPlan) -> NDArray[np.int64]:
+    """Places in the global batch by [microbatch, data-parallel rank, row]: in order, or those of like length together.
+
+    lengths: by place.
+    """
+    shape = (-1, plan.dp_size, plan.micro_batch_size)
+    if plan.one_length:
+        return np.arange(len(lengths)).reshape(shape)
+    slots = np.argsort(-lengths, kind="stable").reshape(shape)
+    return np.sort(slots, axis=2)
+
+
+def _padded(longest: NDArray[np.int64], plan: BatchPlan) -> NDArray[np.int64]:
+    """Positions of microbatches by their longest rows."""
+    lengths = _up(longest, plan.seq_multiple)
+    return np.broadcast_to(lengths.max(), lengths.shape) if plan.one_length else lengths
 
 
 def dealt(ids: Sequence[int], costs: NDArray[np.int64], plan: BatchPlan) -> list[list[int]]:
@@ -118,12 +137,12 @@ def _packed_positions(data: PackedDataset | Window, ids: Sequence[int], seq_leng
     """Positions that all data-parallel ranks compute in a step.
 
     As mswift.parallel.batch.rank_batches pads: every sample and the rest of every row to the multiple of documents,
-    every microbatch to that of microbatches, and all microbatches of a rank to its longest.
+    every microbatch to that of microbatches, and, if they have one length, those of a rank to its longest.
     """
     rows = np.array([_padded_row(data, i, seq_length, plan.document_multiple) for i in ids])
     hands, dearest = _hands(ids, data.squares, plan)
-    longest = _up(rows[hands].sum(axis=0), plan.microbatch_multiple)[dearest].max(axis=0)  # [ranks]
-    return int(longest.sum()) * len(dearest)
+    lengths = _up(rows[hands].sum(axis=0), plan.microbatch_multiple)[dearest]  # [microbatches of a rank, ranks]
+    return int(lengths.max(axis=0).sum()) * len(dearest) if plan.one_length else int(lengths.sum())
 
 
 def _padded_row(data: PackedDataset | Window, index: int, seq_length: int, multiple: int) -> int:
@@ -154,6 +173,4 @@ def _microbatch(
     batch, documents = collate_packs(rows, seq_length, plan.pad_token_id, names)
     tokens, labels, weights, channels = (torch.from_numpy(array) for array in batch)
     apart = channels if names else None
-    if not is_packed(data):
-        return Microbatch(tokens, labels, weights, None, apart)
-    return Microbatch(tokens, labels, weights, documents, apart, tuple(places))
+    return Microbatch(tokens, labels, weights, documents if is_packed(data) else None, apart, tuple(places))

@@ -135,6 +135,7 @@ def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: To
         pad_token_id=pad if pad < vocab_size else 0,  # never a target, and behind every real token
         document_multiple=document_multiple(dims),
         microbatch_multiple=sequence_multiple(dims),
+        one_length=dims.pp > 1,
         per_sample=config.loss_normalization == "sample",
     )
 

@@ -269,8 +269,8 @@ class FsdpEngine:
     def train_step(self, microbatches: Sequence[Microbatch], lr: float, num_channels: int = 0) -> StepResult:
         """One update from these microbatches of this data-parallel rank.
 
-        The loss is the mean over the global batch, weighted by the tokens' loss weights; all unpacked microbatches of
-        the step have one length, on all ranks. With `num_channels` they have `channels`, numbers below it.
+        The loss is the mean over the global batch, weighted by the tokens' loss weights. With `num_channels` they have
+        `channels`, numbers below it.
         """
         started = time.perf_counter()
         self._optimizer.forget_gradients()

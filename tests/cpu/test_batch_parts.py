@@ -36,9 +36,10 @@ def test_rows_are_padded_and_put_together_again(cp: int, tp: int, rows: int, len
 @given(st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_documents_keep_their_order_and_get_their_own_padding(cp: int, tp: int, lengths: list[int]) -> None:
     dims, batch = layout(cp, tp), microbatch(1, sum(lengths), tuple(lengths))
-    longer = microbatch(1, sum(lengths) + 3, (sum(lengths) + 3,))  # microbatches of one step get one length
+    longer = microbatch(1, sum(lengths) + 3, (sum(lengths) + 3,))
     parts = [rank_batches([batch, longer], dims, rank) for rank in range(cp)]
-    assert {part.tokens.shape for rank in parts for part in rank} == {(1, parts[0][0].seq_length // cp)}
+    for own in zip(*parts, strict=True):
+        assert {part.tokens.shape for part in own} == {(1, own[0].seq_length // cp)}
     documents = parts[0][0].documents
     assert documents is not None
     assert sum(documents) == parts[0][0].seq_length
@@ -54,10 +55,18 @@ def test_documents_keep_their_order_and_get_their_own_padding(cp: int, tp: int, 
     assert float(weights.sum()) == sum(lengths)
 
 
+@pytest.mark.parametrize("documents", [None, 1])
+def test_stages_pass_on_one_shape_and_a_single_one_none(documents: int | None) -> None:
+    each = [microbatch(1, length, documents and (length,)) for length in (4, 9)]
+    if documents:
+        assert [part.seq_length for part in rank_batches(each, ParallelDims(2, pp=2), 0)] == [9, 9]
+    assert [part.seq_length for part in rank_batches(each, ParallelDims(2), 0)] == [4, 9]
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
     dims = ParallelDims()
-    with pytest.raises(LayoutError, match=r"differ in shape: \(1, 5\) and \(1, 4\)"):
-        rank_batches([microbatch(1, 4), microbatch(1, 5)], dims, 0)
+    with pytest.raises(LayoutError, match=r"differ in shape over 2 pipeline stages: \(1, 5\) and \(1, 4\)"):
+        rank_batches([microbatch(1, 4), microbatch(1, 5)], ParallelDims(2, pp=2), 0)
     with pytest.raises(LayoutError, match="documents of 3 positions in rows of 4"):
         rank_batches([microbatch(1, 4, (3,))], dims, 0)
     with pytest.raises(LayoutError, match="packed and not packed"):

@@ -51,7 +51,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def plan(dp_size: int = 1, micro_batch_size: int = 1, dp_rank: int = 0, global_batch_size: int = 8) -> BatchPlan:
-    return BatchPlan(micro_batch_size, global_batch_size, dp_rank, dp_size, seq_multiple=8, pad_token_id=0)
+    return BatchPlan(
+        micro_batch_size, global_batch_size, dp_rank, dp_size, seq_multiple=8, pad_token_id=0, one_length=True
+    )
 
 
 def whole_set(data: Dataset, dp_size: int = 1, micro_batch_size: int = 1) -> list[StepBatch]:
@@ -214,6 +216,34 @@ def read_back(ranks: Sequence[StepBatch]) -> list[tuple[list[int], list[int], li
     return sorted(found)
 
 
+@pytest.mark.parametrize("one_length", [False, True])
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 2), (4, 2)])
+def test_samples_of_like_length_share_a_microbatch(
+    samples: Any, dp_size: int, micro_batch_size: int, one_length: bool
+) -> None:
+    """Every sample of a step once, at the place that it says; as long as the longest of all ranks; padding counted."""
+    size = 4 * dp_size * micro_batch_size
+    plans = [replace(plan(dp_size, micro_batch_size, rank, size), one_length=one_length) for rank in range(dp_size)]
+    ranks = [training_batch(samples, each, 1, 3) for each in plans]
+    ids = ranks[0].sample_ids
+    lengths = [samples.lengths[i] for i in ids]
+    seen, positions, wanted = [], 0, sorted(lengths, reverse=True)
+    for number, parts in enumerate(zip(*(rank.microbatches for rank in ranks), strict=True)):
+        longest = wanted[0 if one_length else number * dp_size * micro_batch_size]
+        for batch in parts:
+            assert batch.documents is None
+            assert batch.tokens.shape == (micro_batch_size, -(-longest // 8) * 8)
+            positions += batch.tokens.numel()
+            for row, place in enumerate(batch.rows):
+                seen.append(place)
+                tokens = samples.sample(ids[place]).tokens
+                assert batch.tokens[row, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
+    assert sorted(seen) == list(range(size))
+    assert {(rank.tokens, rank.tokens + rank.padding_tokens) for rank in ranks} == {(sum(lengths), positions)}
+    if one_length:
+        assert seen == sorted(seen) or dp_size > 1
+
+
 @pytest.mark.parametrize("strategy", ["bestfit", "sequential"])
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (2, 1), (2, 3), (4, 2)])
 def test_every_sample_lies_in_one_row_as_it_is(
@@ -249,6 +279,7 @@ def test_padding_is_counted_as_ranks_pad(
                 seq_multiple=lcm(8, sequence_multiple(dims)),
                 document_multiple=document_multiple(dims),
                 microbatch_multiple=sequence_multiple(dims),
+                one_length=False,
             )
             ranks.append(training_batch(packs, each, 1, consumed))
         positions = 0

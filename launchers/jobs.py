@@ -19,6 +19,7 @@ from mswift.launchers.survive import END, LIMITS, STARTS, Limits
 
 JOBS, RECIPE = rundir.JOBS, "recipe.yaml"
 _PATIENCE_SECONDS = 60
+_HELD = "launch failed requeued held"
 _GONE = "Invalid job id"
 _LOG_LINES = 60
 
@@ -76,6 +77,8 @@ def status(run_dir: Path) -> int:
         mine = {key: words for key, words in states.items() if key.split("_")[0] == number}
         for key, words in (mine or {number: "is no longer in the queue"}).items():
             print(f"job {key:<12}{words}")
+            if _HELD in words:
+                print(f"{'':16}SLURM could not start it on a node and holds it: scontrol release {key} lets it go on")
     gave_up = False
     for path in sorted([*run_dir.glob(f"{rundir.LAUNCH}/{END}"), *run_dir.glob(f"*/{rundir.LAUNCH}/{END}")]):
         end = json.loads(path.read_text())

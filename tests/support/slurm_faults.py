@@ -101,6 +101,9 @@ def befall(run: SlurmRun, name: str) -> Recovery:
     found = Recovery(name, run.events("start")[-1]["repeated_steps"], start, time.time() - began)
     print(found, flush=True)
     run.cluster.mend()
+    away = set(run.cluster.nodes) - set(run.nodes)
+    # as a site's health check does: a job that meets its own past on a node is held ("Duplicate jobid")
+    run.wait(lambda: not any(run.cluster.processes(node, "") for node in away), "end of the past of the lost node")
     return found
 
 

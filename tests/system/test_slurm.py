@@ -82,6 +82,23 @@ def test_a_run_that_does_not_move_gives_up(cluster: Cluster, recipe: Recipe, tmp
     assert said.count("mswift launch: stop: 2 starts in a row") == 1
 
 
+def test_a_job_that_slurm_holds_says_how_it_goes_on(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """No node can store the script, so the launch fails; once they can, the remedy that is printed works."""
+    spools = [cluster.home / f"spool-{node}" for node in cluster.nodes]
+    for spool in spools:
+        spool.rename(spool.with_suffix(".away"))
+    try:
+        run = recipe.submit(cluster, tmp_path / "held", "--train_iters", "2")
+        run.wait(lambda: "held" in cluster.client("squeue"), "held job")
+        said = cluster.client(sys.executable, "-m", "mswift.cli.main", "launch", "status", str(run.output))
+    finally:
+        for spool in spools:
+            spool.with_suffix(".away").rename(spool)
+    assert f"holds it: scontrol release {run.job} lets it go on\n" in said
+    cluster.client("scontrol", "release", run.job)
+    assert run.wait_for_end() == ["COMPLETED"]
+
+
 VARIANTS = {
     **{f"site {name}": {"site": site} for name, site in SITES.items() if name != "plain"},
     **{f"kind {name}": change for name, change in KINDS.items() if name != "range"},

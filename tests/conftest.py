@@ -66,6 +66,7 @@ BUDGET_SECONDS = {
     "system/test_convert": 100,
     "system/test_infer": 70,
     "system/test_eval": 80,
+    "system/test_app": 45,
     "system/test_deploy": 60,
     "system/test_slurm": 240,
     "system/test_slurm_faults": 90,

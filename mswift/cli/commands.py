@@ -110,6 +110,12 @@ COMMANDS = {
         run="mswift.infer.server.run:main",
         example="mswift deploy --model Qwen3-0.6B --adapters mine=Qwen3-0.6B-adapter --port 8000",
     ),
+    "app": Command(
+        summary="a chat page over a server, or over one that it starts",
+        config="mswift.config.app:AppConfig",
+        run="mswift.infer.app.run:main",
+        example="mswift app --model Qwen3-0.6B --port 7860",
+    ),
 }
 
 

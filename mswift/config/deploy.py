@@ -20,8 +20,11 @@ class DeployConfig:
     """PEFT adapter directories; clients choose one as `model`, by the last part of its path or NAME=DIRECTORY."""
     served_model_name: str | None = None
     """What clients call the model. Default: the last part of its path."""
-    infer_backend: Literal["transformers", "vllm"] = "transformers"
-    """transformers in this process, or vLLM's own server."""
+    infer_backend: Literal["transformers", "vllm", "sglang", "lmdeploy"] = "transformers"
+    """transformers in this process, or the own server of one of the others."""
+    engine_args: tuple[str, ...] = ()
+    """NAME=VALUE, several: options of the infer_backend of its own, by its names, as tensor_parallel_size=2 (vllm),
+    tp_size=2 (sglang), tp=2 (lmdeploy)."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -17,6 +17,9 @@ class EvalConfig:
     """PEFT adapter directory (one)."""
     infer_backend: str = "transformers"
     """Generation engine, as mswift infer takes it."""
+    engine_args: tuple[str, ...] = ()
+    """NAME=VALUE, several: options of the infer_backend of its own, by its names, as tensor_parallel_size=2 (vllm),
+    tp_size=2 (sglang), tp=2 (lmdeploy)."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

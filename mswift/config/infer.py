@@ -15,8 +15,11 @@ class InferConfig:
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory (one), or NAME=DIRECTORY."""
-    infer_backend: Literal["transformers", "vllm"] = "transformers"
+    infer_backend: Literal["transformers", "vllm", "sglang", "lmdeploy"] = "transformers"
     """Generation engine."""
+    engine_args: tuple[str, ...] = ()
+    """NAME=VALUE, several: options of the infer_backend of its own, by its names, as tensor_parallel_size=2 (vllm),
+    tp_size=2 (sglang), tp=2 (lmdeploy)."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -41,6 +44,9 @@ class InferConfig:
     With it the results of val_dataset hold the calls of each answer."""
     use_chat_template: bool = True
     """false: continue prompts and questions as plain text."""
+
+    markdown: bool = True
+    """Chat at a terminal where the package rich is installed: answers are formatted. Pipes always get plain text."""
 
     # -- sampling
     max_new_tokens: int = 512

@@ -18,8 +18,11 @@ class SampleConfig:
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory (one), or NAME=DIRECTORY."""
-    infer_backend: Literal["transformers", "vllm"] = "transformers"
+    infer_backend: Literal["transformers", "vllm", "sglang", "lmdeploy"] = "transformers"
     """Generation engine."""
+    engine_args: tuple[str, ...] = ()
+    """NAME=VALUE, several: options of the infer_backend of its own, by its names, as tensor_parallel_size=2 (vllm),
+    tp_size=2 (sglang), tp=2 (lmdeploy)."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in memory. Default: what the checkpoint holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

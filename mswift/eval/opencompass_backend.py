@@ -12,7 +12,7 @@ from mswift.errors import ConfigError
 from mswift.eval.results import TaskResult
 from mswift.eval.server import Server, server_of
 from mswift.eval.task import Settings
-from mswift.eval.url_engine import KEY
+from mswift.infer.url_engine import KEY
 
 COMMAND = "MSWIFT_OPENCOMPASS"
 _MODEL = "mswift_server"

@@ -100,6 +100,8 @@ def _evaluate(chosen: Chosen, model: EvalModel, settings: Settings, bar: Any) ->
 @contextlib.contextmanager
 def opened(config: EvalConfig) -> Iterator[tuple[EvalModel, dict[str, Any]]]:
     """The engine or server, and what the results say of it."""
+    from mswift.infer.url_engine import UrlEngine
+
     if config.eval_url is not None:
         engine, about = _server(config)
         limit = _limit(Path(config.model)) if config.model is not None else None
@@ -107,13 +109,13 @@ def opened(config: EvalConfig) -> Iterator[tuple[EvalModel, dict[str, Any]]]:
         engine, about = _engine(config)
         limit = _limit(Path(str(config.model)))
     try:
-        yield EvalModel(engine, limit, config.max_batch_size, is_server=config.eval_url is not None), about
+        yield EvalModel(engine, limit, config.max_batch_size, is_server=isinstance(engine, UrlEngine)), about
     finally:
         engine.close()
 
 
 def _server(config: EvalConfig) -> tuple[Engine, dict[str, Any]]:
-    from mswift.eval.url_engine import UrlEngine
+    from mswift.infer.url_engine import UrlEngine
 
     tokenizer = None
     if config.model is not None:
@@ -126,6 +128,7 @@ def _server(config: EvalConfig) -> tuple[Engine, dict[str, Any]]:
 
 def _engine(config: EvalConfig) -> tuple[Engine, dict[str, Any]]:
     from mswift.infer.backends import EngineConfig, named_adapters, open_engine
+    from mswift.infer.engine_args import engine_args
 
     adapters = named_adapters(config.adapters)
     if len(adapters) > 1:
@@ -136,6 +139,7 @@ def _engine(config: EvalConfig) -> tuple[Engine, dict[str, Any]]:
         torch_dtype=config.torch_dtype,
         device=config.device,
         max_num_seqs=config.max_batch_size,
+        options=engine_args(config.infer_backend, config.engine_args),
     )
     engine = open_engine(config.infer_backend, opening)
     name = " + ".join([str(config.model), *map(str, adapters.values())])

@@ -13,6 +13,7 @@ from mswift.errors import ConfigError
 from mswift.eval.answers import pass_at_k
 from mswift.eval.rewards import Reward, find_reward
 from mswift.infer.backends import EngineConfig, named_adapters, open_engine
+from mswift.infer.engine_args import engine_args
 from mswift.infer.model_dir import check_model_dir
 from mswift.infer.request import Completion, Request, Sampling
 from mswift.infer.results import answered, fingerprint, request_hash
@@ -33,6 +34,7 @@ def main(config: SampleConfig) -> int:
             device=config.device,
             chat_template=config.chat_template,
             max_num_seqs=config.max_batch_size * config.num_samples,
+            options=engine_args(config.infer_backend, config.engine_args),
         ),
     )
     template = bool(engine.tokenizer.chat_template)
@@ -103,7 +105,7 @@ def _line(row: Row, completions: Sequence[Completion], reward: Reward, row_hash:
             "response": one.text,
             "score": score,
             "finish_reason": one.finish_reason,
-            "completion_tokens": len(one.token_ids),
+            "completion_tokens": one.completion_tokens,
         }
         for one, score in zip(completions, scores, strict=True)
     ]

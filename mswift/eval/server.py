@@ -8,7 +8,7 @@ from typing import Any
 
 from mswift.config.eval import EvalConfig
 from mswift.errors import ConfigError
-from mswift.eval.url_engine import KEY, UrlEngine
+from mswift.infer.url_engine import KEY, UrlEngine
 
 
 @dataclass(frozen=True)

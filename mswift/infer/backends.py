@@ -1,5 +1,6 @@
 """Which generation engines there are, and how one is opened: each is imported when it is asked for. Torch-free."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -33,29 +34,37 @@ class EngineConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+VLLM_PYTHON = "MSWIFT_VLLM_PYTHON"
+"""Environment variable: the interpreter of another environment that holds vLLM."""
+
+
 @dataclass(frozen=True)
 class Backend:
-    """`open` is a function of an EngineConfig; `package` must be there for it."""
+    """`open` is a function of an EngineConfig; `package` must be there for it (None: `open` looks for it)."""
 
     open: str
-    package: str
-    install: str
+    package: str | None = None
+    install: str = ""
 
 
 BACKENDS = {
     "transformers": Backend("mswift.infer.transformers_engine:open_engine", "transformers", "pip install mswift"),
     "vllm": Backend(
-        "mswift.infer.vllm_engine:open_engine", "vllm", "pip install 'mswift[vllm]' (GPUs) or make vllm (a CPU)"
+        "mswift.infer.vllm_engine:open_engine", "vllm",
+        f"pip install 'mswift[vllm]' (GPUs), make vllm (a CPU), or name the interpreter that has it in {VLLM_PYTHON}",
     ),
-}
+    "sglang": Backend("mswift.infer.server_engine:open_sglang"),
+    "lmdeploy": Backend("mswift.infer.server_engine:open_lmdeploy"),
+}  # fmt: skip
+_VLLM_ELSEWHERE = Backend("mswift.infer.server_engine:open_vllm")
 
 
 def open_engine(backend: str, config: EngineConfig) -> Engine:
     """An engine that answers. Raises ConfigError (no such backend, not installed, not a model) and CheckpointError."""
     if backend not in BACKENDS:
         raise ConfigError(f"--infer_backend {backend}: the backends are {', '.join(BACKENDS)}")
-    chosen = BACKENDS[backend]
-    if find_spec(chosen.package) is None:
+    chosen = _VLLM_ELSEWHERE if backend == "vllm" and os.environ.get(VLLM_PYTHON) else BACKENDS[backend]
+    if chosen.package is not None and find_spec(chosen.package) is None:
         raise ConfigError(f"--infer_backend {backend}: the package {chosen.package} is not installed; {chosen.install}")
     check_model_dir(config.model)
     for path in config.adapters.values():

@@ -9,6 +9,7 @@ from types import FrameType
 
 from mswift.errors import DataError
 from mswift.infer.request import Completion, Engine, Message, Request
+from mswift.infer.screen import screen_of
 
 HELP = (
     "/clear forgets the conversation, /system TEXT starts another with this system message, "
@@ -16,9 +17,13 @@ HELP = (
 )
 
 
-def show(engine: Engine, request: Request) -> tuple[str, Completion | None]:
-    """Print an answer while it grows; returns its text and its completion, None when Ctrl-C stopped it."""
+def show(engine: Engine, request: Request, *, markdown: bool = False) -> tuple[str, Completion | None]:
+    """Print an answer while it grows; returns its text and its completion, None when Ctrl-C stopped it.
+
+    markdown: formatted at a terminal (mswift.infer.screen).
+    """
     text = ""
+    screen = screen_of(markdown=markdown)
     completion = None
     try:
         with _noted_interrupts() as pressed, contextlib.closing(engine.stream(request)) as pieces:
@@ -28,10 +33,11 @@ def show(engine: Engine, request: Request) -> tuple[str, Completion | None]:
                     break
                 text += piece.text
                 completion = piece.completion
-                print(piece.text, end="", flush=True)
+                screen.add(piece.text)
     except KeyboardInterrupt:
         completion = None
-    print(flush=True)
+    finally:
+        screen.end()
     return text, completion
 
 
@@ -63,8 +69,14 @@ class Chat:
     """A conversation at the terminal. `make_request` turns the messages so far into a request."""
 
     def __init__(
-        self, engine: Engine, make_request: Callable[[Sequence[Message]], Request], first: Sequence[Message] = ()
+        self,
+        engine: Engine,
+        make_request: Callable[[Sequence[Message]], Request],
+        first: Sequence[Message] = (),
+        *,
+        markdown: bool = False,
     ) -> None:
+        self._markdown = markdown
         self._engine = engine
         self._make_request = make_request
         self._first = tuple(first)
@@ -113,7 +125,7 @@ class Chat:
     def _answer(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
         try:
-            text, completion = show(self._engine, self._make_request(self.messages))
+            text, completion = show(self._engine, self._make_request(self.messages), markdown=self._markdown)
         except DataError as error:
             self.messages.pop()
             print(f"({error}; /clear starts anew)")

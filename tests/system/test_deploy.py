@@ -1,10 +1,7 @@
 """`mswift deploy` as a process: its key, its stop, and what it refuses to start."""
 
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +13,10 @@ import openai
 import pytest
 
 from mswift.cli.main import main
+from tests.support.deployed import Running
 from tests.support.shared import shared_file
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
-DEPLOY = (sys.executable, "-m", "mswift.cli.main", "deploy", "--port", "0")
 SOAK_SECONDS = 120 if os.environ.get("MSWIFT_ALL_FAULTS") else 0
 """How long 64 clients ask; 0: each twice."""
 
@@ -32,35 +29,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Deployed:
-    """A server process; `url` once it is ready."""
-
-    def __init__(self, *flags: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [*DEPLOY, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        match = re.search(r"(http://\S+/v1)$", line.strip())
-        assert match, f"{line}{self.process.communicate()}"
-        self.url = match[1]
-
-    def stop(self) -> tuple[int, str]:
-        """SIGTERM; exit status and all that it said."""
-        self.process.terminate()
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out + err
-
-
 @pytest.fixture(scope="module")
-def stories() -> Iterator[Deployed]:
+def stories() -> Iterator[Running]:
     path = str(shared_file("data/weights/stories260K-hd32-hf"))
-    server = Deployed("--model", path, "--served_model_name", "stories", MSWIFT_API_KEY="a-long-secret")
+    server = Running("deploy", "--model", path, "--served_model_name", "stories", MSWIFT_API_KEY="a-long-secret")
     yield server
     assert server.stop() == (0, "")  # nothing said: no request, no key
 
 
-def test_the_key_of_the_environment_is_asked_for_and_told_to_nobody(stories: Deployed) -> None:
+def test_the_key_of_the_environment_is_asked_for_and_told_to_nobody(stories: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=stories.url, api_key="other", max_retries=0).models.list()
     with openai.OpenAI(base_url=stories.url, api_key="a-long-secret") as client:
@@ -69,7 +46,7 @@ def test_the_key_of_the_environment_is_asked_for_and_told_to_nobody(stories: Dep
     assert "secret" not in Path(f"/proc/{stories.process.pid}/cmdline").read_text()
 
 
-def test_64_streams_side_by_side_lose_and_cross_nothing(stories: Deployed) -> None:
+def test_64_streams_side_by_side_lose_and_cross_nothing(stories: Running) -> None:
     """Each client asks again and again, hangs up now and then, and always gets the text that it got alone."""
     words = ("Once upon", "Tim had", "The big dog", "Lily saw", "One day", "A red ball", "Mom said", "They were")
     asked = [f"{words[index % 8]} {words[index // 8].lower()}" for index in range(64)]
@@ -111,7 +88,7 @@ def test_64_streams_side_by_side_lose_and_cross_nothing(stories: Deployed) -> No
 
 
 def test_sigterm_lets_the_answers_under_way_end(model_dir: Path) -> None:
-    server = Deployed("--model", str(model_dir), "--max_new_tokens", "90000")
+    server = Running("deploy", "--model", str(model_dir), "--max_new_tokens", "90000")
     name = model_dir.name
     with openai.OpenAI(base_url=server.url, api_key="-", max_retries=0) as client:
         ask: dict[str, Any] = {"model": name, "prompt": "Hi", "stream": True, "extra_body": {"ignore_eos": True}}
@@ -126,7 +103,7 @@ def test_sigterm_lets_the_answers_under_way_end(model_dir: Path) -> None:
 
 
 def test_an_answer_that_is_too_long_for_the_time_to_stop_is_cut(model_dir: Path) -> None:
-    server = Deployed("--model", str(model_dir), "--max_new_tokens", "90000", "--shutdown_seconds", "1")
+    server = Running("deploy", "--model", str(model_dir), "--max_new_tokens", "90000", "--shutdown_seconds", "1")
     with openai.OpenAI(base_url=server.url, api_key="-", max_retries=0) as client:
         stream = client.completions.create(
             model=model_dir.name, prompt="Hi", stream=True, max_tokens=90000, extra_body={"ignore_eos": True}

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mswift.cli.main import main
-from mswift.infer.vllm_server import free_port
+from mswift.infer.child_server import free_port
 from tests.support.commands import command, run
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.support.vllm import needs_vllm

@@ -35,6 +35,10 @@ def test_the_wheel_holds_the_tree_and_nothing_generic(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mswift"}
     assert "mswift/py.typed" in names
     assert "mswift/converters/families/llama.py" in names
+    page = ROOT / "mswift" / "infer" / "app" / "page"
+    assert {name for name in names if name.startswith("mswift/infer/app/page/")} == {
+        f"mswift/infer/app/page/{path.name}" for path in page.iterdir()
+    }
     assert {name for name in names if name.startswith("mswift/slurm/")} == {
         f"mswift/slurm/{path.name}" for path in (ROOT / "slurm").iterdir()
     }

@@ -18,7 +18,7 @@ from mswift import __version__
 from mswift.errors import ConfigError, DataError
 from mswift.infer.request import BASE_MODEL, Completion, Piece, TokenLogprob
 from mswift.infer.request import Request as EngineRequest
-from mswift.infer.server.gate import Gate
+from mswift.infer.server.gate import Gate, disconnected
 from mswift.infer.server.metrics import CONTENT_TYPE, Metrics
 from mswift.infer.server.replies import ChatReply, TextReply
 from mswift.infer.server.schema import (
@@ -249,7 +249,7 @@ class _Routes:
     async def _until_left(self, request: Request, work: Awaitable[T]) -> T:
         """What `work` returns. Raises ClientLeft when nobody waits any more, TimeoutError after request_seconds."""
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(disconnected(request))
         try:
             seconds = self._limits.request_seconds
             await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -287,11 +287,6 @@ class _Stream(StreamingResponse):
             if not self._whole:
                 self._metrics.left.inc()
             await self._events.aclose()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(chunk: BaseModel) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -19,12 +19,19 @@ class Gate:
     """ASGI middleware: reads the whole body within the limits, then lets the request through with it."""
 
     def __init__(
-        self, app: App, keys: Sequence[str], max_body_bytes: int, body_seconds: float, seen: Callable[[str, int], None]
+        self,
+        app: App,
+        keys: Sequence[str],
+        max_body_bytes: int,
+        body_seconds: float,
+        seen: Callable[[str, int], None],
+        open_paths: Collection[str] = OPEN_PATHS,
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._open_paths = open_paths
         self._seen = seen
         """Told the path and the status of each request."""
 
@@ -34,7 +41,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
+        if (
+            self._keys
+            and scope["path"] not in self._open_paths
+            and not self._has_key(headers.get(b"authorization", b""))
+        ):
             await self._refuse(scope, send, 401, "a key is needed: Authorization: Bearer KEY", "invalid_api_key")
             return
         try:
@@ -87,6 +98,12 @@ class Gate:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps({"error": detail}).encode()})
+
+
+async def disconnected(request: Any) -> None:
+    """Returns when the client of a request, whose body has been read, has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class _TooLarge(Exception):

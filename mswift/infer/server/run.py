@@ -1,13 +1,7 @@
 """The command `mswift deploy`."""
 
-import contextlib
-import os
-import signal
-import socket
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,24 +10,25 @@ from mswift.config.deploy import DeployConfig
 from mswift.data.chat_template import read_chat_template
 from mswift.errors import ConfigError
 from mswift.infer.backends import EngineConfig, named_adapters, open_engine
+from mswift.infer.engine_args import engine_args
 from mswift.infer.sampling import default_sampling
+from mswift.infer.server.listen import API_KEY_VARIABLE, is_own, listening, read_keys, serve, url_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-API_KEY_VARIABLE = "MSWIFT_API_KEY"
+    from mswift.infer.child_server import ChildServer
 
 
 def main(config: DeployConfig) -> int:
     """Run `mswift deploy` until SIGTERM or Ctrl-C; returns the exit status."""
     keys = _check(config)
-    if config.infer_backend == "vllm":
-        return _vllm(config, keys)
-    with _listening(config.host, config.port) as bound:
+    if config.infer_backend != "transformers":
+        return _other_server(config, keys)
+    with listening(config.host, config.port) as bound:
         app = _load(config, keys)
-        host, port = bound.getsockname()[:2]
         name = config.served_model_name or Path(config.model).resolve().name
-        print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        print(f"{name} at {url_of(bound)}/v1", flush=True)
         return serve(app, bound, config.shutdown_seconds)
 
 
@@ -50,10 +45,11 @@ def _check(config: DeployConfig) -> tuple[str, ...]:
     if not 0 <= config.port < 65536:
         raise ConfigError(f"--port {config.port}: from 0 (a free one) to 65535")
     read_chat_template(config.chat_template)
+    engine_args(config.infer_backend, config.engine_args)
     if (name := config.served_model_name or "") in named_adapters(config.adapters):
         raise ConfigError(f"--served_model_name {name}: an adapter has this name; give it another: NAME=DIRECTORY")
     keys = read_keys(config.api_key_file)
-    if not keys and not config.without_api_key and not _is_own(config.host):
+    if not keys and not config.without_api_key and not is_own(config.host):
         raise ConfigError(
             f"--host {config.host} serves other machines, and there is no key: set {API_KEY_VARIABLE} or "
             "--api_key_file, or say --without_api_key"
@@ -61,67 +57,42 @@ def _check(config: DeployConfig) -> tuple[str, ...]:
     return keys
 
 
-def read_keys(path: str | None) -> tuple[str, ...]:
-    """Keys of the file, else of the environment variable. ConfigError for a file that has none."""
-    if path is None:
-        return tuple(key for key in (os.environ.get(API_KEY_VARIABLE, "").strip(),) if key)
-    if not Path(path).is_file():
-        raise ConfigError(f"--api_key_file {path}: no such file")
-    keys = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
-    if not keys:
-        raise ConfigError(f"--api_key_file {path}: it holds no key")
-    return keys
-
-
-def _is_own(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket. ConfigError where the address is taken or not this machine's."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror or error}") from None
-    with bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind(address)
-            bound.listen(2048)
-        except OSError as error:
-            raise ConfigError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes a free one") from None
-        yield bound
-
-
 _OURS = ("agent_template", "max_waiting", "max_new_tokens", "max_body_mib", "request_seconds", "shutdown_seconds")
-"""Options that vLLM's server has no word for."""
+"""Options that the other servers have no word for."""
+_BRANDS = {"vllm": "vLLM", "sglang": "SGLang", "lmdeploy": "LMDeploy"}
 
 
-def _vllm(config: DeployConfig, keys: tuple[str, ...]) -> int:
-    """vLLM's own server, to its end. Raises ConfigError for options that it would not follow."""
-    from mswift.infer.vllm_server import ServerOptions, serve
+def _other_server(config: DeployConfig, keys: tuple[str, ...]) -> int:
+    """The own server of another engine, to its end. Raises ConfigError for options that it would not follow."""
+    from mswift.infer import other_servers, vllm_server
+    from mswift.infer.child_server import ServerOptions, run_to_end
 
+    brand = _BRANDS[config.infer_backend]
     defaults = {field.name: field.default for field in fields(DeployConfig)}
     if ours := [name for name in _OURS if getattr(config, name) != defaults[name]]:
         raise ConfigError(
-            f"--{ours[0]}: vLLM's server does not follow it; leave it out, or --infer_backend transformers"
+            f"--{ours[0]}: {brand}'s server does not follow it; leave it out, or --infer_backend transformers"
         )
     if len(keys) > 1:
-        raise ConfigError(f"--api_key_file {config.api_key_file}: it holds {len(keys)} keys, vLLM's server takes one")
+        raise ConfigError(
+            f"--api_key_file {config.api_key_file}: it holds {len(keys)} keys, {brand}'s server takes one"
+        )
     options = ServerOptions(
         host=config.host,
         port=config.port,
         api_key=keys[0] if keys else None,
         served_model_name=config.served_model_name,
     )
-    return serve(_engine_config(config), options)
+    engine = _engine_config(config)
+    server: ChildServer
+    if config.infer_backend == "vllm":
+        server = vllm_server.VllmServer(engine, vllm_server.ServerOptions(**vars(options)))
+    elif config.infer_backend == "sglang":
+        server = other_servers.SglangServer(engine, options)
+    else:
+        server = other_servers.LmdeployServer(engine, options)
+    with server:
+        return run_to_end(server, (server.model, *config.adapters), brand)
 
 
 def _engine_config(config: DeployConfig) -> EngineConfig:
@@ -133,6 +104,7 @@ def _engine_config(config: DeployConfig) -> EngineConfig:
         chat_template=config.chat_template,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
+        options=engine_args(config.infer_backend, config.engine_args),
     )
 
 
@@ -158,35 +130,3 @@ def _load(config: DeployConfig, keys: tuple[str, ...]) -> "FastAPI":
         keys=keys,
     )
     return create_app(Worker(cast(SteppedEngine, engine), served.max_answers), served, limits)
-
-
-def serve(app: "FastAPI", bound: socket.socket, shutdown_seconds: float) -> int:
-    """Answer on a bound socket until SIGTERM or SIGINT; answers under way have time to end."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Signals end it with exit status 0."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            handled = (signal.SIGTERM, signal.SIGINT)
-            previous = {number: signal.signal(number, self.handle_exit) for number in handled}
-            try:
-                yield
-            finally:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
-
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
-            timeout_keep_alive=30,
-            server_header=False,
-            h11_max_incomplete_event_size=64 * 1024,
-        )
-    )
-    server.run(sockets=[bound])
-    return 0 if server.started else 1

@@ -1,0 +1,3 @@
+import { start } from "./chat.js";
+
+start(document, fetch.bind(window), sessionStorage);

@@ -1,0 +1,83 @@
+"""What other engines' servers are told, and what is refused before anything starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mswift.errors import ConfigError
+from mswift.infer.backends import EngineConfig
+from mswift.infer.child_server import ServerOptions
+from mswift.infer.engine_args import engine_args
+from mswift.infer.other_servers import lmdeploy_argv, sglang_argv, sglang_python
+
+MODEL = Path("/models/m")
+
+
+def _config(**changes: Any) -> EngineConfig:
+    return EngineConfig(**{"model": MODEL, "torch_dtype": "bfloat16", "max_num_seqs": 8, **changes})
+
+
+def test_sglang_is_told_in_its_own_words() -> None:
+    """SGLang 0.5.23's own parser took this command line and read it so (a check by hand, not part of the tests)."""
+    options = engine_args("sglang", ["tp_size=2", "mem_fraction_static=0.8", "disable-radix-cache=true"])
+    config = _config(adapters={"a": Path("/x/a"), "b": Path("/x/b")}, max_model_len=300, device="cpu", options=options)
+    assert sglang_argv("python", config, ServerOptions(), 5) == [
+        "python", "-m", "sglang.launch_server", "--model-path", "/models/m", "--host", "127.0.0.1", "--port", "5",
+        "--served-model-name", "m", "--dtype", "bfloat16", "--max-running-requests", "8", "--context-length", "300",
+        "--device", "cpu", "--max-loras-per-batch", "3", "--lora-paths", "a=/x/a", "b=/x/b", "--tp-size", "2",
+        "--mem-fraction-static", "0.8", "--disable-radix-cache",
+    ]  # fmt: skip
+
+
+def test_lmdeploy_is_told_in_its_own_words() -> None:
+    """LMDeploy 0.18.0's own parser took this command line and read it so (a check by hand, not part of the tests)."""
+    options = engine_args("lmdeploy", ["tp=2", "cache_max_entry_count=0.5", "eager_mode=false"])
+    config = _config(adapters={"a": Path("/x/a")}, max_model_len=300, options=options)
+    argv = lmdeploy_argv("python", config, ServerOptions(served_model_name="n"), 5, "http://127.0.0.1:5")
+    assert argv[:2] == ["python", "-c"]
+    assert argv[3:] == [
+        "serve", "api_server", "/models/m", "--server-name", "127.0.0.1", "--server-port", "5", "--model-name", "n",
+        "--dtype", "bfloat16", "--max-batch-size", "8", "--allow-origins", "http://127.0.0.1:5", "--session-len", "300",
+        "--adapters", "a=/x/a", "--tp", "2", "--cache-max-entry-count", "0.5", "--backend", "pytorch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"torch_dtype": "float32"}, "--torch_dtype float32: LMDeploy computes in float16 or bfloat16"),
+        ({"device": "cpu"}, "--device cpu: LMDeploy has no engine for it"),
+        ({"chat_template": "t.jinja"}, "--chat_template t.jinja: LMDeploy takes the tokenizer's"),
+        ({"adapters": {"a": Path("a")}, "options": {"backend": "turbomind"}}, "--engine_args backend=pytorch"),
+    ],
+)
+def test_what_lmdeploy_does_not_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lmdeploy_argv("python", _config(**changes), ServerOptions(), 5, "url")
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "message"),
+    [
+        ("transformers", "tp=2", "--engine_args tp is no option of --infer_backend transformers: it takes none"),
+        ("sglang", "tp_siz=2", "did you mean tp_size"),
+        ("sglang", "trust_remote_code=true", "is no option of --infer_backend sglang"),
+        ("sglang", "tp_size", "write NAME=VALUE"),
+        ("sglang", "tp_size=two", "tp_size=two: it takes a whole number"),
+        ("lmdeploy", "cache_max_entry_count=", "it takes a number"),
+        ("vllm", "enforce_eager=1", "enforce_eager=1: it takes true or false"),
+    ],
+)
+def test_engine_args_are_checked(backend: str, given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine_args(backend, [given])
+
+
+def test_where_a_server_is_not_installed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MSWIFT_SGLANG_PYTHON", raising=False)
+    with pytest.raises(ConfigError, match=r"SGLang is not installed here: .*pip install 'sglang\[all\]', and MSWIFT_"):
+        sglang_python()
+    monkeypatch.setenv("MSWIFT_SGLANG_PYTHON", str(tmp_path / "python"))
+    with pytest.raises(ConfigError, match=r"MSWIFT_SGLANG_PYTHON=.*python: it cannot be run"):
+        sglang_python()

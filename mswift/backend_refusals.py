@@ -61,7 +61,9 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             yield ConfigError(f"{what} is not for --backend {config.backend}: leave it out, or use --backend megatron")
     freezing = [name for name in FREEZING if _is_given(config, name)]
     if freezing and config.tuner_type != "full":
-        yield ConfigError(f"--{freezing[0]} is for --tuner_type full; adapters have a frozen base: leave it out")
+        yield ConfigError(
+            f"--{freezing[0]} is for --tuner_type full; of {config.tuner_type} the base is frozen: leave it out"
+        )
     if not 0 <= config.freeze_parameters_ratio < 1:
         yield ConfigError(
             f"--freeze_parameters_ratio {config.freeze_parameters_ratio}: a share of the model, at least 0 and below 1"
@@ -107,7 +109,7 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
                 f"--max_length {config.row_length}: beyond {longest} positions the frequencies of rope type 'dynamic' "
                 f"depend on what was computed before: use --max_length {longest}, or --rope_scaling yarn"
             )
-    if spec.mtp_layers and config.tuner_type == "full":
+    if spec.mtp_layers and not config.trains_adapter:
         raise ConfigError(
             f"--backend {config.backend}: transformers' model has none of the checkpoint's {len(spec.mtp_layers)} "
             "multi-token-prediction layers, and saving it would lose them: use --backend megatron, or --tuner_type lora"

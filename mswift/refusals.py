@@ -30,6 +30,7 @@ from mswift.engine_refusals import (
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
+from mswift.tuner_refusals import tuner_refusals
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 _LORA_FLAGS = (
@@ -245,6 +246,7 @@ def _flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from _range_refusals(config)
     yield from _length_refusals(config)
     yield from _tuner_refusals(config)
+    yield from tuner_refusals(config)
     yield from engine_flag_refusals(config)
     yield from backend_refusals(config)
     if config.min_lr > config.lr:
@@ -441,4 +443,6 @@ def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         value = getattr(config, name)
         if value != type(config).__dataclass_fields__[name].default:
             given = " ".join(value) if isinstance(value, tuple) else value
-            yield ConfigError(f"--{name} {given} has no effect with --tuner_type full: use --tuner_type lora")
+            yield ConfigError(
+                f"--{name} {given} has no effect with --tuner_type {config.tuner_type}: use --tuner_type lora"
+            )

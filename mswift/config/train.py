@@ -17,6 +17,9 @@ _alias = tyro.conf.arg
 _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
 
+TunerType = Literal["full", "lora", "llamapro"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Fields shared by continued pretraining (`pt`) and supervised fine-tuning (`sft`)."""
@@ -44,8 +47,8 @@ class TrainConfig:
     """Train the model's multi-token-prediction layers, all of them: their number. Default: they stay as they came."""
 
     # -- tuner
-    tuner_type: Literal["full", "lora"] = "full"
-    """Train every parameter, or LoRA adapters on a frozen base."""
+    tuner_type: TunerType = "full"
+    """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) new blocks in it (llamapro)."""
     lora_rank: int = 8
     """Rank r of each adapter."""
     lora_alpha: float = 32
@@ -86,6 +89,10 @@ class TrainConfig:
     """full (fsdp, ddp): train the parameters whose names begin so, whatever else is frozen."""
     trainable_parameters_regex: str | None = None
     """full (fsdp, ddp): train the parameters whose names this expression finds, whatever else is frozen."""
+    llamapro_num_new_blocks: int = 4
+    """llamapro: blocks to add, which alone are trained; they start as copies that change nothing."""
+    llamapro_num_groups: int | None = None
+    """llamapro: groups of layers, behind each of which equally many blocks are added. Default: as many as blocks."""
     neftune_noise_alpha: float = 0.0
     """NEFTune (fsdp, ddp): noise on the embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
 
@@ -271,6 +278,11 @@ class TrainConfig:
     """Print layout, batch arithmetic and memory; start nothing."""
     world_size: int | None = None
     """dry_run: pretend this many ranks."""
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the base stays as it is, and a checkpoint holds an adapter alone."""
+        return self.tuner_type not in ("full", "llamapro")
 
     @property
     def row_length(self) -> int:

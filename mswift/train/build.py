@@ -49,7 +49,7 @@ def build_data(
     tokenizer = load_tokenizer(reader.hf_files)
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
-    use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and config.tuner_type == "full")
+    use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and not config.trains_adapter)
     sources = read_mixture(config.dataset, config.dataset_weights)
     positions = reader.table.spec.max_position_embeddings
     options = data_options(kind, config)

@@ -32,6 +32,7 @@ from mswift.train.memory import (
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 from mswift.train.sent import sent_line
+from mswift.tuners.llamapro import within
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -108,7 +109,7 @@ def _model(config: TrainConfig, path: Path) -> tuple[ModelTable, str, int]:
     if raw.get(FIELD):
         stored = "bfloat16"  # what quantised weights become
     table = table_for(raw)
-    own = table.without_mtp() if config.tuner_type == "lora" else table
+    own = table.without_mtp() if config.trains_adapter else table
     return own, _DTYPES.get(stored, stored), len(table.spec.mtp_layers) - len(own.spec.mtp_layers)
 
 
@@ -150,6 +151,9 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: i
             f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {' '.join(config.target_modules)}"
             + (f"; base in 4 bits ({config.bnb_4bit_quant_type})" if config.quant_method else ""),
         )
+    elif config.tuner_type == "llamapro":
+        blocks = within(spec.num_layers, config.llamapro_num_new_blocks, config.llamapro_num_groups)
+        yield "tuner", f"llamapro, new layers {' '.join(map(str, blocks.new))} of {spec.num_layers}, the others frozen"
     else:
         yield "tuner", "full"
 

@@ -10,6 +10,7 @@ import torch
 from mswift.backend_refusals import shard_size
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.parallel.engine import Engine
 from mswift.refusals import train_dtype
@@ -18,6 +19,7 @@ from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.llamapro import new_blocks
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.part import Part
 
@@ -103,14 +105,16 @@ def _fsdp_engine(
         shard_size=shard_size(config, dims.world_size),
         reshard_after_forward=config.fsdp_reshard_after_forward,
         recompute_blocks=again,
-        part=part_of(config),
+        part=part_of(config, reader.table),
         neftune_alpha=config.neftune_noise_alpha,
     )
     return FsdpEngine(reader.table, dims, own, device)
 
 
-def part_of(config: TrainConfig) -> Part | None:
-    """What of a full run is trained; None: everything."""
+def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
+    """What of a run of full weights is trained; None: everything."""
+    if config.tuner_type == "llamapro":
+        return new_blocks(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
     part = Part(
         config.freeze_parameters_ratio,
         config.freeze_parameters,

@@ -10,7 +10,7 @@ from mswift.config.blend import Blend, parse_blend
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
-from mswift.converters.plan import ModelTable
+from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
 from mswift.data.indexed import open_indexed
@@ -23,6 +23,7 @@ from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
+from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.peft_config import read_peft_config
 from mswift.tuners.shapes import promised_shapes
@@ -86,7 +87,7 @@ def open_model(config: TrainConfig, model: Path) -> WeightReader:
     neither its checkpoints nor transformers have. Raises ConfigError, CheckpointError.
     """
     reader = _open_model(config, model)
-    if config.tuner_type == "lora":
+    if config.trains_adapter:
         reader.leave_out_mtp()
     return reader
 
@@ -95,7 +96,10 @@ def _open_model(config: TrainConfig, model: Path) -> WeightReader:
     if model != Path(config.model):
         return WeightReader(model)
     changes, tokens = _longer(config, model), new_tokens(_hf_files(model), config.new_special_tokens)
-    return WeightReader(model, changes) if tokens is None else GrownReader(model, changes, tokens)
+    reader = WeightReader(model, changes) if tokens is None else GrownReader(model, changes, tokens)
+    if config.tuner_type == "llamapro":
+        return ExpandedReader(reader, config.llamapro_num_new_blocks, config.llamapro_num_groups)
+    return reader
 
 
 def model_config(config: TrainConfig, model: Path) -> dict[str, Any]:
@@ -105,7 +109,12 @@ def model_config(config: TrainConfig, model: Path) -> dict[str, Any]:
         return raw
     raw |= _longer(config, model)
     tokens = new_tokens(_hf_files(model), config.new_special_tokens)
-    return raw if tokens is None else raw | {"vocab_size": max(raw["vocab_size"], tokens.end)}
+    raw = raw if tokens is None else raw | {"vocab_size": max(raw["vocab_size"], tokens.end)}
+    if config.tuner_type == "llamapro":
+        table = table_for(raw)
+        blocks = (config.llamapro_num_new_blocks, config.llamapro_num_groups)
+        return expanded_config(raw, table, expansion(table.spec.num_layers, *blocks))
+    return raw
 
 
 def _longer(config: TrainConfig, model: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
-          "mtp_num_layers", *FREEZING,
+          "mtp_num_layers", *FREEZING, "llamapro_num_new_blocks", "llamapro_num_groups",
           "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization",
           "streaming", "streaming_block_rows")  # fmt: skip
 
@@ -231,7 +231,7 @@ def _record(
 ) -> StepRecord:
     """The metrics of a step; speed counts data, forward, backward and optimizer, not evaluation and saving."""
     tokens, world_size = done.batch.tokens, run.dims.world_size
-    frozen = run.config.tuner_type == "lora"
+    frozen = run.config.tuner_type != "full"
     ahead = run.config.mtp_num_layers or 0
     squares, spec = done.batch.squared_lengths, run.reader.table.spec
     flops = step_flops(spec, tokens, squares, frozen_base=frozen, num_ahead=ahead)

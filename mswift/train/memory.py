@@ -13,6 +13,7 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
+from mswift.tuners.llamapro import trained_elements
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.shapes import promised_shapes
 
@@ -57,6 +58,8 @@ def saved_modules(config: TrainConfig) -> tuple[str, ...]:
 
 def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
+    if config.tuner_type == "llamapro":
+        return trained_elements(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
     if config.tuner_type == "full":
         kept = not config.mtp_num_layers
         return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
@@ -68,7 +71,9 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
 def checkpoint_bytes(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
     """Of one checkpoint: what is trained (a LoRA run: its adapter), with the optimizer's fp32 state."""
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
-    return trained_parameters(config, table) * (dtype_bytes + state)
+    trained = trained_parameters(config, table)
+    held = trained if config.trains_adapter else stage_parameters(table, ParallelDims(), 0)
+    return held * dtype_bytes + trained * state
 
 
 def lora_config(config: TrainConfig, table: ModelTable) -> LoraConfig:
@@ -173,7 +178,8 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     trained = trained_parameters(config, table)
     per_layer = (total - _ends(table)) / table.spec.num_layers
     gathered = 2 * per_layer + _ends(table) if parts > 1 or dtype_bytes < _GRAD_BYTES else 0.0
-    held = trained * _GRAD_BYTES + (total * dtype_bytes if lora else 0)
+    frozen = total if lora else max(total - trained, 0)
+    held = trained * _GRAD_BYTES + frozen * dtype_bytes
     return StageMemory(
         parameters=total + trained * lora,
         trained=trained,

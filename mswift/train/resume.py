@@ -79,17 +79,17 @@ def start_of(config: TrainConfig) -> tuple[Path, ResumePoint | None]:
     if point is None:
         return Path(config.model), None
     adapter = is_adapter_checkpoint(point.checkpoint)
-    if config.tuner_type == "full" and adapter:
+    if not config.trains_adapter and adapter:
         raise ConfigError(
-            f"--tuner_type full: the run of {point.checkpoint} trains an adapter; pass --tuner_type lora, or start a "
-            "new run with another --output_dir"
+            f"--tuner_type {config.tuner_type}: the run of {point.checkpoint} trains an adapter; pass --tuner_type "
+            "lora, or start a new run with another --output_dir"
         )
-    if config.tuner_type == "lora" and not adapter:
+    if config.trains_adapter and not adapter:
         raise ConfigError(
-            f"--tuner_type lora: {point.checkpoint} holds a whole model; pass --tuner_type full, or start a new run "
-            f"with another --output_dir (and --model {point.checkpoint})"
+            f"--tuner_type {config.tuner_type}: {point.checkpoint} holds a whole model; pass --tuner_type full, or "
+            f"start a new run with another --output_dir (and --model {point.checkpoint})"
         )
-    return point.checkpoint if config.tuner_type == "full" else Path(config.model), point
+    return Path(config.model) if config.trains_adapter else point.checkpoint, point
 
 
 def _is_plainly_damaged(checkpoint: Path) -> bool:

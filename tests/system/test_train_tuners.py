@@ -1,0 +1,79 @@
+"""Tuners of transformers models through the command: 6 steps = 3 + 3 bit for bit, the loss falls, what is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mswift import rundir
+from tests.support.commands import command, make_home, mswift, run
+from tests.support.runs import log, tensors
+
+FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
+DDP = ["--backend", "ddp"]
+PRO = ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]
+CASES: dict[str, tuple[str, list[str]]] = {
+    "llamapro": ("sft", [*FSDP, *PRO]),
+    "llamapro, packed, bfloat16": ("sft", [*DDP, *PRO, "--packing", "--torch_dtype", "bfloat16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("tuners"))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Six steps of a case at once, trained when first asked for."""
+    made: dict[str, Path] = {}
+
+    def trained(case: str) -> Path:
+        if case not in made:
+            kind, flags = CASES[case]
+            made[case] = tmp_path_factory.mktemp("whole") / "run"
+            run(command(home, kind, made[case], "--train_iters", "6", *flags))
+        return made[case]
+
+    return trained
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, whole: Any, case: str) -> None:
+    kind, flags = CASES[case]
+    run(command(home, kind, tmp_path, "--train_iters", "3", *flags))
+    assert "continuing after step 3" in run(command(home, kind, tmp_path, "--train_iters", "6", *flags))
+    assert log(tmp_path) == log(whole(case))
+    assert tensors(tmp_path / "checkpoint-6") == tensors(whole(case) / "checkpoint-6")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_falls(whole: Any, case: str) -> None:
+    losses = [row["loss"] for row in rundir.read_metrics(whole(case))]
+    assert losses[-1] < losses[0] - 0.3, losses
+
+
+def logits(model: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(model).eval()(tokens).logits
+
+
+def test_a_model_with_new_blocks_starts_as_it_was_and_keeps_the_old_ones(home: Path, tmp_path: Path, whole: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run(command(home, "sft", tmp_path / "start", "--train_iters", "0", *FSDP, *PRO))
+    mswift("export", "--model", tmp_path / "start", "--output_dir", tmp_path / "first")
+    mswift("export", "--model", whole("llamapro"), "--output_dir", tmp_path / "last")
+    assert torch.equal(logits(tmp_path / "first"), logits(home / "model"))
+    assert not torch.equal(logits(tmp_path / "last"), logits(home / "model"))
+    first, last = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("first", "last"))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert {name.split(".")[2] for name in moved} == {"2", "5"}
+    assert len(moved) == 2 * sum(name.startswith("model.layers.2.") for name in first)
+    sizes = {name: tensor.numel() for name, tensor in first.items()}
+    assert sum(sizes[name] for name in moved) == sum(s for n, s in sizes.items() if n.startswith("model.layers.1.")) * 2

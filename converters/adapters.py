@@ -17,6 +17,8 @@ from mswift.errors import ConfigError
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed_tokens", "lm_head"
 SAVABLE = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+NORM = "norm"
+"""In modules_to_save, which PEFT matches by the end of a module's name: every norm of the model."""
 _GATE = "gate_weight"  # of the shared expert: a parameter, where HF has a linear
 _ROUTER = "mlp.router.weight"
 
@@ -118,27 +120,35 @@ def refuse_recurrent(table: Table) -> None:
 def expand_modules_to_save(table: Table, names: Sequence[str]) -> tuple[str, ...]:
     """--modules_to_save, checked; in a tied model the two names are one matrix, so either means both."""
     for name in names:
-        if name not in SAVABLE:
-            raise ConfigError(unknown_module("--modules_to_save", name, list(SAVABLE)))
-    if names and table.spec.tied_embeddings:
-        return (EMBED, HEAD)
-    return tuple(name for name in SAVABLE if name in names)
+        if name not in (*SAVABLE, NORM):
+            raise ConfigError(unknown_module("--modules_to_save", name, [*SAVABLE, NORM]))
+    ends = tuple(name for name in SAVABLE if name in names)
+    if ends and table.spec.tied_embeddings:
+        ends = (EMBED, HEAD)
+    return ends + ((NORM,) if NORM in names else ())
 
 
 def saved_shapes(table: Table, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the matrices a PEFT file holds for modules_to_save (tied: under both names).
+    """Names and shapes of the tensors that a PEFT file holds for modules_to_save (a tied matrix under both names).
 
     ConfigError for a model that names its embedding otherwise.
     """
-    if not modules_to_save:
-        return {}
+    norms = {name: shape for name, shape in table.hf.items() if NORM in modules_to_save and is_of_norm(name)}
+    ends = [name for name in modules_to_save if name in SAVABLE]
+    if not ends:
+        return norms
     if SAVABLE[EMBED] not in table.hf:
         raise ConfigError(
             f"modules_to_save {' '.join(modules_to_save)}: the tensors of model_type {table.spec.model_type!r} have "
             f"other names than {' and '.join(SAVABLE.values())}; leave it out"
         )
     embedding = table.hf[SAVABLE[EMBED]]
-    return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in modules_to_save}
+    return {SAVABLE[name]: table.hf.get(SAVABLE[name], embedding) for name in ends} | norms
+
+
+def is_of_norm(name: str) -> bool:
+    """Whether an HF tensor (model.layers.0.input_layernorm.weight) belongs to a norm."""
+    return name.rpartition(".")[0].endswith(NORM)
 
 
 def trained_name(table: Table, name: str) -> str:

@@ -34,7 +34,7 @@ def engine_flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from packing_refusals(config)
     try:
         scale = config.mcore.get("mtp_loss_scaling_factor")
-        check_prediction_flags(config.mtp_num_layers, config.tuner_type == "lora", scale)
+        check_prediction_flags(config.mtp_num_layers, config.trains_adapter, scale)
     except ConfigError as error:
         yield error
     if not config.use_distributed_optimizer:

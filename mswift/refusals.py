@@ -30,7 +30,7 @@ from mswift.engine_refusals import (
 from mswift.errors import ConfigError, LayoutError
 from mswift.stages import cut_layers
 from mswift.topology import FLAGS, ParallelDims, check_experts, check_tensor_parallel, divisors
-from mswift.tuner_refusals import tuner_refusals
+from mswift.tuner_refusals import check_tuner, tuner_refusals
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 _LORA_FLAGS = (
@@ -112,6 +112,7 @@ def train_refusals(config: TrainConfig, spec: ModelSpec, world_size: int) -> lis
         check_model_fits(config, spec)
         dims = dims_of(config, world_size, spec.num_layers)
         check_backend(config, spec, dims)
+        check_tuner(config, spec)
         check_experts(dims, spec.expert_layout)
         check_context_parallel(dims, config.cp_comm_type, spec)
         check_recompute(config, spec, dims)
@@ -414,7 +415,7 @@ def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.quant_bits is None:
         yield ConfigError("--quant_method bnb needs the number of bits: --quant_bits 4")
     try:
-        check_four_bit_base(config.tuner_type == "lora", config.use_dora)
+        check_four_bit_base(config.trains_lora, config.use_dora)
     except ConfigError as error:
         yield error
     if config.init_weights != "true":
@@ -425,7 +426,7 @@ def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
 
 
 def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
-    if config.tuner_type == "lora":
+    if config.trains_lora:
         if not _INIT.fullmatch(config.init_weights):
             yield ConfigError(
                 f"--init_weights {config.init_weights}: known: true pissa pissa_niter_N (as pissa_niter_16) olora"

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
+from mswift.backend_refusals import FREEZING
 from mswift.config.train import TrainConfig
+from mswift.converters.adapters import NORM
+from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 
-OF_FSDP = ("llamapro",)
+OF_FSDP = ("longlora", "llamapro")
 """Values of --tuner_type that only the engine of transformers models trains."""
 
 _FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -31,6 +34,68 @@ def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                 yield ConfigError(f"--{name} {value} must be at least 1")
     if tuner == "llamapro":
         yield from _llamapro(config)
+    if tuner == "longlora":
+        yield from _longlora(config)
+    if config.backend == "megatron" and NORM in config.modules_to_save:
+        yield ConfigError(f"--modules_to_save {NORM} is for transformers' model: use --backend fsdp, or leave it out")
+    yield from _lisa(config)
+
+
+def check_tuner(config: TrainConfig, spec: ModelSpec) -> None:
+    """ConfigError for a tuner that does not fit the model."""
+    if config.lisa_activated_layers > spec.num_layers:
+        raise ConfigError(
+            f"--lisa_activated_layers {config.lisa_activated_layers} of a model with {spec.num_layers} layers: use "
+            f"--lisa_activated_layers {spec.num_layers - 1} or less"
+        )
+    if config.tuner_type == "longlora" and spec.num_attention_heads % 2:
+        raise ConfigError(
+            f"--tuner_type longlora: {spec.num_attention_heads} attention heads have no halves: use --tuner_type lora"
+        )
+
+
+def _longlora(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.packing:
+        yield ConfigError(
+            "--packing with --tuner_type longlora: groups of a row would join its samples: leave --packing out, or use "
+            "--tuner_type lora"
+        )
+    for name in ("context_parallel_size", "sequence_parallel_size"):
+        if (getattr(config, name) or 1) > 1:
+            yield ConfigError(
+                f"--{name} {getattr(config, name)} with --tuner_type longlora: groups of a row would lie on several "
+                f"ranks: leave --{name} out, or use --tuner_type lora"
+            )
+    if config.adapters:
+        yield ConfigError(
+            f"--adapters {config.adapters[0]} with --tuner_type longlora starts with other modules than it trains: "
+            "leave it out, or use --tuner_type lora"
+        )
+
+
+def _lisa(config: TrainConfig) -> Iterator[ConfigError]:
+    active, interval = config.lisa_activated_layers, config.lisa_step_interval
+    if active < 0:
+        yield ConfigError(f"--lisa_activated_layers {active} must not be negative: use --lisa_activated_layers 2")
+    if interval < 1:
+        yield ConfigError(f"--lisa_step_interval {interval} must be at least 1")
+    if not active:
+        if interval != TrainConfig.__dataclass_fields__["lisa_step_interval"].default:
+            yield ConfigError(f"--lisa_step_interval {interval} has no effect without --lisa_activated_layers 2")
+        return
+    given = f"--lisa_activated_layers {active}"
+    if config.backend == "megatron":
+        yield ConfigError(f"{given} is for transformers' model: use --backend fsdp (or ddp), or leave it out")
+    if config.tuner_type != "full":
+        yield ConfigError(f"{given} with --tuner_type {config.tuner_type}: LISA trains in full: use --tuner_type full")
+    if config.optimizer not in ("adam", "sgd"):
+        yield ConfigError(
+            f"{given} with --optimizer {config.optimizer}, whose state is not dropped layer by layer: use --optimizer "
+            "adam"
+        )
+    for name in FREEZING:
+        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            yield ConfigError(f"{given} and --{name} both say what is frozen: leave one of them out")
 
 
 def _llamapro(config: TrainConfig) -> Iterator[ConfigError]:

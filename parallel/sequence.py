@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mswift.errors import LayoutError
 from mswift.parallel.attention.core import SdpaAttention
 from mswift.parallel.attention.share import Share, positions, segments
+from mswift.parallel.shifted import shifted_attention
 
 NAME = "mswift"
 """`attn_implementation` of models that are to use it."""
@@ -25,6 +26,7 @@ class _Now:
     """What this process attends to. lengths: of the documents, over all ranks; None: a row is one."""
 
     lengths: tuple[int, ...] | None = None
+    shifted: bool = False
     kind: str = "p2p"
     groups: Any = None
     size: int = 1
@@ -48,9 +50,9 @@ def share_with(kind: str, groups: Any, size: int) -> None:
     _now.kind, _now.groups, _now.size = kind, groups, size
 
 
-def attending(documents: tuple[int, ...] | None) -> None:
-    """What the coming forward pass and its backward pass compute: `RankBatch.documents`."""
-    _now.lengths = documents
+def attending(documents: tuple[int, ...] | None, *, shifted: bool = False) -> None:
+    """What the coming forward pass and its backward pass compute: `RankBatch.documents`; `mswift.parallel.shifted`."""
+    _now.lengths, _now.shifted = documents, shifted
 
 
 def row_lengths(x: Tensor) -> Tensor:
@@ -97,6 +99,8 @@ def attend(
     )  # fmt: skip
     core.sinks = s_aux
     rows = [x.permute(2, 0, 1, 3) for x in (query, key, value)]
+    if _now.shifted:
+        return shifted_attention(core, *rows).transpose(0, 1), None
     packed = None if _now.lengths is None else SimpleNamespace(lengths=_now.lengths)
     out: Tensor = core(*rows, packed_seq_params=packed)  # [s, b, h * v]
     return out.transpose(0, 1).unflatten(-1, (query.shape[1], -1)), None

@@ -17,7 +17,7 @@ _alias = tyro.conf.arg
 _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
 
-TunerType = Literal["full", "lora", "llamapro"]
+TunerType = Literal["full", "lora", "longlora", "llamapro"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class TrainConfig:
 
     # -- tuner
     tuner_type: TunerType = "full"
-    """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) new blocks in it (llamapro)."""
+    """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
+    attention (longlora), new blocks in a frozen model (llamapro)."""
     lora_rank: int = 8
     """Rank r of each adapter."""
     lora_alpha: float = 32
@@ -75,7 +76,7 @@ class TrainConfig:
     target_parameters: tuple[str, ...] = ()
     """Parameters that get one: stacked experts (experts.gate_up_proj, experts.down_proj) and routers (gate.weight)."""
     modules_to_save: tuple[str, ...] = ()
-    """HF modules trained in full beside the adapters: embed_tokens, lm_head."""
+    """HF modules trained in full beside the adapters: embed_tokens, lm_head; norm (fsdp, ddp): all norms."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory to continue from (one)."""
 
@@ -89,6 +90,10 @@ class TrainConfig:
     """full (fsdp, ddp): train the parameters whose names begin so, whatever else is frozen."""
     trainable_parameters_regex: str | None = None
     """full (fsdp, ddp): train the parameters whose names this expression finds, whatever else is frozen."""
+    lisa_activated_layers: int = 0
+    """LISA (full; fsdp, ddp): train this many layers at a time, drawn anew by the seed, and the ends of the model."""
+    lisa_step_interval: int = 20
+    """LISA: steps with the same layers."""
     llamapro_num_new_blocks: int = 4
     """llamapro: blocks to add, which alone are trained; they start as copies that change nothing."""
     llamapro_num_groups: int | None = None
@@ -283,6 +288,11 @@ class TrainConfig:
     def trains_adapter(self) -> bool:
         """Whether the base stays as it is, and a checkpoint holds an adapter alone."""
         return self.tuner_type not in ("full", "llamapro")
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether that adapter is a LoRA."""
+        return self.tuner_type in ("lora", "longlora")
 
     @property
     def row_length(self) -> int:

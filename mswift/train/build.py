@@ -37,6 +37,7 @@ from mswift.train.prediction import prediction_line
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.train.streaming import training_stream
+from mswift.train.tuning import tuner_line
 
 
 def build_data(
@@ -206,11 +207,13 @@ def print_banner(
     per_rank = config.global_batch_size // (config.micro_batch_size * dims.dp)
     reader = start.reader
     predicted = prediction_line(config, len(reader.table.spec.mtp_layers) + reader.num_left_out)
+    tuned = tuner_line(config, reader.table.spec.num_layers)
     microbatches = f"{per_rank} microbatches x {config.micro_batch_size} x DP {dims.dp}"
     lines = {
         "command": f"{start.kind}, {config.tuner_type}, {dtype} on {device}",
         "model": f"{Path(config.model)} ({parameters[0]:,} parameters, {parameters[1]:,} trained)",
         "parameters": "; ".join(held),
+        **({"tuner": tuned} if tuned else {}),
         **({"mtp": predicted} if predicted else {}),
         **_token_lines(reader),
         "layout": describe_layout(config, dims),

@@ -79,7 +79,7 @@ def _refusals(config: DoctorConfig, raw: dict[str, object], world_size: int) -> 
     config = replace(config, micro_batch_size=1, global_batch_size=world_size, lr_decay_style="constant")
     table = table_for(raw)
     refusals = train_refusals(config, table.spec, world_size)
-    if config.tuner_type == "lora":
+    if config.trains_lora:
         try:
             lora_config(config, table.without_mtp())
         except ConfigError as error:
@@ -92,7 +92,7 @@ def _job(config: DoctorConfig, raw: dict[str, object], dims: ParallelDims) -> Pr
     return ProofJob(
         config=raw,
         scaled_for=asdict(dims),
-        target_modules=config.target_modules if config.tuner_type == "lora" else (),
+        target_modules=config.target_modules if config.trains_lora else (),
         predicts=bool(config.mtp_num_layers),
         num_microbatches=dims.dp * max(dims.pp, 2),
         length=-(-24 // unit) * unit,

@@ -32,7 +32,7 @@ from mswift.train.memory import (
 from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 from mswift.train.sent import sent_line
-from mswift.tuners.llamapro import within
+from mswift.train.tuning import tuner_line
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -145,17 +145,15 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: i
         yield "mtp", predicted
     if not _holds_weights(model):
         yield "weights", "none here, so they are not checked; a launch needs them"
-    if config.tuner_type == "lora":
+    if config.trains_lora:
         yield (
             "tuner",
-            f"lora, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {' '.join(config.target_modules)}"
+            f"{config.tuner_type}, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on "
+            + " ".join(config.target_modules)
             + (f"; base in 4 bits ({config.bnb_4bit_quant_type})" if config.quant_method else ""),
         )
-    elif config.tuner_type == "llamapro":
-        blocks = within(spec.num_layers, config.llamapro_num_new_blocks, config.llamapro_num_groups)
-        yield "tuner", f"llamapro, new layers {' '.join(map(str, blocks.new))} of {spec.num_layers}, the others frozen"
     else:
-        yield "tuner", "full"
+        yield "tuner", tuner_line(config, spec.num_layers) or config.tuner_type
 
 
 def _run_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:

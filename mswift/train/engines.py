@@ -9,9 +9,10 @@ import torch
 
 from mswift.backend_refusals import shard_size
 from mswift.config.train import TrainConfig
-from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.adapters import NORM, expand_modules_to_save
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
+from mswift.errors import ConfigError
 from mswift.parallel.engine import Engine
 from mswift.refusals import train_dtype
 from mswift.topology import ParallelDims
@@ -19,6 +20,7 @@ from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
 from mswift.train.memory import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.lisa import LayerSampling
 from mswift.tuners.llamapro import new_blocks
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.part import Part
@@ -106,9 +108,17 @@ def _fsdp_engine(
         reshard_after_forward=config.fsdp_reshard_after_forward,
         recompute_blocks=again,
         part=part_of(config, reader.table),
+        lisa=lisa_of(config, reader.table),
+        shifted_attention=config.tuner_type == "longlora",
         neftune_alpha=config.neftune_noise_alpha,
     )
     return FsdpEngine(reader.table, dims, own, device)
+
+
+def lisa_of(config: TrainConfig, table: ModelTable) -> LayerSampling | None:
+    """Which layers of a full run are trained at a time; None: all."""
+    active = config.lisa_activated_layers
+    return LayerSampling(table.spec.num_layers, active, config.lisa_step_interval, config.seed) if active else None
 
 
 def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
@@ -129,8 +139,11 @@ def _lora(
     config: TrainConfig, reader: WeightReader, start: PeftAdapter | None
 ) -> tuple[LoraConfig | None, tuple[str, ...]]:
     """What is trained beside the frozen base: (adapters, modules in full). An adapter to continue keeps its own."""
-    if config.tuner_type != "lora":
+    if not config.trains_lora:
         return None, ()
     if start is not None:
-        return start.lora_config(reader.table, config.seed)
+        lora, modules = start.lora_config(reader.table, config.seed)
+        if config.backend == "megatron" and NORM in modules:
+            raise ConfigError(f"--adapters {config.adapters[0]} replaces norms (modules_to_save): use --backend fsdp")
+        return lora, modules
     return lora_config(config, reader.table), expand_modules_to_save(reader.table, saved_modules(config))

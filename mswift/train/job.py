@@ -56,7 +56,8 @@ from mswift.tuners.peft_config import CONFIG_FILE
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
           "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
-          "mtp_num_layers", *FREEZING, "llamapro_num_new_blocks", "llamapro_num_groups",
+          "mtp_num_layers", *FREEZING, "lisa_activated_layers", "lisa_step_interval",
+          "llamapro_num_new_blocks", "llamapro_num_groups",
           "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization",
           "streaming", "streaming_block_rows")  # fmt: skip
 

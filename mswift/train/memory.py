@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mswift.backend_refusals import shard_size
 from mswift.config.loss import is_fused, piece_tokens
 from mswift.config.train import TrainConfig
-from mswift.converters.adapters import EMBED, HEAD, expand_modules_to_save
+from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
@@ -52,8 +52,9 @@ class StageMemory:
 
 
 def saved_modules(config: TrainConfig) -> tuple[str, ...]:
-    """HF modules that a LoRA run trains in full: those of the flag, and the rows of new tokens with all others."""
-    return config.modules_to_save + ((EMBED, HEAD) if config.new_special_tokens else ())
+    """HF modules that a LoRA run trains in full: of the flag, with the rows of new tokens all others, of longlora."""
+    rows = (EMBED, HEAD) if config.new_special_tokens else ()
+    return config.modules_to_save + rows + ((EMBED, NORM) if config.tuner_type == "longlora" else ())
 
 
 def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
@@ -150,7 +151,7 @@ def stage_memory(
     ahead = config.mtp_num_layers or 0
     base = stage_parameters(table, dims, pp_rank, num_ahead=ahead)
     layers_share = len(dims.held_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
-    lora = config.tuner_type == "lora"
+    lora = config.trains_lora
     learning = table if ahead else table.without_mtp()
     trained = math.ceil(trained_parameters(config, table) * layers_share)
     experts = 0
@@ -174,18 +175,21 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     """Estimate for one rank of --backend fsdp or ddp."""
     parts = shard_size(config, dims.world_size)
     total = stage_parameters(table, ParallelDims(), 0)
-    lora = config.tuner_type == "lora"
+    lora = config.trains_lora
     trained = trained_parameters(config, table)
     per_layer = (total - _ends(table)) / table.spec.num_layers
     gathered = 2 * per_layer + _ends(table) if parts > 1 or dtype_bytes < _GRAD_BYTES else 0.0
     frozen = total if lora else max(total - trained, 0)
+    learning = trained  # at a time
+    if config.lisa_activated_layers:
+        learning = math.ceil(_ends(table) + config.lisa_activated_layers * per_layer)
     held = trained * _GRAD_BYTES + frozen * dtype_bytes
     return StageMemory(
         parameters=total + trained * lora,
         trained=trained,
         weights_bytes=math.ceil(held / parts + gathered * dtype_bytes),
-        gradients_bytes=math.ceil(trained * _GRAD_BYTES / parts),
-        optimizer_bytes=math.ceil(trained * _STATE_BYTES[config.optimizer] / parts),
+        gradients_bytes=math.ceil(learning * _GRAD_BYTES / parts),
+        optimizer_bytes=math.ceil(learning * _STATE_BYTES[config.optimizer] / parts),
         activations_bytes=_activations(config, table, dims, dtype_bytes, 0),
     )
 

@@ -14,7 +14,7 @@ def prediction_line(config: TrainConfig, num_layers: int) -> str | None:
     what = f"{num_layers} multi-token-prediction layer{'s' if num_layers > 1 else ''}"
     if config.mtp_num_layers:
         return f"{what}, trained: loss + {config.mcore.get(SCALE, DEFAULT_SCALE):g} x mtp_loss is minimised"
-    if config.tuner_type == "lora":
+    if config.trains_adapter:
         return f"{what} of --model: neither loaded nor adapted, --model keeps what it has"
     return (
         f"{what}, not trained: saved and exported as they came, while the layers before them change "

@@ -33,7 +33,7 @@ def stage_traffic(
 def uncounted(config: TrainConfig, table: ModelTable, dims: ParallelDims) -> str | None:
     """Why there is no formula for the run; None: there is one."""
     reasons = {
-        "adapters": config.tuner_type == "lora",
+        "adapters": config.trains_adapter,
         "recomputation": config.recompute_granularity is not None,
         "multi-token prediction": bool(config.mtp_num_layers),
     }

@@ -111,7 +111,8 @@ class _Fold:
                         "tensors; save the base with one tensor an expert, as the hub has it"
                     )
                 self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, linear))
-            self.replaced |= {name: adapter for name in SAVABLE.values() if name in adapter.shapes}
+            whole = (name for name in adapter.shapes if name in stored or name in SAVABLE.values())
+            self.replaced |= dict.fromkeys(whole, adapter)
         self.untied = table.spec.tied_embeddings and self._embeddings_differ()
         if table.spec.tied_embeddings and not self.untied:
             self.replaced.pop(SAVABLE[HEAD], None)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from mswift.converters.adapters import SAVABLE, HfLinear, all_linears, saved_shapes
+from mswift.converters.adapters import NORM, SAVABLE, HfLinear, all_linears, saved_shapes
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
 from mswift.errors import ConfigError
@@ -121,9 +121,11 @@ def promised_shapes(table: ModelTable, settings: PeftSettings) -> dict[str, tupl
         shapes |= parameter.lora_shapes(prefix, settings.rank_of(parameter.name))
     if not shapes:
         raise ConfigError(f"{settings.path}: target_modules={settings.target_modules!r} match no linear of the model")
-    saved = tuple(name for name in SAVABLE if name in settings.modules_to_save)
+    saved = tuple(name for name in (*SAVABLE, NORM) if name in settings.modules_to_save)
     if len(saved) != len(set(settings.modules_to_save)):
-        raise ConfigError(f"{settings.path}: modules_to_save={settings.modules_to_save!r}; known: {' '.join(SAVABLE)}")
+        raise ConfigError(
+            f"{settings.path}: modules_to_save={settings.modules_to_save!r}; known: {' '.join((*SAVABLE, NORM))}"
+        )
     return shapes | saved_shapes(table, saved)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mswift.converters.adapters import SAVABLE, expand_modules_to_save, trained_name
+from mswift.converters.adapters import expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.parallel.dropout import dropped
@@ -44,8 +44,8 @@ def add_lora(model: nn.Module, table: ModelTable, config: LoraConfig, modules_to
         if probability and hasattr(module, "lora_dropout"):
             module.lora_dropout[_NAME] = CountedDropout(name, probability)
     parameters = dict(model.named_parameters())
-    for leaf in expand_modules_to_save(table, modules_to_save):
-        parameters[trained_name(table, SAVABLE[leaf])].requires_grad_(True)
+    for name in saved_shapes(table, expand_modules_to_save(table, modules_to_save)):
+        parameters[trained_name(table, name)].requires_grad_(True)
 
 
 class CountedDropout(nn.Module):

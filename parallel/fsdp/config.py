@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mswift.parallel.engine import EngineSettings
+from mswift.tuners.lisa import LayerSampling
 from mswift.tuners.part import Part
 
 
@@ -11,8 +12,9 @@ class FsdpConfig(EngineSettings):
     """BF16 keeps fp32 weights, sharded, and computes in bf16 copies of a block at a time.
 
     shard_size: ranks that share the parameters; each group of as many holds all of them. recompute_blocks: of how many
-    of the first blocks only the input is kept. part: what of a full run is trained (None: everything). neftune_alpha:
-    noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
+    of the first blocks only the input is kept. part: what of a full run is trained (None: everything). lisa: which of
+    its layers are trained at a time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et
+    al. 2023, arXiv 2310.05914). shifted_attention: training attends within groups (`mswift.parallel.shifted`).
     """
 
     shard_size: int = 1
@@ -20,3 +22,5 @@ class FsdpConfig(EngineSettings):
     recompute_blocks: int = 0
     part: Part | None = None
     neftune_alpha: float = 0.0
+    lisa: LayerSampling | None = None
+    shifted_attention: bool = False

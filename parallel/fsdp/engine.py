@@ -50,6 +50,7 @@ from mswift.parallel.fsdp.model import (
 )
 from mswift.parallel.fsdp.optimizer import Group, ShardedOptimizer, local
 from mswift.parallel.fsdp.pieces import Mapped, map_parameters, read_rows, row_regions, shards, whole
+from mswift.parallel.fsdp.sampled import SampledLayers, layers_of
 from mswift.topology import ParallelDims
 from mswift.tuners.part import Part
 from mswift.tuners.shapes import promised_shapes
@@ -88,8 +89,11 @@ class FsdpEngine:
         learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
         self._trained = {name: mapped for name, mapped in self._saved.items() if name in learning}
         self._state_of = self._trained
-        if config.part is not None:  # a global tensor may be trained in a part of it: state goes by transformers' names
+        if (
+            config.part is not None or config.lisa is not None
+        ):  # a global tensor may be trained in a part of it: state goes by transformers' names
             self._state_of = {name: whole(m.name, f"of.{m.name}", m.shape) for name, m in self._trained.items()}
+        layer_of = layers_of(inner) if config.lisa is not None else {}
         recompute(blocks(inner)[: config.recompute_blocks])
         if config.neftune_alpha:
             add_noise(inner, config.neftune_alpha)
@@ -101,6 +105,10 @@ class FsdpEngine:
         self._groups += made
         trained = {name: self._parameters[name] for name in self._trained}
         self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group)
+        self._sampled: SampledLayers | None = None
+        if config.lisa is not None:
+            self._sampled = SampledLayers(config.lisa, layer_of, trained, self._optimizer.drop_states)
+            self._sampled.attach(self._model, lambda: self.optimizer_step)
 
     def _freeze(self, inner: torch.nn.Module, part: Part) -> None:
         """Frozen parameters are kept in the dtype of the run."""
@@ -203,8 +211,9 @@ class FsdpEngine:
             else:  # the weights are what the masters are rounded to; both are asked for, as a strict reader wants
                 read_rows(mapped, rows, torch.empty(rows.sizes, dtype=dtype), read)
                 read_rows(self._state_of[name], rows, shard, read, "optimizer.master.")
-            if optimizer_step:
-                self._optimizer.make_states(name, optimizer_step)
+            seen = optimizer_step if self._sampled is None else self._sampled.updates_of(name, optimizer_step)
+            if seen:
+                self._optimizer.make_states(name, seen)
                 for key, values in self._optimizer.states(name):
                     read_rows(self._state_of[name], rows, values, read, f"optimizer.{key}.")
         self._read({n: m for n, m in self._saved.items() if n not in self._trained}, read, lambda _: dtype)
@@ -335,7 +344,7 @@ class FsdpEngine:
         return out
 
     def _positions(self, batch: RankBatch) -> Tensor:
-        sequence.attending(batch.documents)
+        sequence.attending(batch.documents, shifted=self.config.shifted_attention and torch.is_grad_enabled())
         return sequence.document_positions(batch.documents, batch.seq_length, self.coordinate.cp, self.device)
 
     def _totals(
@@ -378,8 +387,12 @@ class FsdpEngine:
     def held_bytes(self) -> tuple[Held, Held]:
         """What this rank holds for its (frozen, trained) parameters."""
         frozen = [p for name, p in self._parameters.items() if name not in self._trained]
-        trained = [self._parameters[name] for name in self._trained]
-        return _held(frozen, 0), _held(trained, self._optimizer.bytes_per_element)
+        idle = set() if self._sampled is None else self._sampled.idle(self.optimizer_step)
+        trained = _held(
+            [self._parameters[name] for name in self._trained if name not in idle], self._optimizer.bytes_per_element
+        )
+        resting = _held([self._parameters[name] for name in idle], 0)
+        return _held(frozen, 0), Held(*(a + b for a, b in zip(trained, resting, strict=True)))
 
     def close(self) -> None:
         """Let go of the model and of the groups; the engine is of no use afterwards."""

@@ -106,6 +106,10 @@ class ShardedOptimizer:
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=shard.device)
         self._rule.state[shard] = state
 
+    def drop_states(self, name: str) -> None:
+        """Let go of the state of a parameter; the next update that changes it begins anew."""
+        self._rule.state.pop(self._shards[name], None)
+
     @property
     def bytes_per_element(self) -> int:
         """Of fp32 state for each element that is updated."""

@@ -120,10 +120,12 @@ def megatron_run(
     ranks = run_ranks(world_size, "tests/support/parity.py:on_rank", payload)
     result = {name: ranks[0][name] for name in ("logits", "loss", "mtp_loss", "grad_norm", "evaluated")}
     assert all(np.array_equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
-    if settings.get("part") is None:  # else some tensors have gradients in a part of them
+    in_full = settings.get("part") is None and settings.get("lisa") is None
+    result["states"] = [rank["optimizer"] for rank in ranks]
+    if in_full:  # else some tensors have gradients in a part of them
         result["gradients"] = _hf([rank["gradients"] for rank in ranks], "gradient.", reader)
     result["weights"] = _hf([rank["weights"] for rank in ranks], "", reader)
-    for state in ("exp_avg", "exp_avg_sq", "momentum_buffer") if settings.get("part") is None else ():
+    for state in ("exp_avg", "exp_avg_sq", "momentum_buffer") if in_full else ():
         result[state] = _hf([rank["optimizer"] for rank in ranks], f"optimizer.{state}.", reader)
     result["copies"] = [rank["copies"] for rank in ranks]
     return result

@@ -1,5 +1,6 @@
 """Tuners of transformers models through the command: 6 steps = 3 + 3 bit for bit, the loss falls, what is saved."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from tests.support.runs import log, tensors
 FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
 DDP = ["--backend", "ddp"]
 PRO = ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]
+LISA = ["--lisa_activated_layers", "1", "--lisa_step_interval", "2"]
+BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
 CASES: dict[str, tuple[str, list[str]]] = {
     "llamapro": ("sft", [*FSDP, *PRO]),
-    "llamapro, packed, bfloat16": ("sft", [*DDP, *PRO, "--packing", "--torch_dtype", "bfloat16"]),
-}
+    "lisa, packed, bfloat16": ("sft", [*FSDP, *LISA, *BFLOAT]),
+    "longlora": ("sft", [*DDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
+}  # fmt: skip
+if os.environ.get("MSWIFT_ALL_FAULTS"):
+    CASES |= {
+        "llamapro, packed, bfloat16": ("sft", [*DDP, *PRO, *BFLOAT]),
+        "lisa": ("sft", [*DDP, *LISA]),
+        "longlora, cut": ("sft", [*FSDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,9 @@ def logits(model: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(model).eval()(tokens).logits
 
 
-def test_a_model_with_new_blocks_starts_as_it_was_and_keeps_the_old_ones(home: Path, tmp_path: Path, whole: Any) -> None:
+def test_a_model_with_new_blocks_starts_as_it_was_and_keeps_the_old_ones(
+    home: Path, tmp_path: Path, whole: Any
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,3 +89,27 @@ def test_a_model_with_new_blocks_starts_as_it_was_and_keeps_the_old_ones(home: P
     assert len(moved) == 2 * sum(name.startswith("model.layers.2.") for name in first)
     sizes = {name: tensor.numel() for name, tensor in first.items()}
     assert sum(sizes[name] for name in moved) == sum(s for n, s in sizes.items() if n.startswith("model.layers.1.")) * 2
+
+
+def test_an_adapter_with_norms_and_embeddings_is_merged_and_loaded(home: Path, tmp_path: Path, whole: Any) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    mswift("export", "--model", whole("longlora"), "--output_dir", adapter)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        names = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.3.self_attn.q_norm.weight"} < names
+    mswift("merge", "--model", home / "model", "--adapters", adapter, "--output_dir", merged)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(home / "model")
+        loaded = PeftModel.from_pretrained(base, str(adapter)).eval()(tokens).logits
+    torch.testing.assert_close(logits(merged), loaded, rtol=0, atol=1e-4)
+    assert (logits(home / "model") - loaded).abs().max() > 1e-2
+    answer = mswift(
+        "infer", "--model", home / "model", "--adapters", adapter, "--prompt", "say 3", "--max_new_tokens", "4"
+    )
+    assert answer.strip()

@@ -1,0 +1,15 @@
+"""What a tuner trains, in words. No torch."""
+
+from mswift.config.train import TrainConfig
+from mswift.tuners.llamapro import within
+
+
+def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
+    """Of a tuner whose flags do not say it all; `num_layers`: of the model that is trained."""
+    if config.tuner_type == "llamapro":
+        blocks = within(num_layers, config.llamapro_num_new_blocks, config.llamapro_num_groups)
+        return f"llamapro, new layers {' '.join(map(str, blocks.new))} of {num_layers}, the others frozen"
+    if config.lisa_activated_layers:
+        active, every = config.lisa_activated_layers, config.lisa_step_interval
+        return f"LISA, {active} of {num_layers} layers at a time, drawn anew every {every} steps; all of the ends"
+    return None

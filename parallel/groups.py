@@ -1,6 +1,8 @@
 """ParallelDims -> torch.distributed: join the job, leave it. Knows torch.distributed, not megatron."""
 
 import datetime
+import gc
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +44,8 @@ def init(dims: ParallelDims, device: torch.device, info: RankInfo, timeout_secon
             f"use --nproc_per_node {dims.world_size}"
         )
     if not dist.is_initialized():
+        # The defaults of its functions are the group of all ranks at the time of its import, which then never ends.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group(
             backend(device),
             timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -52,9 +56,14 @@ def init(dims: ParallelDims, device: torch.device, info: RankInfo, timeout_secon
 
 
 def destroy() -> None:
-    """Leave the job; nothing happens in a process that never joined one."""
+    """Leave the job; nothing happens in a process that never joined one.
+
+    A group's threads end with its last reference, which may lie in a cycle. One that still lets go of a tensor while
+    the interpreter ends would abort the process.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _rendezvous(info: RankInfo) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class HangWatch:
             yield
         finally:
             self._ended.set()
+            thread.join()
 
     def _watch(self) -> None:
         poll = min(self.seconds / _FEWEST_POLLS, _LONGEST_POLL_SECONDS)
@@ -88,8 +89,7 @@ class HangWatch:
         """Write where this rank is, see what the others wrote, say who is hung, end the process."""
         write_position(self._folder, self._position())
         write_flight_record(self._folder, self._rank)
-        time.sleep(3 * poll + 2)  # the others see the folder
-        if self._ended.is_set():
+        if self._ended.wait(3 * poll + 2):  # the others see the folder
             return
         found = read_positions(self._folder, self._world_size)
         if min(position.rank for position in found) == self._rank:

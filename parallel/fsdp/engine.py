@@ -3,6 +3,7 @@
 Shapes: b microbatch size, s padded sequence length, V vocabulary.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.layout import Region
@@ -395,15 +397,20 @@ class FsdpEngine:
         return _held(frozen, 0), Held(*(a + b for a, b in zip(trained, resting, strict=True)))
 
     def close(self) -> None:
-        """Let go of the model and of the groups; the engine is of no use afterwards."""
+        """Let go of the model and of the groups; the engine is of no use afterwards.
+
+        What else holds groups, and so their threads: FSDP2's modules and states, a cycle, and DTensor's caches.
+        """
         sequence.share_with("p2p", None, 1)
         sequence.attending(None)
         self._parameters, self._base, self._saved, self._trained, self._kept = {}, {}, {}, {}, {}
-        del self._model, self._optimizer
-        for group in self._groups:
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-        self._groups = []
+        del self._model, self._optimizer, self._norm_group, self._context
+        while self._groups:
+            if self._groups[-1] is not dist.group.WORLD:
+                dist.destroy_process_group(self._groups[-1])
+            self._groups.pop()
+        _clear_sharding_prop_cache()
+        gc.collect()
 
 
 def _held(parameters: Sequence[Tensor], state_bytes: int) -> Held:

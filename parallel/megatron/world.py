@@ -37,12 +37,14 @@ def enter(dims: ParallelDims, seed: int, timeout_seconds: float = 1800.0) -> Non
 def leave() -> None:
     """Destroy megatron-core's groups, if there are any; the torch.distributed job stays (or has gone before).
 
-    megatron-core only forgets them. A gloo group keeps three threads, one of which wakes up 100 times a second.
+    megatron-core only forgets them, but for one that it keeps. A gloo group has three threads, one of which wakes up
+    100 times a second, for as long as anything refers to it.
     """
     if _entered:
         noted = parallel_state._global_process_group_list if dist.is_initialized() else None
         made = [group for group in noted or [] if _is_mine(group)]
         parallel_state.destroy_model_parallel()
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
         for group in made:
             dist.destroy_process_group(group)
     _entered.clear()

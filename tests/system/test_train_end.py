@@ -1,0 +1,77 @@
+"""The end of a job's ranks: nothing of them is alive when the interpreter ends, where a thread could abort it.
+
+A thread of a gloo group that lets go of the last tensor of a collective wants the interpreter's lock; where Python is
+about to end it does not get it, and C++ ends the process: "terminate called without an active exception", SIGABRT.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import command, make_home, run_program
+from tests.support.server import ENVIRON, ROOT
+
+PROBE = ROOT / "tests/support/exit_probe"
+GLOO = "pt_gloo_runloop"
+"""torch's name for the threads that run a group's collectives."""
+
+
+def ends(home: Path, tmp_path: Path, *flags: str) -> list[dict[str, Any]]:
+    """What two ranks that torchrun started had left at their ends."""
+    (tmp_path / "ends").mkdir()
+    path = os.pathsep.join(map(str, (PROBE, ROOT)))
+    environ = ENVIRON | {"PYTHONPATH": path, "EXIT_PROBE": str(tmp_path / "ends")}
+    run_program(command(home, "sft", tmp_path / "run", "--nproc_per_node", "2", *flags), env=environ)
+    return [json.loads((tmp_path / "ends" / str(rank)).read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--backend", "fsdp", "--packing"),
+        pytest.param(("--tensor_model_parallel_size", "2"), marks=pytest.mark.whole),
+    ],
+)
+def test_a_rank_ends_without_threads_and_groups(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    home = make_home(tmp_path / "home")
+    for rank, end in enumerate(ends(home, tmp_path, "--train_iters", "2", "--async_save", *flags)):
+        assert end["groups"] == [], rank
+        assert GLOO not in end["native"], (rank, end)
+        assert end["threads"] == [], (rank, end)
+
+
+LEAVING = """
+import gc, os, sys, time, torch, torch.distributed as dist
+from mswift.parallel import groups
+
+how, rank, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+for _ in range(300):
+    dist.all_reduce(torch.ones(100_000), async_op=True)
+if rank == 0:
+    dist.barrier()
+    time.sleep(1)
+    os._exit(0)
+cycle = [dist.group.WORLD]
+cycle.append(cycle)
+del cycle
+gc.disable()  # which of them would come first is chance
+groups.destroy() if how == "orderly" else dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("orderly", 0), ("held", -6)])
+def test_a_group_in_a_cycle_ends_before_the_interpreter_does(tmp_path: Path, how: str, status: int) -> None:
+    """Collectives are under way. Without the collector the process is aborted, which is what the other case shows."""
+    argv = [sys.executable, "-c", LEAVING, how]
+    store = str(tmp_path / "store")
+    environ = ENVIRON | {"PYTHONPATH": str(ROOT)}
+    peer = subprocess.Popen([*argv, "0", store], env=environ)
+    found = subprocess.run([*argv, "1", store], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, "without an active exception" in found.stderr) == (status, status != 0), found.stderr
+    assert peer.wait(60) in (0, 1, -6)

@@ -15,7 +15,7 @@ _MEGATRON_ONLY = (
     *("decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout", "expert_model_parallel_size"),
     *("expert_tensor_parallel_size", "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather"),
     *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
-    *("init_weights", "target_parameters"),
+    "target_parameters",
 )
 FREEZING = (
     *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
@@ -53,6 +53,11 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         for name in _FSDP_ONLY:
             if _is_given(config, name):
                 yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
+        if config.trains_adapter and not config.trains_lora:
+            yield ConfigError(
+                f"--tuner_type {config.tuner_type} is computed by PEFT on transformers' model: use --backend fsdp (or "
+                "ddp), or --tuner_type lora"
+            )
         return
     for name in _MEGATRON_ONLY:
         if _is_given(config, name):

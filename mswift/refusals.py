@@ -45,6 +45,7 @@ _LORA_FLAGS = (
         "quant_method",
         "quant_bits",
         "bnb_4bit_quant_type",
+        "tuner_config",
         "target_modules",
         "target_parameters",
     ),
@@ -438,7 +439,13 @@ def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             )
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
+        if config.tuner_config is not None:
+            yield ConfigError("--tuner_config is for methods other than LoRA, which has flags of its own: leave it out")
         yield from _quantised_refusals(config)
+        return
+    if config.trains_adapter:
+        if len(config.adapters) > 1:
+            yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
         return
     for name in _LORA_FLAGS:
         value = getattr(config, name)

@@ -18,6 +18,7 @@ from mswift.converters.reader import WeightReader
 from mswift.parallel.batch import Microbatch
 from mswift.topology import ParallelDims
 from mswift.tuners.lora import LoraConfig
+from mswift.tuners.method import MethodConfig
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 """What an engine computes in."""
@@ -99,9 +100,10 @@ class Held(NamedTuple):
 class EngineSettings:
     """How an engine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
 
-    `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`. `clip_grad` 0
-    turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B
-    (and of magnitudes) over that of A. Collectives fail after `timeout_seconds`.
+    `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`, or beside
+    `method`, an adapter of another method (--backend fsdp, ddp). `clip_grad` 0 turns clipping off. BF16 keeps fp32
+    master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B (and of magnitudes) over that of A.
+    Collectives fail after `timeout_seconds`.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -118,8 +120,14 @@ class EngineSettings:
     timeout_seconds: float = 1800.0
     loss_fusion: LossFusion = "auto"
     lora: LoraConfig | None = None
+    method: MethodConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     lora_b_lr_ratio: float = 1.0
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the base stays as it is."""
+        return self.lora is not None or self.method is not None
 
 
 class AdapterSource(Protocol):

@@ -17,7 +17,11 @@ _alias = tyro.conf.arg
 _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
 
 
-TunerType = Literal["full", "lora", "longlora", "llamapro"]
+TunerType = Literal[
+    "full", "lora", "longlora", "llamapro",
+    "adalora", "boft", "fourierft", "hra", "ia3", "loha", "lokr", "miss", "oft", "vblora", "vera",
+]  # fmt: skip
+"""What is trained; from adalora on they are rows of `mswift.tuners.methods`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,13 @@ class TrainConfig:
     # -- tuner
     tuner_type: TunerType = "full"
     """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
-    attention (longlora), new blocks in a frozen model (llamapro)."""
+    attention (longlora), new blocks in a frozen model (llamapro), adapters of another method of PEFT."""
+    tuner_config: str | None = None
+    """Fields of PEFT's configuration of a method other than LoRA, as JSON: '{"oft_block_size": 64}'."""
     lora_rank: int = 8
     """Rank r of each adapter."""
     lora_alpha: float = 32
-    """Adapters are scaled by lora_alpha / lora_rank."""
+    """Adapters are scaled by lora_alpha / lora_rank. (adalora, loha, lokr too.)"""
     use_rslora: bool = False
     """Adapters are scaled by lora_alpha / sqrt(lora_rank)."""
     use_dora: bool = False

@@ -33,6 +33,7 @@ from mswift.train.prediction import prediction_line
 from mswift.train.resume import start_of
 from mswift.train.sent import sent_line
 from mswift.train.tuning import tuner_line
+from mswift.tuners.methods import METHODS
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_BYTES = {"F32": 4, "BF16": 2}
@@ -145,7 +146,10 @@ def _model_rows(config: TrainConfig, model: Path, table: ModelTable, left_out: i
         yield "mtp", predicted
     if not _holds_weights(model):
         yield "weights", "none here, so they are not checked; a launch needs them"
-    if config.trains_lora:
+    if config.tuner_type in METHODS:
+        fields = f" {config.tuner_config}" if config.tuner_config else ""
+        yield "tuner", f"{config.tuner_type}{fields}, on {' '.join(config.target_modules)}"
+    elif config.trains_lora:
         yield (
             "tuner",
             f"{config.tuner_type}, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on "

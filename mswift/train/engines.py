@@ -22,33 +22,37 @@ from mswift.train.memory import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
 from mswift.tuners.llamapro import new_blocks
-from mswift.tuners.lora import LoraConfig
+from mswift.tuners.method_adapter import MethodAdapter
+from mswift.tuners.method_flags import method_config
 from mswift.tuners.part import Part
 
 
 @contextmanager
 def built_engine(
-    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, *, resumed: bool
+    config: TrainConfig,
+    reader: WeightReader,
+    dims: ParallelDims,
+    device: torch.device,
+    num_steps: int,
+    *,
+    resumed: bool,
 ) -> Iterator[Engine]:
     """The model on this rank, with the weights of --model and --adapters; a resumed run brings its own.
 
-    Closed when the block ends.
+    num_steps: of the run. Closed when the block ends.
     """
-    start = PeftAdapter(Path(config.adapters[0])) if config.adapters else None
-    lora, trainable_modules = _lora(config, reader, start)
+    adapter, start = _adapter(config, reader, num_steps)
     make = _megatron_engine if config.backend == "megatron" else _fsdp_engine
-    engine = make(config, reader, dims, device, _shared(config, reader, lora, trainable_modules))
+    engine = make(config, reader, dims, device, _shared(config, reader) | adapter)
     with ended_by(engine.close, dims):
-        if not resumed or lora is not None:
+        if not resumed or config.trains_adapter:
             engine.load_weights(reader, resumed=resumed)
         if start is not None and not resumed:
             engine.load_adapter(start)
         yield engine
 
 
-def _shared(
-    config: TrainConfig, reader: WeightReader, lora: LoraConfig | None, trainable_modules: tuple[str, ...]
-) -> dict[str, Any]:
+def _shared(config: TrainConfig, reader: WeightReader) -> dict[str, Any]:
     """What both engines take, under the same names."""
     return {
         "dtype": train_dtype(config, reader.dtype),
@@ -64,8 +68,6 @@ def _shared(
         "seed": config.seed,
         "timeout_seconds": collective_timeout(config.distributed_timeout_minutes),
         "loss_fusion": config.cross_entropy_loss_fusion,
-        "lora": lora,
-        "trainable_modules": trainable_modules,
         "lora_b_lr_ratio": config.lorap_lr_ratio or 1.0,
     }
 
@@ -135,15 +137,22 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
     return part if part != Part() else None
 
 
-def _lora(
-    config: TrainConfig, reader: WeightReader, start: PeftAdapter | None
-) -> tuple[LoraConfig | None, tuple[str, ...]]:
-    """What is trained beside the frozen base: (adapters, modules in full). An adapter to continue keeps its own."""
+def _adapter(
+    config: TrainConfig, reader: WeightReader, num_steps: int
+) -> tuple[dict[str, Any], PeftAdapter | MethodAdapter | None]:
+    """(what is trained beside the frozen base, as engines take it; the adapter to continue, which keeps its own)."""
+    if not config.trains_adapter:
+        return {}, None
+    saved = expand_modules_to_save(reader.table, saved_modules(config))
     if not config.trains_lora:
-        return None, ()
-    if start is not None:
-        lora, modules = start.lora_config(reader.table, config.seed)
-        if config.backend == "megatron" and NORM in modules:
-            raise ConfigError(f"--adapters {config.adapters[0]} replaces norms (modules_to_save): use --backend fsdp")
-        return lora, modules
-    return lora_config(config, reader.table), expand_modules_to_save(reader.table, saved_modules(config))
+        if not config.adapters:
+            return {"method": method_config(config, reader.table, num_steps), "trainable_modules": saved}, None
+        start = MethodAdapter(Path(config.adapters[0]), config.seed)
+        return {"method": start.config, "trainable_modules": start.modules_to_save}, start
+    if not config.adapters:
+        return {"lora": lora_config(config, reader.table), "trainable_modules": saved}, None
+    adapter = PeftAdapter(Path(config.adapters[0]))
+    lora, modules = adapter.lora_config(reader.table, config.seed)
+    if config.backend == "megatron" and NORM in modules:
+        raise ConfigError(f"--adapters {config.adapters[0]} replaces norms (modules_to_save): use --backend fsdp")
+    return {"lora": lora, "trainable_modules": modules}, adapter

@@ -25,7 +25,9 @@ from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.lora import LoraConfig
-from mswift.tuners.peft_config import read_peft_config
+from mswift.tuners.method import parse_method
+from mswift.tuners.methods import METHODS
+from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json, read_peft_config
 from mswift.tuners.shapes import promised_shapes
 
 
@@ -130,6 +132,8 @@ def _hf_files(model: Path) -> Path:
 
 def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """An adapter to continue keeps its own rank and scale: ConfigError where the flags ask for others."""
+    if config.tuner_type in METHODS:
+        return _check_method(config, table, path)
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
@@ -149,3 +153,16 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
                 f"--{name} {given}: the adapter of --adapters {path} has {there}, and training continues it as it "
                 f"is: use --{name} {there}, or leave it out"
             )
+
+
+def _check_method(config: TrainConfig, table: ModelTable, path: Path) -> None:
+    method, _ = parse_method(read_adapter_json(path), path / CONFIG_FILE)
+    if method.method.name != config.tuner_type:
+        raise ConfigError(
+            f"--tuner_type {config.tuner_type}: --adapters {path} is {method.method.peft_type}: use --tuner_type "
+            f"{method.method.name}"
+        )
+    method.shapes(table)
+    for flag, value in (("tuner_config", config.tuner_config), ("modules_to_save", config.modules_to_save)):
+        if value:
+            raise ConfigError(f"--{flag} with --adapters {path}, which training continues as it is: leave it out")

@@ -55,8 +55,8 @@ from mswift.tuners.peft_config import CONFIG_FILE
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
 _FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "lora_rank", "lora_alpha",
-          "quant_method", "bnb_4bit_quant_type", "target_modules", "modules_to_save", "rope_scaling", "max_model_len",
-          "mtp_num_layers", *FREEZING, "lisa_activated_layers", "lisa_step_interval",
+          "quant_method", "bnb_4bit_quant_type", "target_modules", "tuner_config", "modules_to_save",
+          "rope_scaling", "max_model_len", "mtp_num_layers", *FREEZING, "lisa_activated_layers", "lisa_step_interval",
           "llamapro_num_new_blocks", "llamapro_num_groups",
           "new_special_tokens", "packing", "packing_strategy", "packing_length", "loss_normalization",
           "streaming", "streaming_block_rows")  # fmt: skip
@@ -78,7 +78,7 @@ def _run(start: Start, device: torch.device) -> int:
     data, val_data, tokenizer = build_data(start.kind, config, reader, info, resumed=start.resume is not None)
     last_step = num_steps(config, num_samples(data))
     output_dir = Path(config.output_dir)
-    with built_engine(config, reader, dims, device, resumed=start.resume is not None) as engine:
+    with built_engine(config, reader, dims, device, last_step, resumed=start.resume is not None) as engine:
         plan = batch_plan(config, dims, info.rank, tokenizer, reader.table.spec.vocab_size)
         files = side_files(reader, engine.config, config.model)
         files |= tokenizer_files(tokenizer) if config.new_special_tokens else {}
@@ -104,7 +104,7 @@ def _continue(run: Run, point: ResumePoint, tokenizer: Tokenizer) -> checkpoint.
     """What a checkpoint brings: everything, or the weights alone, which a full run has from it already."""
     if not point.weights_only:
         return _resume(run, point.checkpoint, tokenizer)
-    if run.engine.config.lora is not None:
+    if run.engine.config.trains_adapter:
         with agreed(f"starting from {point.checkpoint}"):
             check_adapter(point.checkpoint, run.hf_files[CONFIG_FILE])
         checkpoint.load_weights(run.engine, point.checkpoint)
@@ -119,7 +119,7 @@ def _resume(run: Run, path: Path, tokenizer: Tokenizer) -> checkpoint.RunState:
         checkpoint.check_same_data(state, run.data.fingerprint, num_samples(run.data), fixed)
         check_chat_template(path, run.config.chat_template, state.config.get("chat_template"), tokenizer)
         checkpoint.check_same_dtype(state, run.engine.config.dtype)
-        if run.engine.config.lora is not None:
+        if run.engine.config.trains_adapter:
             check_adapter(path, run.hf_files[CONFIG_FILE])
         if run.rank == 0:
             _check_same_base(run, state)
@@ -129,7 +129,7 @@ def _resume(run: Run, path: Path, tokenizer: Tokenizer) -> checkpoint.RunState:
 def _check_same_base(run: Run, state: checkpoint.RunState) -> None:
     """An adapter continues on the base it began on. A full run has its own weights: another --model is a mistake."""
     model, then = run.config.model, str(state.config["model"])
-    if run.engine.config.lora is not None:
+    if run.engine.config.trains_adapter:
         check_base(state.base, base_fingerprint(run.reader), model, then)
     elif model != then and Path(model).is_dir():
         check_base(state.base, base_fingerprint(open_model(run.config, Path(model))), model, then)

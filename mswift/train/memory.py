@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mswift.backend_refusals import shard_size
 from mswift.config.loss import is_fused, piece_tokens
 from mswift.config.train import TrainConfig
-from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save
+from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import ModelTable
 from mswift.converters.rule import size_of
@@ -15,6 +15,7 @@ from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 from mswift.tuners.llamapro import trained_elements
 from mswift.tuners.lora import LoraConfig
+from mswift.tuners.method_flags import method_config
 from mswift.tuners.shapes import promised_shapes
 
 FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
@@ -64,9 +65,17 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     if config.tuner_type == "full":
         kept = not config.mtp_num_layers
         return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
+    if not config.trains_lora:
+        method, saved = method_config(config, table), saved_shapes(table, _in_full(config, table))
+        own = {trained_name(table, name): shape for name, shape in saved.items()}
+        return sum(math.prod(shape) for shape in (own | method.trained_shapes(table)).values())
     lora = lora_config(config, table)
-    settings = replace(lora.settings, modules_to_save=expand_modules_to_save(table, saved_modules(config)))
+    settings = replace(lora.settings, modules_to_save=_in_full(config, table))
     return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
+
+
+def _in_full(config: TrainConfig, table: ModelTable) -> tuple[str, ...]:
+    return expand_modules_to_save(table, saved_modules(config))
 
 
 def checkpoint_bytes(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
@@ -151,7 +160,7 @@ def stage_memory(
     ahead = config.mtp_num_layers or 0
     base = stage_parameters(table, dims, pp_rank, num_ahead=ahead)
     layers_share = len(dims.held_layers(table.spec.num_layers, pp_rank)) / table.spec.num_layers
-    lora = config.trains_lora
+    lora = config.trains_adapter
     learning = table if ahead else table.without_mtp()
     trained = math.ceil(trained_parameters(config, table) * layers_share)
     experts = 0
@@ -175,7 +184,7 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     """Estimate for one rank of --backend fsdp or ddp."""
     parts = shard_size(config, dims.world_size)
     total = stage_parameters(table, ParallelDims(), 0)
-    lora = config.trains_lora
+    lora = config.trains_adapter
     trained = trained_parameters(config, table)
     per_layer = (total - _ends(table)) / table.spec.num_layers
     gathered = 2 * per_layer + _ends(table) if parts > 1 or dtype_bytes < _GRAD_BYTES else 0.0

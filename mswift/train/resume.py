@@ -9,7 +9,7 @@ from typing import Literal
 from mswift import rundir
 from mswift.config.train import TrainConfig
 from mswift.errors import CheckpointError, ConfigError
-from mswift.tuners.export import is_adapter_checkpoint
+from mswift.tuners.export import is_adapter_checkpoint, tuner_of
 
 _OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
 
@@ -82,7 +82,7 @@ def start_of(config: TrainConfig) -> tuple[Path, ResumePoint | None]:
     if not config.trains_adapter and adapter:
         raise ConfigError(
             f"--tuner_type {config.tuner_type}: the run of {point.checkpoint} trains an adapter; pass --tuner_type "
-            "lora, or start a new run with another --output_dir"
+            f"{tuner_of(point.checkpoint)}, or start a new run with another --output_dir"
         )
     if config.trains_adapter and not adapter:
         raise ConfigError(

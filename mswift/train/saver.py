@@ -61,7 +61,7 @@ class Saver:
 
     def _snapshot(self, step: int) -> None:
         run = self._run
-        adapter = run.engine.config.lora is not None
+        adapter = run.engine.config.trains_adapter
         files = {CONFIG_FILE: run.hf_files[CONFIG_FILE]} if adapter else run.hf_files
         path = Snapshot(run.output_dir, step, run.rank, files).write(run.engine)
         if run.rank == 0:

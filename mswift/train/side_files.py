@@ -19,6 +19,8 @@ def side_files(reader: WeightReader, config: EngineSettings, base_model: str) ->
     Only where a full run trains in another dtype than config.json states, its `dtype` (or `torch_dtype`) is changed.
     """
     files = reader.side_files()
+    if config.method is not None:
+        return files | {CONFIG_FILE: config.method.text(reader.table, config.trainable_modules, base_model)}
     if config.lora is not None:
         return files | adapter_files(reader.table, config.lora.settings, config.trainable_modules, base_model)
     files.pop(CONFIG_FILE, None)  # of an adapter that lies beside the model: it would make this an adapter's checkpoint

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mswift import rundir
 from mswift.converters.adapters import trained_name
@@ -27,7 +28,8 @@ from mswift.parallel.engine import Engine, StateShard
 from mswift.train.collective import agreed, gather_objects
 from mswift.train.save import dtype_name, shard_bytes
 from mswift.tuners.export import STORED
-from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, parse_peft_config
+from mswift.tuners.method import full_name, parse_method
+from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, parse_peft_config
 from mswift.tuners.shapes import promised_shapes
 
 Moves = Iterator[tuple[Path, Piece]]
@@ -75,12 +77,12 @@ class AdapterFile:
 
     def __init__(self, directory: Path, table: ModelTable, config: bytes, dtypes: Mapping[str, str]) -> None:
         self._path = directory / WEIGHTS_FILE
-        shapes = promised_shapes(table, parse_peft_config(json.loads(config), directory / CONFIG_FILE))
+        shapes = _shapes(table, json.loads(config), directory / CONFIG_FILE)
         self._names: dict[str, list[str]] = {}
-        for name in sorted(shapes):
+        for name in sorted(shapes, key=full_name):
             self._names.setdefault(STORED + trained_name(table, name), []).append(name)
         of = {name: key for key, names in self._names.items() for name in names}
-        tensors = {PREFIX + name: (dtypes[of[name]], shapes[name]) for name in sorted(shapes)}
+        tensors = {full_name(name): (dtypes[of[name]], shapes[name]) for name in sorted(shapes, key=full_name)}
         self._header, self._offsets = encode_header(tensors)
         size = sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in tensors.values())
         self.sizes = {WEIGHTS_FILE: len(self._header) + size}
@@ -94,10 +96,18 @@ class AdapterFile:
         starts = (tuple(0 for _ in shard.shape), shard.region.offsets)
         copy = flatten(identity(("", ""), shard.region, starts), (shard.region.sizes, shard.shape), item_bytes)
         for name in self._names[shard.key]:
-            yield self._path, copy.moved(1, self._offsets[PREFIX + name])
+            yield self._path, copy.moved(1, self._offsets[full_name(name)])
 
     def finish(self) -> None:
         """One file needs no index."""
+
+
+def _shapes(table: ModelTable, content: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    """What an adapter's file holds, by the content of its adapter_config.json."""
+    if content.get("peft_type") == "LORA":
+        return promised_shapes(table, parse_peft_config(content, path))
+    method, saved = parse_method(content, path)
+    return method.file_shapes(table, saved)
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Snapshot:
         return destination
 
     def _files(self, engine: Engine, partial: Path, dtypes: Mapping[str, str]) -> ModelFiles | AdapterFile:
-        if engine.config.lora is None:
+        if not engine.config.trains_adapter:
             return ModelFiles(partial, engine.table, dtypes)
         return AdapterFile(partial, engine.table, self.hf_files[CONFIG_FILE], dtypes)
 

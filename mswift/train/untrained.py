@@ -18,7 +18,7 @@ _BLOCK_ROWS = 4096
 
 def warn_of_untrained_tokens(config: TrainConfig, reader: WeightReader, tokenizer: Tokenizer) -> None:
     """Print the tokens and the remedy on stderr; nothing where the embedding is trained, or for `pt`."""
-    if not config.trains_lora or saved_modules(config) or not isinstance(config, SftConfig):
+    if not config.trains_adapter or saved_modules(config) or not isinstance(config, SftConfig):
         return
     warning = untrained_token_warning(embedding_row_norms(reader), tokenizer)
     if warning:

@@ -15,9 +15,9 @@ from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError
 from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.method import full_name, parse_method
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
-    PREFIX,
     WEIGHTS_FILE,
     read_peft_config,
 )
@@ -49,11 +49,19 @@ def is_adapter_checkpoint(checkpoint: Path) -> bool:
     return (checkpoint / "hf" / CONFIG_FILE).is_file()
 
 
+def tuner_of(checkpoint: Path) -> str:
+    """The --tuner_type of the run that wrote an adapter's checkpoint."""
+    content = json.loads((checkpoint / rundir.HF_FILES / CONFIG_FILE).read_text(encoding="utf-8"))
+    return str(content.get("peft_type", "LORA")).lower()
+
+
 def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
-    """The adapter of a LoRA checkpoint as PEFT loads it, in the dtype it was trained in.
+    """The adapter of a checkpoint as PEFT loads it, in the dtype it was trained in.
 
     Raises CheckpointError unless the checkpoint holds exactly the tensors its adapter_config.json promises.
     """
+    if tuner_of(checkpoint) != "lora":
+        return _export_method(checkpoint, destination)
     settings = read_peft_config(checkpoint / "hf", trained_here=True)
     source = TorchDistSource(checkpoint)
     tensors = stored_tensors(source)
@@ -69,6 +77,23 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
         tensors, reader = joined(tensors, read)
     beside = _tokenizer_files(checkpoint)
     return write_adapter(destination, table, settings, config, tensors, reader, where=str(checkpoint), beside=beside)
+
+
+def _export_method(checkpoint: Path, destination: Path) -> AdapterReport:
+    """The adapter of another method: its bytes as they are."""
+    config = (checkpoint / rundir.HF_FILES / CONFIG_FILE).read_bytes()
+    method, saved = parse_method(json.loads(config), checkpoint / rundir.HF_FILES / CONFIG_FILE)
+    source = TorchDistSource(checkpoint)
+    table = table_for(read_config(checkpoint / rundir.HF_FILES))
+    stored = {name.removeprefix(STORED): info for name, info in source.tensors.items() if name.startswith(STORED)}
+    tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
+
+    def read(name: str, region: Region, out: memoryview) -> None:
+        source.read(STORED + name, region, out)
+
+    shapes = method.file_shapes(table, saved)
+    beside = _tokenizer_files(checkpoint)
+    return write_tensors(destination, table, shapes, config, tensors, read, where=str(checkpoint), beside=beside)
 
 
 def stored_tensors(source: TorchDistSource) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -120,14 +145,30 @@ def write_adapter(
     embedding is written under both of its names.
     """
     shapes = promised_shapes(table, settings)
+    return write_tensors(destination, table, shapes, config, tensors, read, where=where, beside=beside)
+
+
+def write_tensors(
+    destination: Path,
+    table: ModelTable,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: bytes,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Read,
+    *,
+    where: str,
+    beside: Mapping[str, bytes] | None = None,
+) -> AdapterReport:
+    """As `write_adapter`; `shapes`: what the file is to hold, by name without `base_model.model.`."""
     _check(where, tensors, {trained_name(table, name): shape for name, shape in shapes.items()})
-    written = {PREFIX + name: (tensors[trained_name(table, name)][0], shape) for name, shape in shapes.items()}
+    names = {full_name(name): trained_name(table, name) for name in shapes}
+    written = {full_name(name): (tensors[trained_name(table, name)][0], shape) for name, shape in shapes.items()}
 
     def blocks(name: str) -> Iterator[bytearray]:
         dtype, shape = written[name]
         for region in row_blocks(shape, DTYPE_BYTES[dtype]):
             buffer = bytearray(region.num_elements * DTYPE_BYTES[dtype])
-            read(trained_name(table, name.removeprefix(PREFIX)), region, memoryview(buffer))
+            read(names[name], region, memoryview(buffer))
             yield buffer
 
     with new_directory(destination) as partial:

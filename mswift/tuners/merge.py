@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ from mswift.data.chat_template import own_template, template_of_adapters, with_c
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.merge_method import MethodFold
+from mswift.tuners.method_adapter import MethodAdapter
+from mswift.tuners.methods import METHOD_TYPES
+from mswift.tuners.peft_config import read_adapter_json
 from mswift.tuners.shapes import adapted_linears, adapted_parameters, adapter_table, promised_shapes
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -48,12 +52,13 @@ class MergeReport:
     num_tensors: int
     untied: bool
     seconds: float
+    kind: str = "a LoRA"
 
     def __str__(self) -> str:
         untied = f"; the embeddings are untied now ({_TIE}: false)" if self.untied else ""
         return (
-            f"merged model written to {self.destination}: {self.num_tensors} tensors, {self.num_folded} with a LoRA "
-            f"folded in, {self.num_replaced} from modules_to_save{untied}; {self.seconds:.1f} s"
+            f"merged model written to {self.destination}: {self.num_tensors} tensors, {self.num_folded} with "
+            f"{self.kind} folded in, {self.num_replaced} from modules_to_save{untied}; {self.seconds:.1f} s"
         )
 
 
@@ -75,7 +80,7 @@ def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeRepor
     if not table.mtp_names & read_directory(base).keys():
         table = table.without_mtp()
     stored = _check_base(base, table)
-    fold = _Fold(table, stored, [PeftAdapter(path) for path in adapters])
+    fold = _Fold(table, stored, *_open(table, stored, adapters))
     with new_directory(destination) as partial:
         for path in sorted({tensor.path for tensor in stored.values()}):
             write_safetensors(partial / path.name, fold.contents(path), fold.blocks)
@@ -85,21 +90,44 @@ def merge(base: Path, adapters: Sequence[Path], destination: Path) -> MergeRepor
             write_file(partial / INDEX, fold.index(base / INDEX))
     return MergeReport(
         destination,
-        len(fold.deltas),
+        len(fold.deltas) if fold.method is None else fold.method.num_linears,
         len(fold.replaced),
         len(stored) + fold.untied,
         fold.untied,
         time.perf_counter() - start,
+        "a LoRA" if fold.method is None else "an adapter",
     )
+
+
+def _open(
+    table: ModelTable, stored: Mapping[str, StoredTensor], paths: Sequence[Path]
+) -> tuple[list[PeftAdapter], MethodFold | None]:
+    """LoRA adapters, or one of another method; ConfigError for more with such a one."""
+    others = [path for path in paths if read_adapter_json(path).get("peft_type") in METHOD_TYPES]
+    if not others:
+        return [PeftAdapter(path) for path in paths], None
+    if len(paths) > 1:
+        raise ConfigError(
+            f"--adapters: {others[0]} is no LoRA, and other methods may multiply the weight, so that their order "
+            "matters: merge one, and the next one into the result"
+        )
+    return [], MethodFold(table, stored, MethodAdapter(others[0]))
 
 
 class _Fold:
     """Which tensors of the base change, and the new bytes of any tensor."""
 
-    def __init__(self, table: ModelTable, stored: Mapping[str, StoredTensor], adapters: Sequence[PeftAdapter]):
-        self.stored, self.copies = stored, table.mtp_copies
+    def __init__(
+        self,
+        table: ModelTable,
+        stored: Mapping[str, StoredTensor],
+        adapters: Sequence[PeftAdapter],
+        method: MethodFold | None,
+    ):
+        """adapters: LoRA, folded in this order; method: an adapter of another method in their place."""
+        self.stored, self.copies, self.method = stored, table.mtp_copies, method
         self.deltas: dict[str, list[tuple[PeftAdapter, HfLinear]]] = {}  # by name of the weight
-        self.replaced: dict[str, PeftAdapter] = {}
+        self.replaced: dict[str, PeftAdapter | MethodAdapter] = dict(method.replaced) if method else {}
         for adapter in adapters:
             own = adapter_table(table, adapter.shapes)
             adapter.check(promised_shapes(own, adapter.settings))
@@ -113,7 +141,7 @@ class _Fold:
                 self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, linear))
             whole = (name for name in adapter.shapes if name in stored or name in SAVABLE.values())
             self.replaced |= dict.fromkeys(whole, adapter)
-        self.untied = table.spec.tied_embeddings and self._embeddings_differ()
+        self.untied = table.spec.tied_embeddings and not method and self._embeddings_differ()
         if table.spec.tied_embeddings and not self.untied:
             self.replaced.pop(SAVABLE[HEAD], None)
 
@@ -127,6 +155,9 @@ class _Fold:
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """The bytes of one merged tensor, in row blocks."""
+        if self.method is not None and self.method.changes(name):
+            yield from self.method.blocks(name)
+            return
         tensor = self.stored[name if name in self.stored else SAVABLE[EMBED]]  # an untied head starts as the embedding
         fd = open_read(tensor.path)
         with open(fd, "rb"):
@@ -152,7 +183,7 @@ class _Fold:
 
     def _embeddings_differ(self) -> bool:
         """Whether modules_to_save leave the tied base with two different matrices."""
-        embedding, head = (self.replaced.get(SAVABLE[name]) for name in (EMBED, HEAD))
+        embedding, head = (cast(PeftAdapter | None, self.replaced.get(SAVABLE[name])) for name in (EMBED, HEAD))
         if head is None:
             return embedding is not None and not embedding.settings.ensure_weight_tying
         if embedding is None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +10,25 @@ from torch import Tensor, nn
 from mswift.converters.adapters import expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
-from mswift.parallel.dropout import dropped
+from mswift.parallel.fsdp.dropout import CountedDropout
+from mswift.parallel.fsdp.lora_start import MARK, add_starts, stored_start
 from mswift.parallel.fsdp.pieces import Mapped, whole
 from mswift.tuners.init import kaiming_uniform
+from mswift.tuners.inject import NAME
 from mswift.tuners.lora import Adapted, LoraConfig, adapted
 from mswift.tuners.peft_config import CONFIG_FILE, adapter_files
 
-_NAME = "default"  # under which PEFT keeps an adapter
 _MATRICES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 def check_lora(config: LoraConfig) -> None:
     """ConfigError for adapters that this engine does not train."""
     settings = config.settings
-    for flag, is_on in {
-        f"init_weights {settings.init}": settings.init != "true",
-        "target_parameters": bool(settings.target_parameters),
-    }.items():
-        if is_on:
-            raise ConfigError(f"--{flag} with --backend fsdp is not computed yet: use --backend megatron")
+    if settings.target_parameters:
+        raise ConfigError(
+            f"--target_parameters {' '.join(settings.target_parameters)} (experts, routers) with --backend fsdp is not "
+            "computed yet: use --backend megatron"
+        )
 
 
 def add_lora(model: nn.Module, table: ModelTable, config: LoraConfig, modules_to_save: tuple[str, ...]) -> None:
@@ -37,46 +38,39 @@ def add_lora(model: nn.Module, table: ModelTable, config: LoraConfig, modules_to
 
     check_lora(config)
     probability = config.settings.dropout
-    content = json.loads(adapter_files(table, config.settings, (), None)[CONFIG_FILE]) | {"inference_mode": False}
+    plain = replace(config.settings, init="true")  # what starts as a part of the weight is filled when it is there
+    content = json.loads(adapter_files(table, plain, (), None)[CONFIG_FILE]) | {"inference_mode": False}
     model.requires_grad_(False)
-    inject_adapter_in_model(PeftLoraConfig(**content), model, adapter_name=_NAME, low_cpu_mem_usage=True)
+    inject_adapter_in_model(PeftLoraConfig(**content), model, adapter_name=NAME, low_cpu_mem_usage=True)
     for name, module in model.named_modules():
         if probability and hasattr(module, "lora_dropout"):
-            module.lora_dropout[_NAME] = CountedDropout(name, probability)
+            module.lora_dropout[NAME] = CountedDropout(name, probability)
+    if config.settings.init != "true":
+        add_starts(model, next(model.parameters()).dtype)
     parameters = dict(model.named_parameters())
     for name in saved_shapes(table, expand_modules_to_save(table, modules_to_save)):
         parameters[trained_name(table, name)].requires_grad_(True)
 
 
-class CountedDropout(nn.Module):
-    """In place of PEFT's: drops what the Megatron engine drops, at any layout. x [b, s, i]."""
-
-    def __init__(self, name: str, probability: float) -> None:
-        super().__init__()
-        self._name, self._probability = name, probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As `mswift.parallel.dropout.dropped`."""
-        rows = dropped(x.transpose(0, 1), self._name, self._probability, first_token=0, first_feature=0)
-        return rows.transpose(0, 1)
-
-
 def base_name(name: str) -> str | None:
     """The name of a parameter in the model before PEFT changed it; None for one of an adapter's."""
-    if any(f".{matrix}.{_NAME}." in name for matrix in _MATRICES):
+    if MARK in name or any(f".{matrix}.{NAME}." in name for matrix in _MATRICES):
         return None
     return name.replace(".base_layer.", ".")
 
 
 def map_adapters(model: nn.Module, table: ModelTable, config: LoraConfig | None) -> dict[str, Mapped]:
-    """What is trained of an adapter run, by parameter name: keys `adapter.<PEFT name>`."""
+    """What a checkpoint of an adapter run holds, by parameter name: keys `adapter.<PEFT name>`."""
     if config is None:
         return {}
     found = {}
     for name, parameter in model.named_parameters():
+        if MARK in name:
+            stored = stored_start(name)
+            found[name] = whole(stored, f"adapter.{stored}", tuple(parameter.shape))
         if not parameter.requires_grad:
             continue
-        stored = name.replace(f".{_NAME}.", ".") if base_name(name) is None else name
+        stored = name.replace(f".{NAME}.", ".") if base_name(name) is None else name
         stored = stored.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
         found[name] = whole(stored, f"adapter.{stored}", tuple(parameter.shape))
     return found

@@ -39,6 +39,8 @@ from mswift.parallel.engine import (
 from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
+from mswift.parallel.fsdp.lora_start import start_in_weights
+from mswift.parallel.fsdp.methods import MethodAdapters, decays
 from mswift.parallel.fsdp.model import (
     TrainedModel,
     add_noise,
@@ -74,20 +76,27 @@ class FsdpEngine:
         self.optimizer_step = 0
         self._groups: list[dist.ProcessGroup] = []
         torch.manual_seed(config.seed)
-        dtype = DTYPES[config.dtype] if config.lora is not None else torch.float32
+        dtype = DTYPES[config.dtype] if config.trains_adapter else torch.float32
         inner = empty_model(table, dtype)
         kept = saved_buffers(inner)
         base = map_parameters({name: tuple(t.shape) for name, t in (*inner.named_parameters(), *kept.items())}, table)
         if config.lora is not None:
             add_lora(inner, table, config.lora, config.trainable_modules)
+        self._method = None
+        if config.method is not None:
+            self._method = MethodAdapters(inner, table, config.method, config.trainable_modules)
+        if config.trains_adapter:
             for parameter in inner.parameters():
                 if parameter.requires_grad:  # fp32 masters; computed in the dtype of the run
                     parameter.data = parameter.data.float()
-        self._base = {name: base[found] for name, _ in inner.named_parameters() if (found := base_name(name))}
+        before = base_name if self._method is None else self._method.base_names.get
+        self._base = {name: base[found] for name, _ in inner.named_parameters() if (found := before(name))}
         self._buffers = {name: base[name] for name in kept}
         if config.part is not None:
             self._freeze(inner, config.part)
         self._saved = self._base if config.lora is None else map_adapters(inner, table, config.lora)
+        if self._method is not None:
+            self._saved = self._method.saved
         learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
         self._trained = {name: mapped for name, mapped in self._saved.items() if name in learning}
         self._state_of = self._trained
@@ -130,18 +139,22 @@ class FsdpEngine:
         mesh = DeviceMesh(kind, torch.arange(world).view(self._copies, size), mesh_dim_names=("replicate", "shard"))
         self._groups += [mesh.get_group("replicate"), mesh.get_group("shard")]
         self._norm_group, self._copy = mesh.get_group("shard"), self.rank // size
+        whole_ones = () if self._method is None else [*self._method.replicated.values()]
+        if self._method is not None:
+            self._method.move(self.device)
         if world == 1 and config.dtype == "F32":
             allocate(self._model, self.device)
             return
         used = mesh["shard"] if self._copies == 1 else mesh
-        shard(self._model, used, DTYPES[config.dtype], self.device, config.reshard_after_forward)
+        shard(self._model, used, DTYPES[config.dtype], self.device, config.reshard_after_forward, whole_ones)
 
     def _optimizer_groups(self, trained: dict[str, torch.nn.Parameter]) -> list[Group]:
         ratio = self.config.lora_b_lr_ratio
         found: dict[tuple[bool, float], list[str]] = {}
         for name, mapped in self._trained.items():
             factor = ratio if ratio != 1 and ".lora_A." not in mapped.name and ".lora_" in mapped.name else 1.0
-            found.setdefault((len(mapped.shape) > 1, factor), []).append(name)
+            matrix = len(mapped.shape) > 1 if self._method is None else decays(mapped)
+            found.setdefault((matrix, factor), []).append(name)
         return [Group(tuple(names), decays, factor) for (decays, factor), names in found.items()]
 
     # -- weights
@@ -173,6 +186,9 @@ class FsdpEngine:
         if lora is None or resumed:
             return
         of = adapters_of(self.table, lora)
+        if lora.settings.init != "true":
+            start_in_weights(self._parameters, self._base, of, lora.seed)
+            return
         weights = {mapped.name: name for name, mapped in self._base.items()}
         for name, mapped in self._trained.items():
             rows = self._rows(name)
@@ -184,11 +200,16 @@ class FsdpEngine:
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
-        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`)."""
-        lora = self.config.lora
-        assert lora is not None
-        saved = expand_modules_to_save(self.table, self.config.trainable_modules)
-        source.check(promised_shapes(lora.own_table(self.table), replace(lora.settings, modules_to_save=saved)))
+        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`, `MethodAdapter`)."""
+        lora, method = self.config.lora, self.config.method
+        if method is not None:
+            source.check(method.file_shapes(self.table, self.config.trainable_modules))
+        else:
+            assert lora is not None
+            saved = expand_modules_to_save(self.table, self.config.trainable_modules)
+            source.check(promised_shapes(lora.own_table(self.table), replace(lora.settings, modules_to_save=saved)))
+        for name, tensor in {} if self._method is None else self._method.constants().items():
+            tensor.copy_(source.read(name, Region.full(tuple(tensor.shape))))
         for name, mapped in self._trained.items():
             rows = self._rows(name)
             if rows.sizes[0]:
@@ -202,8 +223,11 @@ class FsdpEngine:
         """
         self.optimizer_step = optimizer_step
         dtype = DTYPES[self.config.dtype]
-        if self.config.lora is None:
+        if not self.config.trains_adapter:
             self._read_buffers(read, lambda _: torch.float32)
+        if self._method is not None:
+            self._method.load(read)
+            self._method.load_state(read)
         for name, mapped in self._trained.items():
             rows, shard = self._rows(name), self._optimizer.shard(name)
             if not rows.sizes[0]:
@@ -224,8 +248,10 @@ class FsdpEngine:
     def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
         """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
         self._read(self._saved, read, lambda mapped: stored(mapped.key))
-        if self.config.lora is None:
+        if not self.config.trains_adapter:
             self._read_buffers(read, lambda mapped: stored(mapped.key))
+        if self._method is not None:
+            self._method.load(read)
 
     def _read(self, parameters: dict[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         for name, mapped in parameters.items():
@@ -247,9 +273,11 @@ class FsdpEngine:
         for name, mapped, rows in self._answered(self._saved):
             values = local(self._parameters[name]).detach()
             yield from shards(mapped, rows, values.to(dtype))
-        if self.config.lora is None and self.rank == 0:
+        if not self.config.trains_adapter and self.rank == 0:
             for name, mapped in self._buffers.items():
                 yield from shards(mapped, Region.full(mapped.shape), self._kept[name])
+        if self._method is not None and self.rank == 0:
+            yield from self._method.shards()
 
     def optimizer_shards(self) -> Iterator[StateShard]:
         """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16."""
@@ -258,6 +286,8 @@ class FsdpEngine:
                 yield from shards(mapped, rows, self._optimizer.shard(name), "optimizer.master.")
             for key, values in self._optimizer.states(name):
                 yield from shards(mapped, rows, values, f"optimizer.{key}.")
+        if self._method is not None and self.rank == 0:
+            yield from self._method.state_shards()
 
     def gradients(self) -> Iterator[StateShard]:
         """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
@@ -272,7 +302,7 @@ class FsdpEngine:
             return
         for name, mapped in parameters.items():
             rows = self._rows(name)
-            if rows.sizes[0]:
+            if rows.sizes[0] and (self.rank == 0 or isinstance(self._parameters[name], DTensor)):
                 yield name, mapped, rows
 
     # -- computing
@@ -290,7 +320,7 @@ class FsdpEngine:
         weight_sum = self._sum([weights])[0]
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self.device)
         places: list[dropout.BatchPlace] = []
-        if self.config.neftune_alpha or (self.config.lora is not None and self.config.lora.settings.dropout):
+        if self.config.neftune_alpha or self._drops:
             seed, done = self.config.seed, self.optimizer_step
             places = dropout.places(microbatches, batches, self.dims, self.coordinate, seed, done)
         for number, batch in enumerate(batches):
@@ -302,13 +332,23 @@ class FsdpEngine:
         count = sum(int(torch.count_nonzero(batch.loss_weights)) for batch in batches)
         totals, channels = self._totals([float(sums[0]), count], sums[1:].tolist(), batches)
         loss = totals[0] / weight_sum if weight_sum else float("nan")
+        if self._method is not None:
+            self._method.sum_gradients()
         devices.synchronize(self.device)
         computed = time.perf_counter()
         grad_norm, updated = self._optimizer.step(lr, lambda norm: self._all_finite(loss, norm))
         devices.synchronize(self.device)
         self.optimizer_step += updated
+        if self._method is not None and updated:
+            self._method.after_update(self.optimizer_step)
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         return StepResult(loss, int(totals[1]), weight_sum, grad_norm, updated, seconds, None, channels)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether adapters have dropout."""
+        lora = self.config.lora
+        return self._method.drops if self._method is not None else lora is not None and bool(lora.settings.dropout)
 
     @torch.no_grad()
     def evaluate(
@@ -404,7 +444,7 @@ class FsdpEngine:
         sequence.share_with("p2p", None, 1)
         sequence.attending(None)
         self._parameters, self._base, self._saved, self._trained, self._kept = {}, {}, {}, {}, {}
-        del self._model, self._optimizer, self._norm_group, self._context
+        del self._model, self._optimizer, self._norm_group, self._context, self._method
         while self._groups:
             if self._groups[-1] is not dist.group.WORLD:
                 dist.destroy_process_group(self._groups[-1])

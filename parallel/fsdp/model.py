@@ -3,7 +3,7 @@
 Shapes: b rows, s positions of this rank, h hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,20 +178,28 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                 owner._buffers[name] = buffer.to(device)
 
 
-def shard(model: TrainedModel, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, reshard: bool) -> None:
+def shard(
+    model: TrainedModel,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    reshard: bool,
+    whole: Collection[nn.Parameter] = (),
+) -> None:
     """Cut every parameter over the last axis of `mesh`, block by block: memory for one whole block at a time.
 
     Computes in `dtype` and sums gradients in fp32. reshard: blocks are let go of after forward, and gathered again.
+    whole: parameters that stay as they are on every rank.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = blocks(model.inner)
+    layers, ignored = blocks(model.inner), set(whole) or None
     for layer in layers:
         allocate(layer, device)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
     allocate(model, device)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are divided by the sum of weights of all ranks

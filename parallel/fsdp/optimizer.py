@@ -38,7 +38,7 @@ class ShardedOptimizer:
         config: FsdpConfig,
         norm_group: dist.ProcessGroup,
     ) -> None:
-        """norm_group: ranks that hold different rows."""
+        """norm_group: ranks that hold different rows; what is no DTensor they all hold whole."""
         self._parameters, self._config, self._norm_group = dict(parameters), config, norm_group
         self._shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
         self._factors = [group.lr_factor for group in groups]
@@ -64,13 +64,16 @@ class ShardedOptimizer:
 
         Returns the norm, and whether there was an update; gradients are gone afterwards.
         """
-        gradients = []
+        gradients, share = [], []
         for name, parameter in self._parameters.items():
             gradient = None if parameter.grad is None else local(parameter.grad)
             shard = self._shards[name]
             shard.grad = None if gradient is None or not gradient.numel() else gradient.to(shard.dtype)
-            gradients += [] if shard.grad is None else [shard.grad]
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).double().square() for g in gradients]
+            if shard.grad is not None:
+                gradients.append(shard.grad)
+                share.append(1 if isinstance(parameter, DTensor) else 1 / self._norm_group.size())
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).double() for g in gradients]
+        squares = [norm.square() * part for norm, part in zip(norms, share, strict=True)]
         device = next(iter(self._shards.values())).device
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self._norm_group)

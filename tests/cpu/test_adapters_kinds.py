@@ -142,18 +142,25 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return peft_steps(home, model) | {"begin": start, "lora": lora}
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp"])
+FSDP: dict[str, tuple[int, dict[str, Any]]] = {"fsdp-1": (1, {"shard_size": 1}), "fsdp-2": (2, {"shard_size": 2})}
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp", *FSDP])
 def test_a_start_in_the_weight_is_peft_s(begun: dict[str, Any], layout: str) -> None:
     """Values and three steps; and the base is not touched."""
-    found = mswift_run(begun["home"], *LAYOUTS[layout], lora=begun["lora"], fresh=True)["weights"]
+    options: dict[str, Any] = {"lora": begun["lora"]}
+    if layout in FSDP:
+        options["settings"] = {"backend": "fsdp"} | FSDP[layout][1]
+    world_size, dims = (FSDP[layout][0], {}) if layout in FSDP else LAYOUTS[layout]
+    found = mswift_run(begun["home"], world_size, dims, **options, fresh=True)["weights"]
     kept = {n: v for n, v in found.items() if not n.endswith(".start")}
     assert max(differences({"begin": kept}, begun, ("begin",)).values()) <= TOLERANCE
     assert all(np.array_equal(found[n.replace(".weight", ".start")], v) for n, v in kept.items())
-    trained = mswift_run(begun["home"], *LAYOUTS[layout], lora=begun["lora"])
+    trained = mswift_run(begun["home"], world_size, dims, **options)
     trained["weights"] = {n: v for n, v in trained["weights"].items() if not n.endswith(".start")}
     assert {n: d for n, d in differences(trained, begun, ALL).items() if not d <= TOLERANCE} == {}
     assert trained["trainable"] == begun["trainable"]
-    assert all(rank["base_untouched"] for rank in trained["ranks"])
+    assert layout in FSDP or all(rank["base_untouched"] for rank in trained["ranks"])
 
 
 def test_its_export_is_an_adapter_of_the_base_as_it_was(begun: dict[str, Any], tmp_path: Path) -> None:
@@ -162,6 +169,9 @@ def test_its_export_is_an_adapter_of_the_base_as_it_was(begun: dict[str, Any], t
     before = hashes(home)
     found = mswift_run(home, *LAYOUTS["tp2-sp"], lora=begun["lora"], run=tmp_path / "run")
     resumed = mswift_run(home, *LAYOUTS["pp2"], lora=begun["lora"], resume=tmp_path / "run" / "checkpoint-5")
+    assert bitwise_equal([resumed["weights"], found["weights"]])
+    other = {"lora": begun["lora"], "settings": {"backend": "fsdp", "shard_size": 2}}
+    resumed = mswift_run(home, 2, {}, **other, resume=tmp_path / "run" / "checkpoint-5")
     assert bitwise_equal([resumed["weights"], found["weights"]])
     export_adapter(tmp_path / "run" / "checkpoint-5", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -173,10 +183,7 @@ def test_its_export_is_an_adapter_of_the_base_as_it_was(begun: dict[str, Any], t
 
 
 def test_the_randomised_start_is_nearly_the_exact_one() -> None:
-    from mswift.parallel import device
-
-    device.prepare("cpu")
-    from mswift.parallel.lora_start import factorised
+    from mswift.tuners.factors import factorised
 
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)) * 0.7 ** torch.arange(32)
     products = [b @ a for a, b in (factorised(weight, 4, 2.0, init, 7) for init in ("pissa", "pissa_niter_16"))]

@@ -107,7 +107,7 @@ def test_recipe_values_are_read_as_written(tmp_path: Path) -> None:
         ({"model": 3}, "model is 3; it takes text"),
         ({"model": "m", "lora_rank": "8"}, "lora_rank is '8'; it takes a whole number"),
         ({"model": "m", "lora_rank": True}, "lora_rank is True"),
-        ({"model": "m", "tuner_type": "x"}, "takes full or lora"),
+        ({"model": "m", "tuner_type": "x"}, "takes full or lora or longlora"),
         ({"model": "m", "dataset": "a"}, "dataset is 'a'"),
         ({"model": "m", "dataset": [1]}, "dataset is"),
     ],

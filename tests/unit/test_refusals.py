@@ -101,7 +101,7 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     (dict(backend="ddp", mcore={"bucket_size": 1}), 2, "backend", ["--mcore.bucket_size", "ddp"]),
     (dict(backend="ddp", fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size 2", "cuts no parameters"]),
     (dict(fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size belongs to"]),
-    (dict(backend="fsdp", tuner_type="lora", init_weights="pissa"), 2, "backend", ["--init_weights pissa"]),
+    (dict(tuner_type="oft"), 2, "backend", ["--tuner_type oft", "transformers' model", "--backend fsdp"]),
     (dict(train_iters=None), 1, "train_iters", ["length of the run is missing"]),
     (dict(train_iters=None, num_train_epochs=0.0), 1, "num_train_epochs", ["0.0"]),
     (dict(lora_rank=16), 1, "tuner_type", ["--lora_rank 16", "full"]),

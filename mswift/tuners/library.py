@@ -1,0 +1,268 @@
+"""Adapters of PEFT's methods in a loop of one's own: put on a model, switched, combined, set aside, saved, merged.
+
+    model = prepare_model(model, TunerConfig("lora", fields={"r": 16, "lora_alpha": 32}))
+    loss = model(input_ids, labels=labels).loss
+
+PEFT's own objects do the work (`TunedModel.peft`); what is added here is strictness and setting adapters aside.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.adapter import open_adapter
+from mswift.tuners.inject import NAME
+from mswift.tuners.peft_config import check_adapter_dir
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """tuner_type: of PEFT (`lora`, `oft`, ...); fields: of its configuration; target_modules: names of linears."""
+
+    tuner_type: str = "lora"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 42
+
+    def peft_config(self) -> Any:
+        """PEFT's object; ConfigError for a type or a field that PEFT does not have, with the nearest ones."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import PeftType
+
+        types = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+        if self.tuner_type not in types:
+            near = ", ".join(get_close_matches(self.tuner_type, types, 3, 0.3))
+            raise ConfigError(f"tuner_type {self.tuner_type!r} is no method of PEFT; near: {near}")
+        made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(types[self.tuner_type])]
+        for name in self.fields:
+            if name not in made.__dataclass_fields__:
+                near = ", ".join(get_close_matches(name, made.__dataclass_fields__, 3, 0.3))
+                raise ConfigError(f"{made.__name__} has no field {name!r}; near: {near}")
+        init = self.fields.get("init_lora_weights")
+        if init in ("eva", "lora_ga", "corda", "loftq"):
+            raise ConfigError(
+                f"init_lora_weights={init!r} is plain LoRA without a pass over data before, which PEFT's own "
+                "preparation makes: use pissa or olora"
+            )
+        every = self.target_modules == ("all-linear",)
+        own: dict[str, Any] = {"target_modules": "all-linear" if every else list(self.target_modules)}
+        own |= {"modules_to_save": list(self.modules_to_save)} if self.modules_to_save else {}
+        try:
+            return made(task_type="CAUSAL_LM", **own | dict(self.fields))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{made.__name__}: {error}") from error
+
+
+def prepare_model(model: nn.Module, config: TunerConfig, name: str = NAME) -> "TunedModel":
+    """`model` frozen, with an adapter of that name on it, which is active and trained."""
+    from peft import get_peft_model
+
+    wanted = config.peft_config()
+    _check_targets(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            return TunedModel(get_peft_model(model, wanted, adapter_name=name))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{config.tuner_type}: PEFT: {error}") from error
+
+
+def _check_targets(model: nn.Module, config: TunerConfig) -> None:
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in config.target_modules:
+        last = name.rpartition(".")[2]
+        if name != "all-linear" and last not in leaves:
+            near = ", ".join(get_close_matches(last, sorted(leaves), 3, 0.3))
+            raise ConfigError(f"target_modules {name!r}: no linear of the model ends so; near: {near}")
+
+
+class TunedModel(nn.Module):
+    """A model with named adapters of one method. Called as the model; `parameters()` are all, most of them frozen."""
+
+    def __init__(self, peft: Any) -> None:
+        super().__init__()
+        self.peft = peft
+        self._kept: dict[str, Path] = {}  # adapters without memory -> where their values lie
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """The model's."""
+        return self.peft(*args, **options)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all."""
+        return tuple(self.peft.peft_config)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of those that compute."""
+        return () if self._is_off else tuple(self.peft.active_adapters)
+
+    @property
+    def _is_off(self) -> bool:
+        return any(getattr(layer, "disable_adapters", False) for layer in self._layers())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer takes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def add(self, config: TunerConfig, name: str) -> None:
+        """One more adapter of the same method; not active."""
+        if name in self.adapters:
+            raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
+        _check_targets(self.peft, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            try:
+                self.peft.add_adapter(name, config.peft_config())
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"adapter {name!r}: PEFT: {error}") from error
+
+    def activate(self, *names: str) -> None:
+        """These adapters compute from now on, their sum where there are several, and are trained; no other."""
+        for name in names:
+            self._require(name)
+            if name in self._kept:
+                self.bring_back(name)
+        self.peft.base_model.enable_adapter_layers()
+        self.peft.base_model.set_adapter(list(names))
+
+    def deactivate(self) -> None:
+        """The base alone computes from now on."""
+        self.peft.base_model.disable_adapter_layers()
+
+    def combine(self, names: Sequence[str], weights: Sequence[float], name: str, how: str = "linear") -> None:
+        """A new LoRA out of others, by PEFT's `add_weighted_adapter`; how: linear, svd, cat, ties, dare_ties, ..."""
+        for each in names:
+            self._require(each)
+        if not hasattr(self.peft.base_model, "add_weighted_adapter"):
+            raise ConfigError("only LoRA (and IA3) adapters are combined; activate several of this method instead")
+        self.peft.add_weighted_adapter(list(names), list(weights), name, combination_type=how)
+
+    def set_aside(self, name: str, place: str | Path = "cpu") -> None:
+        """Move an adapter that is not active to a device; or write it to a directory and keep no memory of it."""
+        self._require(name)
+        if name in self.active:
+            raise ConfigError(f"adapter {name!r} is active: activate another one, or deactivate")
+        if isinstance(place, str) and place.partition(":")[0] in ("cpu", "cuda"):
+            self._move(name, torch.device(place))
+            return
+        self.save(Path(place), name)
+        self._move(name, META)
+        self._kept[name] = Path(place)
+
+    def bring_back(self, name: str) -> None:
+        """An adapter that was set aside to where its base is."""
+        self._require(name)
+        device = next(p.device for p in self.peft.parameters() if p.device != META)
+        if name not in self._kept:
+            self._move(name, device)
+            return
+        file, _ = open_adapter(self._kept[name])
+        for stored, where in self._places(name).items():
+            owner, key, inner = where
+            _put(owner, key, inner, file.get_tensor(stored).to(device))
+        del self._kept[name]
+
+    def save(self, folder: Path, name: str = NAME) -> None:
+        """As a PEFT directory, which `load`, PEFT and `mswift infer --adapters` take."""
+        self._require(name)
+        if name in self._kept:
+            raise ConfigError(f"adapter {name!r} lies in {self._kept[name]}: bring_back first")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the base's config.json is not at hand
+            self.peft.save_pretrained(folder, selected_adapters=[name])
+        nested = folder / name
+        for file in nested.iterdir() if nested.is_dir() else ():
+            file.rename(folder / file.name)
+        if nested.is_dir():
+            nested.rmdir()
+
+    def load(self, folder: Path, name: str) -> None:
+        """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
+        check_adapter_dir(folder)
+        try:
+            found = self.peft.load_adapter(str(folder), name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: does not fit: {str(error).splitlines()[0]}") from error
+        wrong = [*found.missing_keys, *found.unexpected_keys]
+        if wrong:
+            raise CheckpointError(f"{folder}: {wrong[0]} is missing or has no place ({len(wrong)} such tensors)")
+
+    def merge(self, *names: str) -> nn.Module:
+        """The base with these adapters in its weights (those active, where none is named), without PEFT's layers."""
+        merged: nn.Module = self.peft.merge_and_unload(safe_merge=True, adapter_names=list(names) or None)
+        return merged
+
+    def unload(self) -> nn.Module:
+        """The base as it was."""
+        base: nn.Module = self.peft.unload()
+        return base
+
+    def adapter_bytes(self, name: str) -> Mapping[str, int]:
+        """Device -> bytes of an adapter there; what lies in a directory is not counted."""
+        found: dict[str, int] = {}
+        for owner, key, inner in self._places(name).values():
+            tensor = _get(owner, key, inner)
+            if tensor.device != META:
+                where = tensor.device.type
+                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+        return found
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            near = ", ".join(get_close_matches(name, self.adapters, 3, 0.0))
+            raise ConfigError(f"there is no adapter {name!r}; near: {near}")
+
+    def _layers(self) -> Iterator[Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return (module for module in self.peft.modules() if isinstance(module, BaseTunerLayer))
+
+    def _places(self, name: str) -> dict[str, tuple[Any, str, str]]:
+        """Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
+        from peft import get_peft_model_state_dict
+
+        state = self.peft.state_dict(keep_vars=True)
+        stored = get_peft_model_state_dict(self.peft, state_dict=state, adapter_name=name, save_embedding_layers=False)
+        by_id = {id(tensor): key for key, tensor in stored.items()}
+        found: dict[str, tuple[Any, str, str]] = {}
+        for layer in self._layers():
+            for part in layer.adapter_layer_names:
+                owner = getattr(layer, part, None)
+                entry = owner[name] if owner is not None and name in owner else None
+                inner = dict(entry.named_parameters()) if isinstance(entry, nn.Module) else {"": entry}
+                for leaf, tensor in inner.items():
+                    if tensor is not None and id(tensor) in by_id:
+                        found[by_id[id(tensor)]] = (owner, name, leaf)
+        return found
+
+    def _move(self, name: str, device: torch.device) -> None:
+        for owner, key, inner in self._places(name).values():
+            tensor = _get(owner, key, inner)
+            _put(owner, key, inner, torch.empty_like(tensor, device=META) if device == META else tensor.to(device))
+
+
+def _get(owner: Any, key: str, inner: str) -> Tensor:
+    tensor: Tensor = owner[key].get_parameter(inner) if inner else owner[key]
+    return tensor
+
+
+def _put(owner: Any, key: str, inner: str, value: Tensor) -> None:
+    """In place of a parameter of PEFT's layer, trained as it was."""
+    made = nn.Parameter(value.detach(), requires_grad=_get(owner, key, inner).requires_grad)
+    if not inner:
+        owner[key] = made
+        return
+    path, _, leaf = inner.rpartition(".")
+    owner[key].get_submodule(path)._parameters[leaf] = made

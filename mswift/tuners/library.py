@@ -34,8 +34,11 @@ class TunerConfig:
     modules_to_save: tuple[str, ...] = ()
     seed: int = 42
 
-    def peft_config(self) -> Any:
-        """PEFT's object; ConfigError for a type or a field that PEFT does not have, with the nearest ones."""
+    def peft_config(self, *, generates: bool = True) -> Any:
+        """PEFT's object; ConfigError for a type or a field that PEFT does not have, with the nearest ones.
+
+        generates: the model is a causal language model of transformers.
+        """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
         from peft.utils import PeftType
 
@@ -58,7 +61,7 @@ class TunerConfig:
         own: dict[str, Any] = {"target_modules": "all-linear" if every else list(self.target_modules)}
         own |= {"modules_to_save": list(self.modules_to_save)} if self.modules_to_save else {}
         try:
-            return made(task_type="CAUSAL_LM", **own | dict(self.fields))
+            return made(task_type="CAUSAL_LM" if generates else None, **own | dict(self.fields))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{made.__name__}: {error}") from error
 
@@ -67,7 +70,7 @@ def prepare_model(model: nn.Module, config: TunerConfig, name: str = NAME) -> "T
     """`model` frozen, with an adapter of that name on it, which is active and trained."""
     from peft import get_peft_model
 
-    wanted = config.peft_config()
+    wanted = config.peft_config(generates=hasattr(model, "prepare_inputs_for_generation"))
     _check_targets(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -78,7 +81,8 @@ def prepare_model(model: nn.Module, config: TunerConfig, name: str = NAME) -> "T
 
 
 def _check_targets(model: nn.Module, config: TunerConfig) -> None:
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    leaves = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linears}
     for name in config.target_modules:
         last = name.rpartition(".")[2]
         if name != "all-linear" and last not in leaves:
@@ -124,7 +128,8 @@ class TunedModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             try:
-                self.peft.add_adapter(name, config.peft_config())
+                generates = hasattr(self.peft, "prepare_inputs_for_generation")
+                self.peft.add_adapter(name, config.peft_config(generates=generates))
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"adapter {name!r}: PEFT: {error}") from error
 
@@ -192,10 +197,11 @@ class TunedModel(nn.Module):
         """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
         check_adapter_dir(folder)
         try:
-            found = self.peft.load_adapter(str(folder), name)
+            self.peft.load_adapter(str(folder), name)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: does not fit: {str(error).splitlines()[0]}") from error
-        wrong = [*found.missing_keys, *found.unexpected_keys]
+        _, there = open_adapter(folder)
+        wrong = sorted(there.keys() ^ self._stored(name).keys())
         if wrong:
             raise CheckpointError(f"{folder}: {wrong[0]} is missing or has no place ({len(wrong)} such tensors)")
 
@@ -229,13 +235,19 @@ class TunedModel(nn.Module):
 
         return (module for module in self.peft.modules() if isinstance(module, BaseTunerLayer))
 
-    def _places(self, name: str) -> dict[str, tuple[Any, str, str]]:
-        """Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        """Name in a file -> tensor of the model."""
         from peft import get_peft_model_state_dict
 
         state = self.peft.state_dict(keep_vars=True)
-        stored = get_peft_model_state_dict(self.peft, state_dict=state, adapter_name=name, save_embedding_layers=False)
-        by_id = {id(tensor): key for key, tensor in stored.items()}
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            self.peft, state_dict=state, adapter_name=name, save_embedding_layers=False
+        )
+        return found
+
+    def _places(self, name: str) -> dict[str, tuple[Any, str, str]]:
+        """Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
+        by_id = {id(tensor): key for key, tensor in self._stored(name).items()}
         found: dict[str, tuple[Any, str, str]] = {}
         for layer in self._layers():
             for part in layer.adapter_layer_names:

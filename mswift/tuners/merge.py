@@ -1,8 +1,9 @@
 """`mswift merge`: one fp32 fold of adapters into a copy of their base, tensor by tensor.
 
 weight' = cast(float32(weight) + sum over adapters of scale * float32(B) @ float32(A)); of a DoRA adapter, whose norms
-are those of the base weight, rows are then scaled to the length that its magnitude vector says; modules_to_save
-replace their weight. No model is built; a few row blocks are in memory at a time. The base is only read.
+are those of the base weight, rows are then scaled to the length that its magnitude vector says; adapters of stacked
+experts (`target_parameters`) go to each expert's own weight; modules_to_save replace their weight. No model is built;
+a few row blocks are in memory at a time. The base is only read.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mswift.config.merge import MergeConfig
-from mswift.converters.adapters import EMBED, HEAD, SAVABLE, HfLinear
+from mswift.converters.adapters import EMBED, HEAD, SAVABLE
 from mswift.converters.catalog import read_config
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.files import new_directory, open_read, read_exactly, write_file
@@ -32,11 +33,12 @@ from mswift.data.chat_template import own_template, template_of_adapters, with_c
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.folding import Delta, LinearDelta, parameter_deltas
 from mswift.tuners.merge_method import MethodFold
 from mswift.tuners.method_adapter import MethodAdapter
 from mswift.tuners.methods import METHOD_TYPES
 from mswift.tuners.peft_config import read_adapter_json
-from mswift.tuners.shapes import adapted_linears, adapted_parameters, adapter_table, promised_shapes
+from mswift.tuners.shapes import adapted_linears, adapter_table, promised_shapes
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TIE = "tie_word_embeddings"
@@ -126,19 +128,24 @@ class _Fold:
     ):
         """adapters: LoRA, folded in this order; method: an adapter of another method in their place."""
         self.stored, self.copies, self.method = stored, table.mtp_copies, method
-        self.deltas: dict[str, list[tuple[PeftAdapter, HfLinear]]] = {}  # by name of the weight
+        self.deltas: dict[str, list[Delta]] = {}  # by name of the weight
         self.replaced: dict[str, PeftAdapter | MethodAdapter] = dict(method.replaced) if method else {}
         for adapter in adapters:
             own = adapter_table(table, adapter.shapes)
             adapter.check(promised_shapes(own, adapter.settings))
-            _refuse_unfoldable(own, adapter)
+            if adapter.settings.lora_bias:
+                raise ConfigError(
+                    f"{adapter.settings.path}: lora_bias=True: merge has no bias in the base to fold B's bias into"
+                )
             for linear in adapted_linears(own, adapter.settings):
                 if f"{linear.name}.weight" not in stored:
                     raise ConfigError(
                         f"{adapter.file}: has a LoRA for {linear.name}, but the base keeps its experts in other "
                         "tensors; save the base with one tensor an expert, as the hub has it"
                     )
-                self.deltas.setdefault(f"{linear.name}.weight", []).append((adapter, linear))
+                self.deltas.setdefault(f"{linear.name}.weight", []).append(LinearDelta(adapter, linear))
+            for name, delta in parameter_deltas(table, own, adapter):
+                self.deltas.setdefault(name, []).append(delta)
             whole = (name for name in adapter.shapes if name in stored or name in SAVABLE.values())
             self.replaced |= dict.fromkeys(whole, adapter)
         self.untied = table.spec.tied_embeddings and not method and self._embeddings_differ()
@@ -177,8 +184,8 @@ class _Fold:
         if name not in self.deltas:
             return rows
         total = base = rows.float()
-        for adapter, linear in self.deltas[name]:
-            total = _folded(total, base, region, adapter, linear)
+        for delta in self.deltas[name]:
+            total = delta.folded(total, base, region)
         return total.to(rows.dtype)
 
     def _embeddings_differ(self) -> bool:
@@ -203,32 +210,6 @@ class _Fold:
             if name in metadata:
                 metadata[name] += added
         return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _folded(total: Tensor, base: Tensor, region: Region, adapter: PeftAdapter, linear: HfLinear) -> Tensor:
-    """fp32 rows `region` of a weight [out, in] with one more adapter; `base`: the same rows before any."""
-    settings, (name_a, name_b) = adapter.settings, linear.lora_names()
-    first, count = region.offsets[0], region.sizes[0]
-    b = adapter.read(name_b, Region((first, 0), (count, settings.rank_of(linear.name)))).float()
-    a, scale = adapter.tensor(name_a).float(), settings.scale_of(linear.name)
-    total = torch.addmm(total, b, a, alpha=scale)
-    if settings.dora:
-        magnitude = adapter.read(f"{linear.name}.lora_magnitude_vector", Region((first,), (count,))).float()
-        length = torch.linalg.vector_norm(torch.addmm(base, b, a, alpha=scale), dim=1)
-        total *= (magnitude / length)[:, None]
-    return total
-
-
-def _refuse_unfoldable(table: ModelTable, adapter: PeftAdapter) -> None:
-    """ConfigError for adapters of what is no linear of the base's files."""
-    settings = adapter.settings
-    for parameter in adapted_parameters(table, settings).values():
-        raise ConfigError(
-            f"{settings.path}: merge does not fold adapters of parameters ({parameter.name}; target_parameters) yet: "
-            "PEFT's merge_and_unload does"
-        )
-    if settings.lora_bias:
-        raise ConfigError(f"{settings.path}: lora_bias=True: merge has no bias in the base to fold B's bias into")
 
 
 def _check_form(base: Path) -> None:

@@ -26,6 +26,7 @@ class HfParameter:
     num_experts: int
     in_features: int
     out_features: int
+    transposed: bool = False
 
     def lora_shapes(self, prefix: str, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of A and B, whose names begin with `prefix`."""
@@ -40,6 +41,11 @@ def parameters(table: ModelTable) -> Iterator[HfParameter]:
     """The stacked experts and routers of a mixture of experts as transformers 5 has them, layer after layer."""
     if table.spec.moe is not None:
         yield from _parameters(in_spelling(table, STACKED))
+
+
+def router_names(table: ModelTable) -> list[str]:
+    """The weights of the routers, layer after layer."""
+    return [] if table.spec.moe is None else [router.name for router in _parameters(table, routers_alone=True)]
 
 
 def in_spelling(table: ModelTable, spelling: str) -> ModelTable:
@@ -62,7 +68,7 @@ def _parameters(table: ModelTable, *, routers_alone: bool = False) -> Iterator[H
                 name = part.hf.format(l=layer)
                 a, b = rule.hf_shape(part, table.sizes)[-2:]
                 into, out = (a, b) if rule.transposed else (b, a)
-                parameter = HfParameter(name, name.rpartition(".")[0], experts, into, out)
+                parameter = HfParameter(name, name.rpartition(".")[0], experts, into, out, rule.transposed)
                 found.setdefault(name, (layer, parameter))
     for _, parameter in sorted(found.values(), key=lambda entry: entry[0]):
         yield parameter

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mswift.converters.catalog import read_config
 from mswift.converters.plan import table_for
-from mswift.errors import ConfigError
+from mswift.tuners import files
 from mswift.tuners.merge import merge
 from mswift.tuners.peft_config import peft_config, read_peft_config
 from mswift.tuners.settings import PeftSettings
@@ -39,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
 }
+GPT_OSS: dict[str, Any] = {"num_local_experts": 4, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = tmp_path_factory.mktemp("models")
-    for name, sizes in MODELS.items():
+    for name, sizes in (MODELS | {"gpt_oss": GPT_OSS}).items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **COMMON, **sizes))
         model.save_pretrained(path / name)
@@ -135,8 +137,6 @@ V4 = {
 @pytest.mark.parametrize("name", V4)
 def test_one_lora_an_expert(models: Path, tmp_path: Path, name: str) -> None:
     """Carried bit for bit; PEFT takes the names, and folds it into what mswift merge makes of it."""
-    from peft import PeftModel
-
     targets, linear = V4[name]
     tensors = of_transformers_4(models / name, tmp_path / "a", targets)
     assert tensors[f"{PREFIX}model.layers.1.{linear}.lora_A.weight"].shape == (4, 32)
@@ -154,8 +154,42 @@ def test_one_lora_an_expert(models: Path, tmp_path: Path, name: str) -> None:
     assert sum(not torch.equal(ours[key], untouched[key]) for key in ours) >= 6
 
 
-def test_what_merging_lacks_is_refused(models: Path, tmp_path: Path) -> None:
+ROUTERS_AND_EXPERTS = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
+STACKED = {
+    "qwen3_moe": {"target_modules": "all-linear"},
+    "mixtral": {"target_modules": ["v_proj"], "target_parameters": [*ROUTERS_AND_EXPERTS]},
+    "qwen2_moe": {"target_modules": ["v_proj"], "target_parameters": [*ROUTERS_AND_EXPERTS]},
+    "gpt_oss": {
+        "target_modules": ["o_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+        "alpha_pattern": {r".*\.experts\.gate_up_proj": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 25, 500])
+@pytest.mark.parametrize("name", STACKED)
+def test_adapters_of_stacked_experts_merge_as_peft_s(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block_bytes: int
+) -> None:
+    """Into one weight an expert; of gpt-oss, whose files stack them, into [expert, in, out]."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", block_bytes)
+    peft_model(models / name, tmp_path / "a", **STACKED[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(base_of(models / name), str(tmp_path / "a")).merge_and_unload()
+    report = merge(models / name, [tmp_path / "a"], tmp_path / "merged")
+    ours, untouched = (base_of(path).state_dict() for path in (tmp_path / "merged", models / name))
+    changed = set()
+    for key, weight in theirs.state_dict().items():
+        assert difference(ours[key], weight) < 1e-6, key
+        if not torch.equal(ours[key], untouched[key]):
+            changed.add(key.rpartition("layers.")[2].partition(".")[2])
+    assert {key for key in changed if "experts" in key} == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert any(key.endswith(("mlp.gate.weight", "mlp.router.weight")) for key in changed)
+    assert report.num_folded > 4
+
+
+def test_stacked_experts_have_no_fused_layout(models: Path, tmp_path: Path) -> None:
     peft_model(models / "qwen3_moe", tmp_path / "a", target_modules="all-linear")
-    with pytest.raises(ConfigError, match=r"merge does not fold adapters of parameters \(model\.layers\.0"):
-        merge(models / "qwen3_moe", [tmp_path / "a"], tmp_path / "merged")
     convert(tmp_path / "a", "megatron", tmp_path / "n", "--adapter_layout", "fused", status=2)

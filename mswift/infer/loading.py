@@ -1,6 +1,7 @@
 """Model, tokenizer and adapter from files, strictly: every tensor expected and none extra."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from mswift.tuners.adapter import open_adapter
 from mswift.tuners.peft_config import check_adapter_dir
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the names of adapters that were trained with transformers 4: a LoRA for each linear of each expert."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,6 +114,9 @@ def _load_adapter(model: PreTrainedModel, adapted: Any, name: str, adapter_dir: 
     except (ValueError, TypeError, KeyError) as error:
         targets = config.get("target_modules")
         raise ConfigError(f"--adapters {adapter_dir} (target_modules {targets!r}): peft: {error}") from error
+    if any(_ONE_EXPERT.search(name) for name in stored):
+        _check_converted(adapted, name, adapter_dir)
+        return adapted
     state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
@@ -124,6 +130,24 @@ def _load_adapter(model: PreTrainedModel, adapted: Any, name: str, adapter_dir: 
             + (f"; not used: {_some(extra)}" if extra else "")
         )
     return adapted
+
+
+def _check_converted(adapted: Any, name: str, adapter_dir: Path) -> None:
+    """CheckpointError where PEFT did not find a place for all of one LoRA an expert, which it stacks in memory.
+
+    Names cannot be compared with the file's, so that PEFT is asked again, and tells what it left.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same in words
+        result = adapted.load_adapter(str(adapter_dir), name, is_trainable=False)
+    wanted = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or wanted:
+        base = adapted.config._name_or_path
+        raise CheckpointError(
+            f"--adapters {adapter_dir}: PEFT does not place its LoRAs of single experts ({len(wanted)} tensors stay "
+            f"empty, {wanted[0] if wanted else result.unexpected_keys[0]} is the first); mswift merge --model {base} "
+            f"--adapters {adapter_dir} --output_dir MERGED folds them into a copy of the model"
+        )
 
 
 class ActiveAdapter:

@@ -28,7 +28,8 @@ def check_vllm_adapter(path: Path) -> int:
     reason = _settings_reason(settings) or _tensors_reason(sorted(read_header(path / WEIGHTS_FILE)))
     if reason:
         raise ConfigError(
-            f"--adapters {path}: vLLM does not serve it: {reason}; `mswift merge` folds it into a copy of its base"
+            f"--adapters {path}: vLLM does not serve it: {reason}; fold it into a copy of its base: mswift merge "
+            f"--model BASE --adapters {path} --output_dir MERGED"
         )
     return max(settings.rank, *settings.rank_pattern.values(), 1)
 
@@ -55,4 +56,4 @@ def _room(rank: int) -> int:
     for size in _RANKS:
         if rank <= size:
             return size
-    raise ConfigError(f"an adapter has rank {rank}: vLLM serves up to {_RANKS[-1]}; `mswift merge` folds it in")
+    raise ConfigError(f"an adapter has rank {rank}: vLLM serves up to {_RANKS[-1]}; fold it in with mswift merge")

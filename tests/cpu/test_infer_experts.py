@@ -1,0 +1,84 @@
+"""Adapters of experts while answering: PEFT's log-probabilities, stacked or one an expert, side by side, merged."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.backends import EngineConfig, open_engine
+from mswift.infer.request import BASE_MODEL, Engine, Request, Sampling
+from mswift.infer.vllm_adapters import check_vllm_adapter
+from mswift.tuners.merge import merge
+from tests.cpu.test_adapters_moe import of_transformers_4
+from tests.support.adapters import load_peft, random_adapter
+from tests.support.tiny import tiny_model, tiny_tokenizer
+
+PAIRS = [([1, 2, 3], [4, 5, 6, 7]), ([9], [8, 250, 3])]
+EACH = ("q_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE; adapters of all its linears, experts and routers: two of this day, one of transformers 4."""
+    path = tmp_path_factory.mktemp("experts")
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    tiny_model(path / "model", "qwen3_moe", vocab_size=259, use_cache=True, **sizes)
+    tiny_tokenizer(path / "model")
+    for seed, name in enumerate(("one", "two")):
+        random_adapter(path / name, path / "model", seed=seed)
+    of_transformers_4(path / "model", path / "each", EACH)
+    return path
+
+
+def scores(engine: Engine, adapter: str) -> list[float]:
+    return [token.logprob for score in engine.score(PAIRS, adapter) for token in score.tokens]
+
+
+def of_peft(home: Path, adapter: str) -> list[float]:
+    model = load_peft(home / "model", home / adapter)
+    found: list[float] = []
+    for prompt, continuation in PAIRS:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *continuation]])).logits[0].log_softmax(-1)
+        found += [float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(continuation)]
+    return found
+
+
+def opened(home: Path, names: Sequence[str]) -> Engine:
+    return open_engine("transformers", EngineConfig(home / "model", {name: home / name for name in names}))
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("each",)])
+def test_scores_are_peft_s_and_the_base_s_beside_them(home: Path, names: Sequence[str]) -> None:
+    engine, plain = opened(home, names), opened(home, ())
+    base = scores(plain, BASE_MODEL)
+    for name in (*names, *reversed(names)):
+        expected = of_peft(home, name)
+        assert scores(engine, name) == pytest.approx(expected, abs=2e-6)
+        assert scores(engine, BASE_MODEL) == base
+        assert max(abs(a - b) for a, b in zip(expected, base, strict=True)) > 0.1
+    asked = [
+        Request(prompt="Hello", adapter=name, sampling=Sampling(max_new_tokens=6)) for name in (BASE_MODEL, *names)
+    ]
+    together = [answer.token_ids for answer in engine.generate(asked)]
+    assert together == [engine.generate([request])[0].token_ids for request in asked]
+    assert together[0] == plain.generate(asked[:1])[0].token_ids
+
+
+@pytest.mark.parametrize("name", ["one", "each"])
+def test_vllm_names_the_merge_which_gives_the_same_scores(home: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vLLM does not serve it: it adapts experts .*mswift merge --model BASE"):
+        check_vllm_adapter(home / name)
+    merge(home / "model", [home / name], tmp_path / "merged")
+    merged = open_engine("transformers", EngineConfig(tmp_path / "merged"))
+    assert scores(merged, BASE_MODEL) == pytest.approx(of_peft(home, name), abs=5e-6)
+
+
+def test_what_peft_would_leave_out_in_silence_is_refused(home: Path, tmp_path: Path) -> None:
+    """PEFT warns, and gives an adapter that does nothing."""
+    of_transformers_4(home / "model", tmp_path / "gate_up", ("gate_proj", "up_proj"))
+    with pytest.raises(CheckpointError, match=r"4 tensors stay empty, .*experts\.lora_A.* mswift merge --model"):
+        open_engine("transformers", EngineConfig(home / "model", {"gate_up": tmp_path / "gate_up"}))
+    merge(home / "model", [tmp_path / "gate_up"], tmp_path / "merged")

@@ -1,5 +1,6 @@
 """Scores of sampled answers: by the label, by a function of the user's, by a model that judges. Torch-free."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -37,6 +38,16 @@ def find_reward(config: SampleConfig) -> Reward:
             raise ConfigError("--reward judge needs --judge_url and --judge_model")
         return _by_judge(config.judge_url, config.judge_model, config.judge_prompt)
     raise ConfigError(f"--reward {kind}: exact_match, regex:PATTERN, judge, or a file that ends with .py")
+
+
+def reward_identity(config: SampleConfig) -> str:
+    """What tells this reward from others: its name; of a file its content, of a judge the model and what it is asked.
+
+    Not the judge's address, which may change, nor modules that the file imports.
+    """
+    if config.reward.endswith(".py"):
+        return f"{config.reward} {hashlib.sha256(Path(config.reward).read_bytes()).hexdigest()}"
+    return f"judge {config.judge_model} {config.judge_prompt}" if config.reward == "judge" else config.reward
 
 
 def _needed(label: str | None) -> str:

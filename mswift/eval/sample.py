@@ -11,7 +11,7 @@ from mswift.config.sample import SampleConfig
 from mswift.data.chat_template import read_chat_template
 from mswift.errors import ConfigError
 from mswift.eval.answers import pass_at_k
-from mswift.eval.rewards import Reward, find_reward
+from mswift.eval.rewards import Reward, find_reward, reward_identity
 from mswift.infer.backends import EngineConfig, named_adapters, open_engine
 from mswift.infer.engine_args import engine_args
 from mswift.infer.model_dir import check_model_dir
@@ -39,11 +39,13 @@ def main(config: SampleConfig) -> int:
     )
     template = bool(engine.tokenizer.chat_template)
     requests = [to_request(row, sampling, index, template) for index, row in enumerate(rows)]
-    model = fingerprint((Path(config.model), *adapters.values())) + config.reward
+    model = f"{fingerprint((Path(config.model), *adapters.values()))} {reward_identity(config)}"
+    if config.chat_template is not None:
+        model = f"{model} {engine.tokenizer.chat_template}"
     hashes = [request_hash(request, model) for request in requests]
     path = Path(config.result_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = answered(path, hashes)
+    kept = answered(path, hashes, "model, sampling and reward")
     try:
         _answer(config, engine.generate, reward, rows, requests, hashes, kept)
     finally:

@@ -31,11 +31,11 @@ def request_hash(request: Request, model: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def answered(path: Path, hashes: Sequence[str]) -> int:
+def answered(path: Path, hashes: Sequence[str], asked_with: str = "model and sampling") -> int:
     """How many rows the file answers already; a torn last line is cut off.
 
-    Raises ConfigError when it holds anything but answers to these requests, in their order: another data set, other
-    sampling, another model.
+    asked_with: what the hashes depend on beside the data, for the error. ConfigError when the file holds anything but
+    answers to these requests, in their order: another data set, sampling, or model.
     """
     if not path.exists():
         return 0
@@ -46,7 +46,7 @@ def answered(path: Path, hashes: Sequence[str]) -> int:
         if number > len(hashes) or _hash_of(line) != hashes[number - 1]:
             raise ConfigError(
                 f"--result_path {path}: row {number} is not the answer to row {number} of --val_dataset with this "
-                f"model and sampling ({len(hashes)} rows); give another --result_path, or delete the file"
+                f"{asked_with} ({len(hashes)} rows); give another --result_path, or delete the file"
             )
     if len(whole) < len(content):
         with path.open("r+b") as file:

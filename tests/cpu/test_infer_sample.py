@@ -75,6 +75,43 @@ def test_answers_are_scored_by_a_function_and_the_best_become_rows(
     assert result.read_bytes() == whole
 
 
+def test_a_file_of_another_reward_is_refused(
+    model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the answers by one reward and half by another would be one file with one mean."""
+    own, result = tmp_path / "own.py", tmp_path / "samples.jsonl"
+    own.write_text(REWARD)
+    _sample(model_dir, rows, result, "--reward", str(own))
+    whole = result.read_bytes()
+    result.write_bytes(whole[: len(whole) // 2])
+    own.write_text(REWARD.replace("100", "101"))
+    argv = ["sample", "--model", str(model_dir), "--val_dataset", str(rows), "--result_path", str(result)]
+    flags = ("--num_samples", "3", "--max_new_tokens", "12", "--reward", str(own))
+    capsys.readouterr()
+    assert main([*argv, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "row 1 is not the answer to row 1 of --val_dataset with this model, sampling and reward (5 rows)" in error
+    assert result.read_bytes() == whole[: len(whole) // 2]
+    own.write_text(REWARD)
+    _sample(model_dir, rows, result, "--reward", str(own))
+    assert result.read_bytes() == whole
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert main([*argv, *flags, "--chat_template", str(tmp_path / "other.jinja")]) == 2
+
+
+def test_rewards_are_told_apart_by_what_scores() -> None:
+    from mswift.config.sample import SampleConfig
+    from mswift.eval.rewards import reward_identity
+
+    def identity(**changes: Any) -> str:
+        fields = {"reward": "judge", "judge_url": "http://a/v1", "judge_model": "m", **changes}
+        return reward_identity(SampleConfig(model="m", val_dataset=("d",), result_path="r", **fields))
+
+    assert identity(judge_url="http://b/v1") == identity()
+    others = [{"judge_prompt": "Rate {completion}"}, {"judge_model": "n"}, {"reward": "exact_match"}]
+    assert len({identity(), *(identity(**other) for other in others)}) == 4
+
+
 def test_labels_by_pattern_and_a_judge_behind_an_address(
     model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

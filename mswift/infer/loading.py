@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mswift.converters.catalog import read_config
 from mswift.errors import CheckpointError, ConfigError
 from mswift.infer.model_dir import check_model_dir
 from mswift.tuners.adapter import open_adapter
@@ -57,6 +58,7 @@ def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreT
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
+            **_attention(model_dir),
         )
     except SafetensorError as error:
         raise CheckpointError(f"--model {model_dir}: a safetensors file is damaged: {error}") from error
@@ -67,6 +69,12 @@ def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreT
     model, info = loaded
     _refuse_differences(model_dir, info)
     return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _attention(model_dir: Path) -> dict[str, str]:
+    """Eager attention for models that cap its logits (Gemma 2): transformers' default leaves the cap out, silently."""
+    config = read_config(model_dir)
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
 
 
 def _refuse_differences(model_dir: Path, info: dict[str, Any]) -> None:

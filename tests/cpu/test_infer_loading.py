@@ -161,3 +161,18 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cuda.*--device auto"):
         pick_device("cuda")
     assert pick_device("auto") == CPU
+
+
+def test_a_cap_on_attention_is_not_left_out(tmp_path: Path) -> None:
+    """transformers' default attention of Gemma 2 has no cap; what vLLM and training compute has one."""
+    caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 10}
+    tiny_tokenizer(tmp_path)
+    tiny_model(tmp_path, "gemma2", num_hidden_layers=2, sliding_window=8, use_cache=True, **caps)
+    own = load_model(tmp_path, None, CPU)
+    eager, default = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, **kind) for kind in ({"attn_implementation": "eager"}, {})
+    )
+    with torch.no_grad():
+        found, expected, without = (model(TOKENS).logits for model in (own, eager, default))
+    assert torch.equal(found, expected)
+    assert (without - expected).abs().max() > 0.01

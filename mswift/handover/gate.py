@@ -20,7 +20,7 @@ from mswift.errors import ConfigError, MswiftError
 from mswift.handover.files import adapter_problems, file_problems
 from mswift.handover.report import Report, compare
 from mswift.handover.serve_script import write_serve_script
-from mswift.infer.vllm_adapters import check_vllm_adapter
+from mswift.infer.vllm_adapters import lora_options
 from mswift.infer.vllm_options import vllm_python
 from mswift.launchers import local
 from mswift.launchers.job import Job
@@ -94,7 +94,7 @@ def _score(
         chosen = dict(subjects)
         if engine == "vllm" and adapter is not None:
             try:
-                check_vllm_adapter(adapter)
+                lora_options({"adapter": adapter}, read_config(model), on_cpu="cpu" in vllm_python()[1])
             except ConfigError as error:
                 report.notes.append(str(error))
                 del chosen["adapter"]
@@ -120,7 +120,10 @@ def _rows(config: HandoverConfig, model: Path) -> list[list[int]]:
         return rows
     from mswift.data.tokenizer import encode, load_tokenizer
 
-    text = Path(config.gate_text).read_text(encoding="utf-8")
+    try:
+        text = Path(config.gate_text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--gate_text {config.gate_text}: cannot be read as text: {error}") from None
     (tokens,) = encode(load_tokenizer(model), [text])
     whole = min(len(tokens) // length, num_rows)
     if whole < 1:

@@ -7,6 +7,9 @@ Each way round is one function here, or named where it must stand elsewhere:
 - PROMPT_LOGPROBS (`vllm_engine`): with LoRA enabled, two prompts in a batch that want log-probabilities end the engine.
 - BASE_BESIDE_ADAPTERS (`vllm_adapters`): on a CPU, requests without an adapter that share a batch with others get the
   one in the last slot; that slot is kept empty.
+- LORA_BESIDE_EXPERTS (`vllm_adapters`): on a CPU, LoRA enabled on a model with experts ends the start with an
+  AttributeError of Triton's, also for adapters of attention alone; refused before.
+- KV_B_ADAPTERS (`vllm_adapters`): a LoRA on kv_b_proj of latent attention changes nothing, silently; refused before.
 - RELOAD (`vllm_worker`): `load_weights` on a live model fails half-way; `reload_weights` is the way.
 - TIED_HEAD (`vllm_worker`): on a CPU a reload leaves the packed copy of a tied head as it was; it is packed again.
 - HALF_RELOADED (`weight_sync`): a reload that fails half-way leaves tensors without memory; the engine is given up.
@@ -75,7 +78,7 @@ def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "max_logprobs": 20,
         **_config_fields(fields),
-        **lora_options(config.adapters, on_cpu=on_cpu),
+        **lora_options(config.adapters, fields, on_cpu=on_cpu),
     }
     if config.max_model_len is not None:
         options["max_model_len"] = config.max_model_len

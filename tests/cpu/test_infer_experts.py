@@ -1,15 +1,18 @@
 """Adapters of experts while answering: PEFT's log-probabilities, stacked or one an expert, side by side, merged."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from mswift.converters.catalog import read_config
 from mswift.errors import CheckpointError, ConfigError
 from mswift.infer.backends import EngineConfig, open_engine
 from mswift.infer.request import BASE_MODEL, Engine, Request, Sampling
-from mswift.infer.vllm_adapters import check_vllm_adapter
+from mswift.infer.vllm_adapters import check_vllm_adapter, lora_options
 from mswift.tuners.merge import merge
 from tests.cpu.test_adapters_moe import of_transformers_4
 from tests.support.adapters import load_peft, random_adapter
@@ -82,3 +85,29 @@ def test_what_peft_would_leave_out_in_silence_is_refused(home: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"4 tensors stay empty, .*experts\.lora_A.* mswift merge --model"):
         open_engine("transformers", EngineConfig(home / "model", {"gate_up": tmp_path / "gate_up"}))
     merge(home / "model", [tmp_path / "gate_up"], tmp_path / "merged")
+
+
+def test_a_cpu_build_of_vllm_has_no_adapters_beside_experts(home: Path, tmp_path: Path) -> None:
+    """Not even of attention alone; a build for GPUs is asked."""
+    random_adapter(tmp_path / "attention", home / "model", ("q_proj", "o_proj"))
+    adapters, base = {"attention": tmp_path / "attention"}, read_config(home / "model")
+    with pytest.raises(ConfigError, match=r"builds for the CPU have no adapters on models with experts.*mswift merge"):
+        lora_options(adapters, base, on_cpu=True)
+    assert lora_options(adapters, base, on_cpu=False) == {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    assert lora_options({}, base, on_cpu=True) == {}
+
+
+def test_what_vllm_would_leave_out_of_latent_attention_is_refused(home: Path, tmp_path: Path) -> None:
+    tensors = load_file(home / "one" / "adapter_model.safetensors")
+    queries = {name: tensor for name, tensor in tensors.items() if ".q_proj." in name}
+    for leaf, refused in (("q_b_proj", False), ("kv_b_proj", True)):
+        path = Path(shutil.copytree(home / "one", tmp_path / leaf))
+        renamed = {name.replace("q_proj", leaf): tensor for name, tensor in queries.items()}
+        save_file(renamed, path / "adapter_model.safetensors")
+        if refused:
+            with pytest.raises(
+                ConfigError, match=r"it adapts \S*self_attn.kv_b_proj, which .* without adapters"
+            ):
+                check_vllm_adapter(path)
+        else:
+            check_vllm_adapter(path)

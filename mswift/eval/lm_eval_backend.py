@@ -8,7 +8,7 @@ from typing import Any
 
 from mswift.config.eval import EvalConfig
 from mswift.errors import ConfigError
-from mswift.eval import documents, results
+from mswift.eval import documents, ifeval, results
 from mswift.eval.model import EvalModel, encode
 from mswift.eval.results import TaskResult, prompt_sha256
 from mswift.eval.server import arguments_of
@@ -37,6 +37,9 @@ def evaluate(config: EvalConfig, settings: Settings) -> tuple[list[TaskResult], 
     folder = Path(config.eval_output_dir) / "lm_eval"
     folder.mkdir(parents=True, exist_ok=True)
     files = dict(_dataset(given) for given in config.eval_dataset)
+    for name, file in files.items():
+        if name.startswith("ifeval"):
+            ifeval.check([] if file is None else documents.ifeval(file)[: config.eval_limit])
     examples = dict(_dataset(given) for given in config.fewshot_dataset)
     specs = [_spec(name, file, examples.get(name), manager, folder) for name, file in files.items()]
     arguments = arguments_of(config)

@@ -18,6 +18,7 @@ def check(chosen: Sequence[Chosen], settings: Settings) -> None:
     """Refuse, before a model is loaded, what cannot be scored here. Raises ConfigError and DataError."""
     for one in chosen:
         one.task.check(settings)
+        one.task.check_docs(one.docs)
         for doc in one.docs:
             one.examples_for(doc)
 

@@ -50,6 +50,8 @@ class Task:
     num_fewshot: int = 0
     check: Callable[[Settings], None] = lambda settings: None
     """Refuses, before a model is loaded, what cannot be scored here."""
+    check_docs: Callable[[Sequence[Doc]], None] = lambda docs: None
+    """The same, by what the rows need."""
     example_of: Callable[[Doc], Any] = lambda doc: None
     """Rows take examples with the same value."""
     read_examples: Callable[[Path], list[Doc]] | None = None

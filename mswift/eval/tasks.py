@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mswift.errors import ConfigError
-from mswift.eval import answers, documents, sandbox, text
+from mswift.eval import answers, documents, ifeval, sandbox, text
 from mswift.eval.documents import Doc
 from mswift.eval.statistics import Metric
 from mswift.eval.task import Choices, Settings, Task, Values, sampled, user
@@ -116,41 +116,6 @@ def _check_humaneval(settings: Settings) -> None:
 def _pass_metrics(settings: Settings) -> tuple[Metric, ...]:
     one = settings.sampling is None or settings.sampling.n == 1
     return tuple(Metric(f"pass@{k}", binary=one) for k in settings.pass_k)
-
-
-def _ifeval_library() -> Any:
-    try:
-        import nltk
-
-        nltk.data.find("tokenizers/punkt_tab")  # where it is missing, lm-eval would download it
-        from lm_eval.tasks.ifeval import utils
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"ifeval: its checks are lm-eval's, which need {error.name}: pip install 'lm-eval[ifeval]==0.4.13'"
-        ) from None
-    except LookupError:
-        raise ConfigError(
-            "ifeval: its checks need NLTK's punkt_tab, which is not here; put it into a folder of NLTK_DATA"
-        ) from None
-    return utils
-
-
-def _check_ifeval(settings: Settings) -> None:
-    _ifeval_library()
-
-
-def _ifeval(doc: Doc, answer: str) -> Values:
-    found = _ifeval_library().process_results(doc, [answer])
-    values: Values = {}
-    for name, followed in found.items():
-        lists = isinstance(followed, list)
-        values[name] = [float(sum(followed)), float(len(followed))] if lists else float(followed)
-    return values
-
-
-def _ifeval_metrics(settings: Settings) -> tuple[Metric, ...]:
-    prompts = (Metric(f"prompt_level_{how}_acc", binary=True) for how in ("strict", "loose"))
-    return (*prompts, *(Metric(f"inst_level_{how}_acc") for how in ("strict", "loose")))
 
 
 def _need_text_libraries(settings: Settings) -> None:
@@ -273,9 +238,9 @@ LIBRARY_TASKS = (
         "ifeval",
         "IFEval: its JSON Lines; the checks are lm-eval's",
         documents.ifeval,
-        _ifeval_metrics,
+        ifeval.metrics,
         _Generate(lambda doc: str(doc["prompt"]), lambda doc: "", Sampling(1280)),
-        _each(_ifeval),
-        check=_check_ifeval,
+        _each(ifeval.values),
+        check_docs=ifeval.check,
     ),
 )

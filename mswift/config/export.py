@@ -20,5 +20,11 @@ class ExportConfig:
     """Of an adapter, to vllm: directory of its base. Default: what the run was started with."""
     gate_engines: tuple[GateEngine, ...] = ("megatron", "transformers", "vllm")
     """To vllm: engines that score the tokens (mswift handover --help)."""
+    gate_text: str | None = None
+    """To vllm: text file whose first tokens are scored. Default: random tokens."""
+    gate_tokens: int = 4096
+    """To vllm: how many tokens are scored."""
+    tensor_model_parallel_size: int = 1
+    """To vllm: ranks of the training engine that scores."""
     use_chat_template: bool = True
     """To vllm: false: the model is none to chat with, and needs no chat template."""

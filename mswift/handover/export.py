@@ -26,6 +26,9 @@ def main(config: ExportConfig) -> int:
             adapters=config.output_dir if base else None,
             run=str(checkpoint),
             gate_engines=config.gate_engines,
+            gate_text=config.gate_text,
+            gate_tokens=config.gate_tokens,
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
             use_chat_template=config.use_chat_template,
         )
     )

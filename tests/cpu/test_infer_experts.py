@@ -105,9 +105,7 @@ def test_what_vllm_would_leave_out_of_latent_attention_is_refused(home: Path, tm
         renamed = {name.replace("q_proj", leaf): tensor for name, tensor in queries.items()}
         save_file(renamed, path / "adapter_model.safetensors")
         if refused:
-            with pytest.raises(
-                ConfigError, match=r"it adapts \S*self_attn.kv_b_proj, which .* without adapters"
-            ):
+            with pytest.raises(ConfigError, match=r"it adapts \S*self_attn.kv_b_proj, which .* without adapters"):
                 check_vllm_adapter(path)
         else:
             check_vllm_adapter(path)

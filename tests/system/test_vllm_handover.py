@@ -19,11 +19,12 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.support.vllm import needs_vllm
 
 FILES_ONLY = ("--gate_engines",)
+TP2 = ("--tensor_model_parallel_size", "2")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full run and a LoRA run of two steps, with heads that vLLM takes."""
+    """A full run and a LoRA run on two ranks, of two steps, with heads that vLLM takes."""
     path = tmp_path_factory.mktemp("handover")
     tiny_model(path / "model", head_dim=32, vocab_size=259, use_cache=True)
     tiny_tokenizer(path / "model")
@@ -32,7 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(command(path, "sft", path / "full", "--train_iters", "2"))
     lora = ("--tuner_type", "lora", "--lora_rank", "4", "--target_modules", "all-linear")
-    run(command(path, "sft", path / "lora", "--train_iters", "2", *lora))
+    run(command(path, "sft", path / "lora", "--train_iters", "2", *lora, "--nproc_per_node", "2", *TP2))
+    (path / "text.txt").write_text("".join(f"Say {n}, and then {n * n}.\n" for n in range(200)))
     return path
 
 
@@ -85,14 +87,30 @@ def _healthy(port: int) -> bool:
 
 
 @needs_vllm
-def test_an_adapter_is_handed_over_with_the_merged_model(home: Path) -> None:
-    out = home / "adapter"
-    assert main(["export", "--model", str(home / "lora"), "--output_dir", str(out), "--to", "vllm"]) == 0
+def test_an_adapter_of_two_ranks_is_handed_over_with_the_merged_model(home: Path) -> None:
+    """Trained and scored by two tensor-parallel ranks, on a text."""
+    out, text = home / "adapter", ("--gate_text", str(home / "text.txt"), "--gate_tokens", "1024")
+    assert main(["export", "--model", str(home / "lora"), "--output_dir", str(out), "--to", "vllm", *TP2, *text]) == 0
     report = json.loads((out / "handover.json").read_text())
-    compared = {(each["subject"], *each["engines"]) for each in report["comparisons"]}
-    assert {("adapter", "megatron", "vllm"), ("merged", "megatron", "vllm"), ("model", "megatron", "vllm")} <= compared
-    assert all(each["max"] < 5e-5 for each in report["comparisons"])
+    compared = {(each["subject"], *each["engines"]): each["max"] for each in report["comparisons"]}
+    of_each = [("megatron", "transformers"), ("megatron", "vllm"), ("transformers", "vllm")]
+    assert {(name, *engines) for name in ("adapter", "merged", "model") for engines in of_each} <= compared.keys()
+    assert all(each["num_tokens"] == 4 * 255 and each["max"] < 5e-5 for each in report["comparisons"])
+    assert min(compared.values()) > 0
     assert '--lora-modules adapter="$here"' in (out / "serve.sh").read_text()
+
+
+def test_a_text_that_cannot_be_scored_is_named(
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--gate_engines", "transformers", "--gate_text")
+    status, out = gate(capsys, exported, *words, tmp_path / "absent.txt")
+    assert status == 1
+    assert f"problem: --gate_text {tmp_path / 'absent.txt'}: cannot be read as text" in out
+    (tmp_path / "short.txt").write_text("Say 3.")
+    status, out = gate(capsys, exported, *words, tmp_path / "short.txt")
+    assert status == 1
+    assert "6 tokens, a row needs 256" in out
 
 
 def damaged(exported: Path, tmp_path: Path) -> Path:

@@ -36,7 +36,7 @@ from mswift.parallel.engine import (
     StateShard,
     StepResult,
 )
-from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters
+from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters, unwrapped
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
 from mswift.parallel.fsdp.lora_start import start_in_weights
@@ -111,7 +111,8 @@ class FsdpEngine:
         self._model = TrainedModel(inner, table.spec, config.loss_fusion)
         self._lay_out()
         self._parameters = {name.removeprefix(_INNER): parameter for name, parameter in self._model.named_parameters()}
-        self._kept = {name: self._model.get_buffer(_INNER + name) for name in self._buffers}
+        buffers = {unwrapped(name.removeprefix(_INNER)): buffer for name, buffer in self._model.named_buffers()}
+        self._kept = {name: buffers[name] for name in self._buffers}
         self._context, made = share_sequences(dims, self.rank, config.cp_comm_type)
         self._groups += made
         trained = {name: self._parameters[name] for name in self._trained}
@@ -194,7 +195,9 @@ class FsdpEngine:
             rows = self._rows(name)
             if mapped.name not in of or not rows.sizes[0]:  # a module in full
                 continue
-            weight = local(self._parameters[weights[f"{of[mapped.name].name}.weight"]])
+            weight = None
+            if of[mapped.name].dora:
+                weight = local(self._parameters[weights[f"{of[mapped.name].name}.weight"]])
             start = first_values(mapped.name, of[mapped.name], weight, rows.offsets[0], rows.sizes[0], lora.seed)
             local(self._parameters[name]).copy_(start)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mswift.errors import LayoutError
+from mswift.errors import ConfigError, LayoutError
 from mswift.tuners.export import export_adapter
 from tests.cpu.test_adapters_moe import of_transformers_4
 from tests.support.adapters import difference, hashes, load_peft
@@ -38,6 +38,7 @@ CASES = {
     "deepseek_v3": ("one", "etp2-ep2"),
     "mixtral": ("ep2",),
 }
+FSDP: dict[str, Any] = {"backend": "fsdp", "recompute_blocks": 2}
 ALL = ("logits", "loss", "grad_norm", "gradients", "weights", "momentum_buffer")
 TOLERANCE = 1e-5
 
@@ -72,6 +73,26 @@ def test_three_steps_equal_peft(truth: Any, family: str, layout: str) -> None:
         frozen, trained = rank["held"]
         assert (frozen.gradients, frozen.optimizer) == (0, 0)
         assert min(frozen.elements, trained.elements) > 0
+
+
+@pytest.mark.parametrize(("family", "world_size"), [("qwen3_moe", 1), ("qwen2_moe", 2), ("deepseek_v3", 2)])
+def test_transformers_model_equals_peft(truth: Any, family: str, world_size: int) -> None:
+    """PEFT's own layers on parameters that are cut over ranks, and computed again."""
+    expected = truth(family)
+    found = mswift_run(expected["home"], world_size, {}, settings=FSDP | {"shard_size": world_size})
+    assert {n: d for n, d in differences(found, expected, ALL).items() if not d <= TOLERANCE} == {}
+    assert found["trainable"] == expected["trainable"]
+    assert any("experts" in name for name in found["gradients"])
+
+
+def test_the_engines_share_starts_and_checkpoints(truth: Any, tmp_path: Path) -> None:
+    home, fsdp = truth("qwen3_moe")["home"], FSDP | {"shard_size": 2}
+    starts = [mswift_run(home, 1, {}, fresh=True), mswift_run(home, 2, {}, fresh=True, settings=fsdp)]
+    assert bitwise_equal([start["weights"] for start in starts])
+    saved = mswift_run(home, *LAYOUTS["tp2-sp"], run=tmp_path / "run")
+    resumed = mswift_run(home, 2, {}, settings=fsdp, resume=tmp_path / "run" / "checkpoint-5")
+    for part in ("weights", "optimizer"):
+        assert bitwise_equal([resumed[part], saved[part]])
 
 
 @pytest.mark.parametrize("layout", ["ep2", "etp2"])
@@ -118,6 +139,16 @@ def test_one_lora_an_expert(truth: Any, tmp_path: Path) -> None:
     for name, tensor in exported.items():
         short = name.removeprefix("base_model.model.")
         np.testing.assert_array_equal(tensor.numpy(), other["weights"][short])
+
+
+def test_one_lora_an_expert_is_refused_where_experts_are_stacked() -> None:
+    from mswift.parallel.fsdp.adapters import check_lora
+    from mswift.tuners.lora import LoraConfig
+    from mswift.tuners.settings import PeftSettings
+
+    settings = PeftSettings(rank=4, alpha=8, target_modules=("w1",))
+    with pytest.raises(ConfigError, match=r"a LoRA for the linear of every expert.* use --backend megatron"):
+        check_lora(LoraConfig(settings, per_expert=True))
 
 
 @contextmanager

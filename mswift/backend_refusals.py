@@ -16,6 +16,8 @@ _MEGATRON_ONLY = (
     *("expert_tensor_parallel_size", "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather"),
     *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
 )
+HIDDEN_TUNERS = ("adapter", "reft")
+"""Values of --tuner_type that change hidden states (`mswift.tuners.hidden`)."""
 FREEZING = (
     *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
     *("trainable_parameters", "trainable_parameters_regex"),
@@ -52,7 +54,7 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         for name in _FSDP_ONLY:
             if _is_given(config, name):
                 yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
-        if config.trains_adapter and not config.trains_lora:
+        if config.trains_adapter and not config.trains_lora and config.tuner_type not in HIDDEN_TUNERS:
             yield ConfigError(
                 f"--tuner_type {config.tuner_type} is computed by PEFT on transformers' model: use --backend fsdp (or "
                 "ddp), or --tuner_type lora"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mswift.backend_refusals import backend_refusals, check_backend, with_shared_sequences
+from mswift.backend_refusals import HIDDEN_TUNERS, backend_refusals, check_backend, with_shared_sequences
 from mswift.config.blend import parse_blend
 from mswift.config.streaming import streaming_refusals
 from mswift.config.train import PtConfig, TrainConfig
@@ -446,9 +446,12 @@ def _tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.trains_adapter:
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
-        return
+        if config.tuner_type not in HIDDEN_TUNERS:
+            return
     for name in _LORA_FLAGS:
         value = getattr(config, name)
+        if name == "adapters" and config.tuner_type in HIDDEN_TUNERS:
+            continue
         if value != type(config).__dataclass_fields__[name].default:
             given = " ".join(value) if isinstance(value, tuple) else value
             yield ConfigError(

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 
-from mswift.backend_refusals import FREEZING
+from mswift.backend_refusals import FREEZING, HIDDEN_TUNERS
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import NORM
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 
-OF_FSDP = ("longlora", "llamapro")
+OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
 
 _FLAGS: Mapping[str, tuple[str, ...]] = {
+    "adapter": ("adapter_length", "adapter_act"),
+    "reft": ("reft_rank", "reft_layers"),
     "llamapro": ("llamapro_num_new_blocks", "llamapro_num_groups"),
 }
 """Tuner -> the flags that are its alone."""
@@ -29,11 +31,17 @@ def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         for name in flags:
             value = getattr(config, name)
             if tuner != owner and value != TrainConfig.__dataclass_fields__[name].default:
-                yield ConfigError(f"--{name} {value} has no effect with --tuner_type {tuner}: use --tuner_type {owner}")
+                given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                yield ConfigError(f"--{name} {given} has no effect with --tuner_type {tuner}: use --tuner_type {owner}")
             elif isinstance(value, int) and value < 1:
                 yield ConfigError(f"--{name} {value} must be at least 1")
     if tuner == "llamapro":
         yield from _llamapro(config)
+    if tuner in HIDDEN_TUNERS and config.new_special_tokens:
+        yield ConfigError(
+            f"--new_special_tokens {config.new_special_tokens[0]} with --tuner_type {tuner}: their rows would stay as "
+            "they start, since no weight of the model is trained: use --tuner_type full or lora"
+        )
     if tuner == "longlora":
         yield from _longlora(config)
     if config.backend == "megatron" and NORM in config.modules_to_save:

@@ -18,7 +18,7 @@ from mswift.converters.reader import WeightReader
 from mswift.parallel.batch import Microbatch
 from mswift.topology import ParallelDims
 from mswift.tuners.lora import LoraConfig
-from mswift.tuners.method import MethodConfig
+from mswift.tuners.other_adapters import OtherConfig
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 """What an engine computes in."""
@@ -120,7 +120,7 @@ class EngineSettings:
     timeout_seconds: float = 1800.0
     loss_fusion: LossFusion = "auto"
     lora: LoraConfig | None = None
-    method: MethodConfig | None = None
+    method: OtherConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     lora_b_lr_ratio: float = 1.0
 

@@ -18,7 +18,7 @@ _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeli
 
 
 TunerType = Literal[
-    "full", "lora", "longlora", "llamapro",
+    "full", "lora", "longlora", "llamapro", "adapter", "reft",
     "adalora", "boft", "fourierft", "hra", "ia3", "loha", "lokr", "miss", "oft", "vblora", "vera",
 ]  # fmt: skip
 """What is trained; from adalora on they are rows of `mswift.tuners.methods`."""
@@ -53,7 +53,8 @@ class TrainConfig:
     # -- tuner
     tuner_type: TunerType = "full"
     """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
-    attention (longlora), new blocks in a frozen model (llamapro), adapters of another method of PEFT."""
+    attention (longlora), new blocks in a frozen model (llamapro), Houlsby's adapters (adapter), LoReFT (reft), adapters
+    of another method of PEFT."""
     tuner_config: str | None = None
     """Fields of PEFT's configuration of a method other than LoRA, as JSON: '{"oft_block_size": 64}'."""
     lora_rank: int = 8
@@ -96,6 +97,14 @@ class TrainConfig:
     """full (fsdp, ddp): train the parameters whose names begin so, whatever else is frozen."""
     trainable_parameters_regex: str | None = None
     """full (fsdp, ddp): train the parameters whose names this expression finds, whatever else is frozen."""
+    adapter_length: int = 128
+    """adapter: width of the bottleneck behind attention and MLP of every layer."""
+    adapter_act: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """adapter: activation of the bottleneck."""
+    reft_rank: int = 4
+    """reft: rank of the intervention behind a layer."""
+    reft_layers: tuple[int, ...] = ()
+    """reft: numbers of the layers with one, from 0. Default: all."""
     lisa_activated_layers: int = 0
     """LISA (full; fsdp, ddp): train this many layers at a time, drawn anew by the seed, and the ends of the model."""
     lisa_step_interval: int = 20

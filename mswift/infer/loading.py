@@ -12,9 +12,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mswift.converters.catalog import read_config
+from mswift.converters.plan import table_for
 from mswift.errors import CheckpointError, ConfigError
 from mswift.infer.model_dir import check_model_dir
 from mswift.tuners.adapter import open_adapter
+from mswift.tuners.hidden import HiddenConfig, is_hidden, layer_prefix
+from mswift.tuners.hidden_modules import Bottleneck, LoReft, attach, set_active
+from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
@@ -98,6 +102,15 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTr
     another shape: an adapter of another base model).
     """
     adapted: Any = model
+    hidden = [path for path in adapters.values() if is_hidden(check_adapter_dir(path))]
+    if hidden:
+        if len(adapters) > 1:
+            raise ConfigError(
+                f"--adapters: {hidden[0]} changes hidden states, and a model takes one such adapter and no other: give "
+                "it alone"
+            )
+        _attach_hidden(model, hidden[0])
+        return model.eval()
     for number, (name, path) in enumerate(adapters.items()):
         adapted = _load_adapter(model, None if number == 0 else adapted, name, path)
     return cast(PreTrainedModel, adapted.eval())
@@ -158,6 +171,21 @@ def _check_converted(adapted: Any, name: str, adapter_dir: Path) -> None:
         )
 
 
+def _attach_hidden(model: PreTrainedModel, path: Path) -> None:
+    """Houlsby's adapters or LoReFT, from files."""
+    table = table_for(model.config.to_dict())
+    adapter = OtherAdapter(path, table.spec.num_layers)
+    assert isinstance(adapter.config, HiddenConfig)
+    adapter.check(adapter.config.shapes(table))
+    parameters = attach(model, layer_prefix(table), adapter.config, table.spec.hidden_size)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(adapter.tensor(name))
+    for module in model.modules():
+        if isinstance(module, Bottleneck | LoReft):
+            module.to(model.device)
+
+
 class ActiveAdapter:
     """Which adapter of a model is in use; changed only where another one is asked for."""
 
@@ -171,7 +199,9 @@ class ActiveAdapter:
         if name == self._now or not self._names:
             return
         self._now = self  # should the next lines fail
-        if name is None:
+        if set_active(self._model, name is not None):
+            pass
+        elif name is None:
             self._model.base_model.disable_adapter_layers()
         else:
             self._model.base_model.enable_adapter_layers()

@@ -22,8 +22,8 @@ from mswift.train.memory import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
 from mswift.tuners.llamapro import new_blocks
-from mswift.tuners.method_adapter import MethodAdapter
-from mswift.tuners.method_flags import method_config
+from mswift.tuners.method_adapter import OtherAdapter
+from mswift.tuners.other_adapters import other_config
 from mswift.tuners.part import Part
 
 
@@ -139,15 +139,15 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
 
 def _adapter(
     config: TrainConfig, reader: WeightReader, num_steps: int
-) -> tuple[dict[str, Any], PeftAdapter | MethodAdapter | None]:
+) -> tuple[dict[str, Any], PeftAdapter | OtherAdapter | None]:
     """(what is trained beside the frozen base, as engines take it; the adapter to continue, which keeps its own)."""
     if not config.trains_adapter:
         return {}, None
     saved = expand_modules_to_save(reader.table, saved_modules(config))
     if not config.trains_lora:
         if not config.adapters:
-            return {"method": method_config(config, reader.table, num_steps), "trainable_modules": saved}, None
-        start = MethodAdapter(Path(config.adapters[0]), config.seed)
+            return {"method": other_config(config, reader.table, num_steps), "trainable_modules": saved}, None
+        start = OtherAdapter(Path(config.adapters[0]), reader.table.spec.num_layers, config.seed)
         return {"method": start.config, "trainable_modules": start.modules_to_save}, start
     if not config.adapters:
         return {"lora": lora_config(config, reader.table), "trainable_modules": saved}, None

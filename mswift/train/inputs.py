@@ -23,10 +23,12 @@ from mswift.refusals import train_dtype
 from mswift.train.memory import trained_parameters
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
+from mswift.tuners.hidden import HIDDEN
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.method import parse_method
 from mswift.tuners.methods import METHODS
+from mswift.tuners.other_adapters import check_hidden
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json, read_peft_config
 from mswift.tuners.shapes import promised_shapes
 
@@ -134,6 +136,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """An adapter to continue keeps its own rank and scale: ConfigError where the flags ask for others."""
     if config.tuner_type in METHODS:
         return _check_method(config, table, path)
+    if config.tuner_type in HIDDEN:
+        return check_hidden(config, table, path)
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)

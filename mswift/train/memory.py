@@ -15,7 +15,7 @@ from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
 from mswift.tuners.llamapro import trained_elements
 from mswift.tuners.lora import LoraConfig
-from mswift.tuners.method_flags import method_config
+from mswift.tuners.other_adapters import other_config
 from mswift.tuners.shapes import promised_shapes
 
 FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
@@ -66,7 +66,7 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
         kept = not config.mtp_num_layers
         return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
     if not config.trains_lora:
-        method, saved = method_config(config, table), saved_shapes(table, _in_full(config, table))
+        method, saved = other_config(config, table), saved_shapes(table, _in_full(config, table))
         own = {trained_name(table, name): shape for name, shape in saved.items()}
         return sum(math.prod(shape) for shape in (own | method.trained_shapes(table)).values())
     lora = lora_config(config, table)

@@ -28,7 +28,8 @@ from mswift.parallel.engine import Engine, StateShard
 from mswift.train.collective import agreed, gather_objects
 from mswift.train.save import dtype_name, shard_bytes
 from mswift.tuners.export import STORED
-from mswift.tuners.method import full_name, parse_method
+from mswift.tuners.method import full_name
+from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, parse_peft_config
 from mswift.tuners.shapes import promised_shapes
 
@@ -106,8 +107,8 @@ def _shapes(table: ModelTable, content: Mapping[str, Any], path: Path) -> dict[s
     """What an adapter's file holds, by the content of its adapter_config.json."""
     if content.get("peft_type") == "LORA":
         return promised_shapes(table, parse_peft_config(content, path))
-    method, saved = parse_method(content, path)
-    return method.file_shapes(table, saved)
+    adapter, saved = parse_other(content, path, table.spec.num_layers)
+    return adapter.file_shapes(table, saved)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
     if config.tuner_type == "llamapro":
         blocks = within(num_layers, config.llamapro_num_new_blocks, config.llamapro_num_groups)
         return f"llamapro, new layers {' '.join(map(str, blocks.new))} of {num_layers}, the others frozen"
+    if config.tuner_type == "adapter":
+        return f"adapter, width {config.adapter_length}, {config.adapter_act}, behind attention and MLP of each layer"
+    if config.tuner_type == "reft":
+        layers = " ".join(map(str, config.reft_layers)) or "all"
+        return f"reft, rank {config.reft_rank}, behind layers {layers}"
     if config.lisa_activated_layers:
         active, every = config.lisa_activated_layers, config.lisa_step_interval
         return f"LISA, {active} of {num_layers} layers at a time, drawn anew every {every} steps; all of the ends"

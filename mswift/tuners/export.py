@@ -15,7 +15,8 @@ from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError
 from mswift.tuners.files import row_blocks, write_safetensors
-from mswift.tuners.method import full_name, parse_method
+from mswift.tuners.method import full_name
+from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -82,16 +83,17 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
 def _export_method(checkpoint: Path, destination: Path) -> AdapterReport:
     """The adapter of another method: its bytes as they are."""
     config = (checkpoint / rundir.HF_FILES / CONFIG_FILE).read_bytes()
-    method, saved = parse_method(json.loads(config), checkpoint / rundir.HF_FILES / CONFIG_FILE)
     source = TorchDistSource(checkpoint)
     table = table_for(read_config(checkpoint / rundir.HF_FILES))
+    path = checkpoint / rundir.HF_FILES / CONFIG_FILE
+    adapter, saved = parse_other(json.loads(config), path, table.spec.num_layers)
     stored = {name.removeprefix(STORED): info for name, info in source.tensors.items() if name.startswith(STORED)}
     tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
 
     def read(name: str, region: Region, out: memoryview) -> None:
         source.read(STORED + name, region, out)
 
-    shapes = method.file_shapes(table, saved)
+    shapes = adapter.file_shapes(table, saved)
     beside = _tokenizer_files(checkpoint)
     return write_tensors(destination, table, shapes, config, tensors, read, where=str(checkpoint), beside=beside)
 

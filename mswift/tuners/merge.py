@@ -34,6 +34,7 @@ from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.files import row_blocks, write_safetensors
 from mswift.tuners.folding import Delta, LinearDelta, parameter_deltas
+from mswift.tuners.hidden import is_hidden
 from mswift.tuners.merge_method import MethodFold
 from mswift.tuners.method_adapter import MethodAdapter
 from mswift.tuners.methods import METHOD_TYPES
@@ -105,6 +106,12 @@ def _open(
     table: ModelTable, stored: Mapping[str, StoredTensor], paths: Sequence[Path]
 ) -> tuple[list[PeftAdapter], MethodFold | None]:
     """LoRA adapters, or one of another method; ConfigError for more with such a one."""
+    for path in paths:
+        if is_hidden(data := read_adapter_json(path)):
+            raise ConfigError(
+                f"--adapters {path}: {data['peft_type']} changes hidden states, and no weight of the model: it cannot "
+                f"be merged; use it beside its base, with mswift infer --adapters {path}"
+            )
     others = [path for path in paths if read_adapter_json(path).get("peft_type") in METHOD_TYPES]
     if not others:
         return [PeftAdapter(path) for path in paths], None

@@ -1,4 +1,4 @@
-"""A PEFT directory of a method beside LoRA as a source of tensors: checked against the model, read region by region."""
+"""The directory of an adapter beside LoRA as a source of tensors: checked against the model, read region by region."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,19 +9,19 @@ from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 from mswift.tuners.adapter import open_adapter
 from mswift.tuners.method import full_name, parse_method, short_name
+from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, check_adapter_dir
 
 _FLOATS = ("F32", "BF16", "F16")
 
 
-class MethodAdapter:
-    """adapter_config.json + adapter_model.safetensors. Names are those of `MethodConfig.shapes`.
+class AdapterFile:
+    """adapter_model.safetensors. Names are without the prefix that tensors of single modules have there.
 
-    Raises ConfigError for a directory that is no such adapter, CheckpointError for a damaged file.
+    Raises CheckpointError for a damaged file.
     """
 
-    def __init__(self, path: Path, seed: int = 0) -> None:
-        self.config, self.modules_to_save = parse_method(check_adapter_dir(path), path / CONFIG_FILE, seed)
+    def __init__(self, path: Path) -> None:
         self.file = path / WEIGHTS_FILE
         self._open, stored = open_adapter(path)
         for name, (dtype, _) in stored.items():
@@ -58,3 +58,19 @@ class MethodAdapter:
         index = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
         value: torch.Tensor = self._open.get_slice(full_name(name))[index]
         return value
+
+
+class MethodAdapter(AdapterFile):
+    """adapter_config.json of one of PEFT's methods, and its tensors; ConfigError for another directory."""
+
+    def __init__(self, path: Path, seed: int = 0) -> None:
+        self.config, self.modules_to_save = parse_method(check_adapter_dir(path), path / CONFIG_FILE, seed)
+        super().__init__(path)
+
+
+class OtherAdapter(AdapterFile):
+    """The same of any adapter beside LoRA; num_layers: of the model."""
+
+    def __init__(self, path: Path, num_layers: int, seed: int = 0) -> None:
+        self.config, self.modules_to_save = parse_other(check_adapter_dir(path), path / CONFIG_FILE, num_layers, seed)
+        super().__init__(path)

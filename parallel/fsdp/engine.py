@@ -39,6 +39,7 @@ from mswift.parallel.engine import (
 from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters, unwrapped
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
+from mswift.parallel.fsdp.hidden import adapters_in
 from mswift.parallel.fsdp.lora_start import start_in_weights
 from mswift.parallel.fsdp.methods import MethodAdapters, decays
 from mswift.parallel.fsdp.model import (
@@ -82,9 +83,9 @@ class FsdpEngine:
         base = map_parameters({name: tuple(t.shape) for name, t in (*inner.named_parameters(), *kept.items())}, table)
         if config.lora is not None:
             add_lora(inner, table, config.lora, config.trainable_modules)
-        self._method = None
+        self._method: MethodAdapters | None = None
         if config.method is not None:
-            self._method = MethodAdapters(inner, table, config.method, config.trainable_modules)
+            self._method = adapters_in(inner, table, config.method, config.trainable_modules)
         if config.trains_adapter:
             for parameter in inner.parameters():
                 if parameter.requires_grad:  # fp32 masters; computed in the dtype of the run

@@ -17,6 +17,7 @@ from mswift.parallel.engine import Read, StateShard, bytes_of
 from mswift.parallel.fsdp.adalora import RankBudget
 from mswift.parallel.fsdp.dropout import count_dropouts
 from mswift.parallel.fsdp.pieces import Mapped, shards, whole
+from mswift.tuners.hidden import FRAME
 from mswift.tuners.inject import inject
 from mswift.tuners.method import MethodConfig
 
@@ -110,5 +111,5 @@ class MethodAdapters:
 
 
 def decays(mapped: Mapped) -> bool:
-    """Whether weight decay is for it: a matrix, not a vector that PEFT shapes like one ([o, 1])."""
-    return sum(size > 1 for size in mapped.shape) > 1
+    """Whether weight decay is for it: a matrix, not a vector that PEFT shapes like one ([o, 1]), nor a frame's."""
+    return sum(size > 1 for size in mapped.shape) > 1 and not mapped.name.endswith(FRAME)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mswift import rundir
-from tests.support.commands import command, make_home, mswift, run
+from tests.support.commands import PROGRAM, command, make_home, mswift, run
 from tests.support.runs import log, tensors
 
 FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
@@ -18,6 +18,8 @@ BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
 CASES: dict[str, tuple[str, list[str]]] = {
     "llamapro": ("sft", [*FSDP, *PRO]),
     "lisa, packed, bfloat16": ("sft", [*FSDP, *LISA, *BFLOAT]),
+    "adapter": ("sft", [*FSDP, "--tuner_type", "adapter", "--adapter_length", "8", "--torch_dtype", "bfloat16"]),
+    "reft": ("sft", [*DDP, "--tuner_type", "reft", "--packing", "--save_hf_steps", "6"]),
     "longlora": ("sft", [*DDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
 }  # fmt: skip
 if os.environ.get("MSWIFT_ALL_FAULTS"):
@@ -109,6 +111,53 @@ def test_an_adapter_with_norms_and_embeddings_is_merged_and_loaded(home: Path, t
         loaded = PeftModel.from_pretrained(base, str(adapter)).eval()(tokens).logits
     torch.testing.assert_close(logits(merged), loaded, rtol=0, atol=1e-4)
     assert (logits(home / "model") - loaded).abs().max() > 1e-2
+    answer = mswift(
+        "infer", "--model", home / "model", "--adapters", adapter, "--prompt", "say 3", "--max_new_tokens", "4"
+    )
+    assert answer.strip()
+
+
+@pytest.mark.parametrize("case", ["adapter", "reft"])
+def test_what_changes_hidden_states_is_exported_and_used_and_not_merged(
+    home: Path, tmp_path: Path, whole: Any, case: str
+) -> None:
+    import torch
+
+    from mswift.infer.loading import ActiveAdapter, load_adapters, load_model
+    from mswift.tuners.hidden_modules import Bottleneck, LoReft
+
+    adapter = tmp_path / "adapter"
+    mswift("export", "--model", whole(case), "--output_dir", adapter)
+    if case == "reft":
+        snapshot = whole(case) / "hf-6"
+        assert all((snapshot / name).read_bytes() == (adapter / name).read_bytes() for name in
+                   ("adapter_config.json", "adapter_model.safetensors"))  # fmt: skip
+    refused = run([*PROGRAM, "merge", "--model", str(home / "model"), "--adapters", str(adapter), "--output_dir",
+                   str(tmp_path / "merged")], status=2)  # fmt: skip
+    assert f"{case.upper()} changes hidden states, and no weight of the model: it cannot be merged" in refused
+    tokens = torch.arange(40)[None]
+    model = load_model(home / "model", None, torch.device("cpu"))
+    with torch.no_grad():
+        before = model(tokens).logits
+        adapted = load_adapters(model, {"a": adapter})
+        after = adapted(tokens).logits
+        active = ActiveAdapter(adapted, ["a"])
+        active.use(None)
+        assert torch.equal(adapted(tokens).logits, before)
+        active.use("a")
+        assert torch.equal(adapted(tokens).logits, after)
+    assert (after - before).abs().max() > 1e-2
+    stored = tensors(whole(case) / "checkpoint-6")
+    loaded = {
+        f"adapter.{place}.{name}": tensor
+        for place, module in adapted.named_modules() if isinstance(module, Bottleneck | LoReft)
+        for name, tensor in module.named_parameters()
+    }  # fmt: skip
+    trained = {name: data for name, data in stored.items() if name.startswith("adapter.")}
+    assert loaded.keys() == trained.keys()
+    for name, tensor in loaded.items():
+        kept = torch.frombuffer(bytearray(trained[name]), dtype=torch.bfloat16 if case == "adapter" else torch.float32)
+        assert torch.equal(tensor.detach().flatten(), kept.float()), name
     answer = mswift(
         "infer", "--model", home / "model", "--adapters", adapter, "--prompt", "say 3", "--max_new_tokens", "4"
     )

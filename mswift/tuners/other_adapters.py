@@ -1,0 +1,52 @@
+"""Adapters beside LoRA: PEFT's methods, and tuners that change hidden states, told apart by name or file. No torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mswift.config.train import TrainConfig
+from mswift.converters.plan import ModelTable
+from mswift.errors import ConfigError
+from mswift.tuners.hidden import HIDDEN, HiddenConfig, hidden_config, is_hidden, parse_hidden
+from mswift.tuners.method import MethodConfig, parse_method
+from mswift.tuners.method_flags import method_config
+from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
+
+OtherConfig = MethodConfig | HiddenConfig
+
+
+def other_config(config: TrainConfig, table: ModelTable, num_steps: int | None = None) -> OtherConfig:
+    """The adapter of `config.tuner_type`, which is no LoRA; num_steps: of the run. ConfigError if it does not fit."""
+    return _hidden(config, table) if config.tuner_type in HIDDEN else method_config(config, table, num_steps)
+
+
+def _hidden(config: TrainConfig, table: ModelTable) -> HiddenConfig:
+    if config.tuner_type == "adapter":
+        return hidden_config(table, "adapter", config.adapter_length, (), config.adapter_act, config.seed)
+    return hidden_config(table, "reft", config.reft_rank, config.reft_layers, seed=config.seed)
+
+
+def parse_other(
+    data: Mapping[str, Any], path: Path, num_layers: int, seed: int = 0
+) -> tuple[OtherConfig, tuple[str, ...]]:
+    """(adapter, modules_to_save) of the content of an adapter_config.json; num_layers: of the model."""
+    if is_hidden(data):
+        return parse_hidden(data, path, num_layers, seed), ()
+    return parse_method(data, path, seed)
+
+
+def check_hidden(config: TrainConfig, table: ModelTable, adapter: Path) -> None:
+    """ConfigError unless the flags mean the adapter that a run with --adapters is to continue."""
+    data = read_adapter_json(adapter)
+    if data.get("peft_type", "LORA") != config.tuner_type.upper():
+        raise ConfigError(
+            f"--tuner_type {config.tuner_type}: --adapters {adapter} is {data.get('peft_type')}: use --tuner_type "
+            f"{str(data.get('peft_type')).lower()}"
+        )
+    there = parse_hidden(data, adapter / CONFIG_FILE, table.spec.num_layers).content(None)
+    for name, value in _hidden(config, table).content(None).items():
+        if there[name] != value:
+            raise ConfigError(
+                f"--{name} {value}: the adapter of --adapters {adapter} has {there[name]}, and training continues it "
+                f"as it is: use --{name} {there[name]}"
+            )

@@ -27,6 +27,10 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")
 LARGEST_GRID = 8
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Key of the input embedding."""
+
+
 class ModelTable:
     """What `family_for(config)` says about the tensors of this very model, in one of the family's spellings."""
 
@@ -101,6 +105,17 @@ class ModelTable:
         for layer, features in enumerate(self._layer_features):
             if holds(drop.when, features | ({"mtp_layer"} if layer >= self.spec.num_layers else set())):
                 yield drop.hf.format(l=layer)
+
+    @cached_property
+    def hf_in_layers(self) -> frozenset[str]:
+        """HF tensors of layers."""
+        places = {name: self.megatron[pieces[0].names[1]] for name, pieces in self.hf_pieces.items()}
+        return frozenset(name for name, tensor in places.items() if tensor.rule.in_layer)
+
+    @cached_property
+    def hf_embeddings(self) -> frozenset[str]:
+        """HF tensors of the input embedding, which may be the output layer's too."""
+        return frozenset(name for name, pieces in self.hf_pieces.items() if pieces[0].names[1] == EMBEDDING)
 
     def without_mtp(self) -> "ModelTable":
         """The table of the model without its multi-token-prediction layers."""

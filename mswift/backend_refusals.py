@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, replace
+from importlib.util import find_spec
 
+from mswift.config.optimizers import ELEMENTWISE, LIBRARIES, LOW_RANK, OF_LAYERS, OF_MEGATRON
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
@@ -22,7 +24,10 @@ FREEZING = (
     *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
     *("trainable_parameters", "trainable_parameters_regex"),
 )
-_FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward", *FREEZING, "neftune_noise_alpha")
+_FSDP_ONLY = (
+    *("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile"),
+    *(*FREEZING, "neftune_noise_alpha"),
+)
 
 
 def with_shared_sequences(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
@@ -50,6 +55,7 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                 yield ConfigError(
                     f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
                 )
+    yield from _optimizer_refusals(config)
     if config.backend == "megatron":
         for name in _FSDP_ONLY:
             if _is_given(config, name):
@@ -76,13 +82,24 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         )
     if config.neftune_noise_alpha < 0:
         yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")
-    if config.recompute_granularity == "selective":
-        yield ConfigError(
-            f"--recompute_granularity selective is not for --backend {config.backend}: use full, or --backend megatron"
-        )
     if config.backend == "ddp" and config.fsdp_shard_size is not None:
         yield ConfigError(
             f"--fsdp_shard_size {config.fsdp_shard_size}: --backend ddp cuts no parameters: leave it out, or use "
+            "--backend fsdp"
+        )
+    if config.torch_compile and config.recompute_granularity == "selective":
+        yield ConfigError(
+            "--recompute_granularity selective chooses among single operators, which --torch_compile joins: use full, "
+            "or leave one out"
+        )
+    if config.fsdp_cpu_offload and config.trains_adapter and not config.trains_lora:
+        yield ConfigError(
+            f"--fsdp_cpu_offload: parameters of --tuner_type {config.tuner_type} are not all cut: leave it "
+            "out, or use lora"
+        )
+    if config.backend == "ddp" and config.fsdp_cpu_offload:
+        yield ConfigError(
+            "--fsdp_cpu_offload: --backend ddp keeps its parameters where it computes: leave it out, or use "
             "--backend fsdp"
         )
     if config.recompute_method == "uniform" and (config.recompute_num_layers or 1) > 1:
@@ -92,10 +109,57 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         )
 
 
+_OF_OPTIMIZERS = {
+    "muon_momentum": ("muon",),
+    **dict.fromkeys(("galore_rank", "galore_update_proj_gap", "galore_scale"), LOW_RANK),
+}
+
+
+def _optimizer_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    chosen = config.optimizer
+    for name, owners in _OF_OPTIMIZERS.items():
+        if _is_given(config, name) and chosen not in owners:
+            yield ConfigError(f"--{name} belongs to --optimizer {' and '.join(owners)}: leave it out")
+    if config.galore_rank < 1 or config.galore_update_proj_gap < 1:
+        yield ConfigError(
+            f"--galore_rank {config.galore_rank}, --galore_update_proj_gap {config.galore_update_proj_gap}: at least 1"
+        )
+    if config.backend == "megatron" and chosen not in OF_MEGATRON:
+        yield ConfigError(
+            f"--optimizer {chosen} is not for --backend megatron: use {' or '.join(OF_MEGATRON)}, or --backend fsdp"
+        )
+    elif chosen in OF_LAYERS and config.trains_adapter:
+        yield ConfigError(
+            f"--optimizer {chosen} is for the matrices of a model that is trained in full, not for adapters: use adam, "
+            "lion, adafactor or adamw_8bit"
+        )
+    elif chosen not in ELEMENTWISE and config.trains_adapter and not config.trains_lora:
+        yield ConfigError(
+            f"--optimizer {chosen} is not for the parameters of --tuner_type {config.tuner_type}: use "
+            f"{', '.join(ELEMENTWISE)}"
+        )
+    if config.lisa_activated_layers and chosen not in ELEMENTWISE:
+        yield ConfigError(
+            f"--optimizer {chosen} with --lisa_activated_layers {config.lisa_activated_layers}: state that is dropped "
+            f"with its layer is that of {', '.join(ELEMENTWISE)}: use one of these"
+        )
+    package = LIBRARIES.get(chosen)
+    if package is not None and find_spec(package) is None:
+        yield ConfigError(
+            f"--optimizer {chosen} needs {package.replace('_', '-')}, which is not installed: "
+            "pip install 'mswift[optim]', or use adam"
+        )
+
+
 def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> None:
     """ConfigError for a model or a number of ranks that the engine cannot lay out."""
     if config.backend == "megatron":
         return
+    if config.optimizer in OF_LAYERS and spec.moe is not None:
+        raise ConfigError(
+            f"--optimizer {config.optimizer}: transformers keeps the experts of a layer in one tensor, which is no "
+            "matrix: use adam, lion, adafactor or adamw_8bit"
+        )
     size = config.fsdp_shard_size
     if size is not None and dims.world_size % size:
         raise LayoutError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mswift.config.loss import LossFusion
+from mswift.config.optimizers import OptimizerName
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
@@ -108,7 +109,7 @@ class EngineSettings:
 
     dtype: Literal["F32", "BF16"] = "F32"
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: OptimizerName = "adam"
     lr: float = 1e-5
     weight_decay: float = 0.1
     adam_beta1: float = 0.9

@@ -36,12 +36,12 @@ class _Now:
 _now = _Now()
 
 
-def register() -> None:
-    """Make `NAME` known to transformers; a second call changes nothing."""
+def register(*, compiled: bool = False) -> None:
+    """Make `NAME` known to transformers; a second call changes nothing. compiled: torch.compile passes it by."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(attend) if compiled else attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from mswift.config.agents import AgentTemplate
 from mswift.config.loss import LossFusion
+from mswift.config.optimizers import OptimizerName
 
 _alias = tyro.conf.arg
 _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeline_rank"])]
@@ -174,8 +175,9 @@ class TrainConfig:
     """Order of the data, initialisation of adapters."""
 
     # -- optimizer
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """adam is AdamW (decoupled weight decay); sgd has momentum."""
+    optimizer: OptimizerName = "adam"
+    """adam is AdamW (decoupled weight decay); sgd has momentum. fsdp, ddp: lion; adafactor; adamw_8bit (bitsandbytes);
+    and for the matrices of layers, with adam for the rest: muon, galore, apollo (pip install 'mswift[optim]')."""
     lr: Annotated[float, _alias(aliases=["--learning_rate"])] = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -191,15 +193,23 @@ class TrainConfig:
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """WSD: shape of the final decay."""
     weight_decay: float = 0.1
-    """Decay of matrices: decoupled (adam), or added to the gradient (sgd). Vectors (norms, biases) have none."""
+    """Decay of matrices: decoupled, or added to the gradient (sgd). Vectors (norms, biases) have none."""
     adam_beta1: float = 0.9
-    """Adam."""
+    """adam, adamw_8bit, galore, apollo; also lion's."""
     adam_beta2: float = 0.95
-    """Adam."""
+    """As adam_beta1; 0.99 is usual for lion."""
     adam_eps: float = 1e-8
-    """Adam."""
+    """As adam_beta1, but lion has none."""
     sgd_momentum: float = 0.9
     """SGD."""
+    muon_momentum: float = 0.95
+    """muon."""
+    galore_rank: int = 128
+    """galore, apollo: rows or columns that a gradient is projected to; smaller matrices have adam."""
+    galore_update_proj_gap: int = 200
+    """galore, apollo: steps with the same projection."""
+    galore_scale: float | None = None
+    """galore, apollo: factor of the update (apollo: its square). Default: 0.25, apollo 1."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -246,8 +256,13 @@ class TrainConfig:
     """fsdp: ranks that share the parameters; groups of as many hold a copy each (HSDP). Default: all ranks."""
     fsdp_reshard_after_forward: bool = True
     """fsdp: let a layer's gathered parameters go after its forward pass, and gather them again for the backward one."""
+    fsdp_cpu_offload: bool = False
+    """fsdp: parameters, gradients and optimizer state in host memory, where updates are computed too."""
+    torch_compile: bool = False
+    """fsdp, ddp: compile what is inside of each layer, attention left out; a minute or more before the first step."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer."""
+    """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer (fsdp,
+    ddp: all of each layer but products of matrices and attention)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """full: uniform keeps the input of every recompute_num_layers-th layer, block recomputes that many layers."""
     recompute_num_layers: int | None = None

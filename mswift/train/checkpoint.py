@@ -5,6 +5,7 @@ checkpoint-<step>/
         <megatron key>                    weights (a full run), model space: no padding, any layout
         adapter.<peft name>               adapters (a LoRA run)
         optimizer.<state>.<key>           fp32, laid out like their parameter
+        optimizer.<state>.of.<HF name>    what a rule of whole matrices (adafactor, muon, ...) keeps of one
         rng.<rank>                        generator states, used only at the same layout
     hf/                                   config.json, tokenizer, (LoRA) adapter_config.json
     run.json                              step, data position, configuration, layout

@@ -26,6 +26,7 @@ from mswift.train.memory import (
     StageMemory,
     checkpoint_bytes,
     fsdp_memory,
+    host_bytes,
     idle_parameters,
     stage_memory,
 )
@@ -238,6 +239,9 @@ def _memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: Para
     if config.backend != "megatron":
         yield "memory", f"{dtype}, of one rank, estimated:\n{_table([fsdp_memory(config, table, dims, dtype_bytes)])}"
         yield "  weights", FSDP_WEIGHTS
+        if config.fsdp_cpu_offload:
+            held = _size(host_bytes(config, table, dims, dtype_bytes))
+            yield "  host", f"{held} of weights, gradients and optimizer state of a rank (--fsdp_cpu_offload)"
         yield "  activations", ACTIVATIONS
         return
     stages = [stage_memory(config, table, dims, dtype_bytes, stage) for stage in range(dims.pp)]

@@ -104,15 +104,24 @@ def _fsdp_engine(
     if config.recompute_granularity == "full":
         every = config.recompute_method == "uniform"
         again = reader.table.spec.num_layers if every else config.recompute_num_layers or 0
+    elif config.recompute_granularity == "selective":
+        again = reader.table.spec.num_layers
     own = FsdpConfig(
         **shared,
         shard_size=shard_size(config, dims.world_size),
         reshard_after_forward=config.fsdp_reshard_after_forward,
         recompute_blocks=again,
+        recompute_keeps_products=config.recompute_granularity == "selective",
+        cpu_offload=config.fsdp_cpu_offload,
+        compile_layers=config.torch_compile,
         part=part_of(config, reader.table),
         lisa=lisa_of(config, reader.table),
         shifted_attention=config.tuner_type == "longlora",
         neftune_alpha=config.neftune_noise_alpha,
+        muon_momentum=config.muon_momentum,
+        galore_rank=config.galore_rank,
+        galore_update_proj_gap=config.galore_update_proj_gap,
+        galore_scale=config.galore_scale,
     )
     return FsdpEngine(reader.table, dims, own, device)
 

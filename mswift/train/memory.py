@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from mswift.backend_refusals import shard_size
 from mswift.config.loss import is_fused, piece_tokens
+from mswift.config.optimizers import ELEMENTWISE, rule_of, state_bytes
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.megatron_tensor import MegatronTensor
-from mswift.converters.plan import ModelTable
+from mswift.converters.plan import EMBEDDING, ModelTable
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.topology import ParallelDims
@@ -20,14 +21,13 @@ from mswift.tuners.shapes import promised_shapes
 
 FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
 _LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
-EMBEDDING = "embedding.word_embeddings.weight"
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
-_STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each trained parameter
+_STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each parameter that megatron-core trains
 _MASTER_BYTES = 4  # fp32 copy of a trained bf16 parameter
 
 FSDP_WEIGHTS = (
     "fp32 where trained, divided by the ranks that share them, with two gathered layers and the ends of the model in "
-    "the dtype of the run; gradients and optimizer fp32, divided likewise"
+    "the dtype of the run; gradients fp32 and the state of the optimizer, divided likewise"
 )
 ACTIVATIONS = (
     "microbatches in flight x tokens / CP x layers x (4h + 2(a + kv)d/TP + 4f/TP) x bytes, h/TP with SP; no recompute"
@@ -65,13 +65,34 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     if config.tuner_type == "full":
         kept = not config.mtp_num_layers
         return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
+    return sum(map(math.prod, _adapter_shapes(config, table).values()))
+
+
+def _adapter_shapes(config: TrainConfig, table: ModelTable) -> dict[str, tuple[int, ...]]:
+    """What an adapter run trains, by PEFT's names; modules in full by their own."""
     if not config.trains_lora:
         method, saved = other_config(config, table), saved_shapes(table, _in_full(config, table))
         own = {trained_name(table, name): shape for name, shape in saved.items()}
-        return sum(math.prod(shape) for shape in (own | method.trained_shapes(table)).values())
+        return own | method.trained_shapes(table)
     lora = lora_config(config, table)
     settings = replace(lora.settings, modules_to_save=_in_full(config, table))
-    return sum(math.prod(shape) for shape in promised_shapes(lora.own_table(table), settings).values())
+    return promised_shapes(lora.own_table(table), settings)
+
+
+def optimizer_bytes(config: TrainConfig, table: ModelTable) -> int:
+    """State of the update rules over the whole job, one copy of it; no fp32 masters. Of a part of a model its share."""
+    trained = trained_parameters(config, table)
+    if config.optimizer in ELEMENTWISE:
+        return trained * 4 * len(ELEMENTWISE[config.optimizer])
+    shapes = _adapter_shapes(config, table) if config.trains_adapter else table.without_mtp().hf
+    rank, total = config.galore_rank, 0
+    for name, shape in shapes.items():
+        is_embedding = name in table.hf_embeddings
+        rule = rule_of(
+            config.optimizer, shape, in_layer=name in table.hf_in_layers, is_embedding=is_embedding, rank=rank
+        )
+        total += state_bytes(rule, shape, rank)
+    return math.ceil(total * trained / sum(map(math.prod, shapes.values())))
 
 
 def _in_full(config: TrainConfig, table: ModelTable) -> tuple[str, ...]:
@@ -80,10 +101,10 @@ def _in_full(config: TrainConfig, table: ModelTable) -> tuple[str, ...]:
 
 def checkpoint_bytes(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
     """Of one checkpoint: what is trained (a LoRA run: its adapter), with the optimizer's fp32 state."""
-    state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
+    masters = _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)
     trained = trained_parameters(config, table)
     held = trained if config.trains_adapter else stage_parameters(table, ParallelDims(), 0)
-    return held * dtype_bytes + trained * state
+    return held * dtype_bytes + trained * masters + optimizer_bytes(config, table)
 
 
 def lora_config(config: TrainConfig, table: ModelTable) -> LoraConfig:
@@ -187,20 +208,36 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     lora = config.trains_adapter
     trained = trained_parameters(config, table)
     per_layer = (total - _ends(table)) / table.spec.num_layers
-    gathered = 2 * per_layer + _ends(table) if parts > 1 or dtype_bytes < _GRAD_BYTES else 0.0
-    frozen = total if lora else max(total - trained, 0)
-    learning = trained  # at a time
-    if config.lisa_activated_layers:
-        learning = math.ceil(_ends(table) + config.lisa_activated_layers * per_layer)
-    held = trained * _GRAD_BYTES + frozen * dtype_bytes
+    copied = parts > 1 or dtype_bytes < _GRAD_BYTES or config.fsdp_cpu_offload
+    gathered = 2 * per_layer + _ends(table) if copied else 0.0
+    on_device = not config.fsdp_cpu_offload
+    held, learning, state = _held_by_all(config, table, dtype_bytes)
     return StageMemory(
         parameters=total + trained * lora,
         trained=trained,
-        weights_bytes=math.ceil(held / parts + gathered * dtype_bytes),
-        gradients_bytes=math.ceil(learning * _GRAD_BYTES / parts),
-        optimizer_bytes=math.ceil(learning * _STATE_BYTES[config.optimizer] / parts),
+        weights_bytes=math.ceil(on_device * held / parts + gathered * dtype_bytes),
+        gradients_bytes=math.ceil(on_device * learning * _GRAD_BYTES / parts),
+        optimizer_bytes=math.ceil(on_device * state / parts),
         activations_bytes=_activations(config, table, dims, dtype_bytes, 0),
     )
+
+
+def _held_by_all(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> tuple[int, int, int]:
+    """Of the ranks that share them: bytes of weights (fp32 where trained), elements with gradients, bytes of state."""
+    total, trained = stage_parameters(table, ParallelDims(), 0), trained_parameters(config, table)
+    frozen = total if config.trains_adapter else max(total - trained, 0)
+    held = trained * _GRAD_BYTES + frozen * dtype_bytes
+    if not config.lisa_activated_layers:
+        return held, trained, optimizer_bytes(config, table)
+    ends = _ends(table)
+    learning = math.ceil(ends + config.lisa_activated_layers * (total - ends) / table.spec.num_layers)  # at a time
+    return held, learning, learning * 4 * len(ELEMENTWISE[config.optimizer])
+
+
+def host_bytes(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int) -> int:
+    """What one rank keeps in host memory with --fsdp_cpu_offload: weights, gradients, optimizer state."""
+    held, learning, state = _held_by_all(config, table, dtype_bytes)
+    return math.ceil((held + learning * _GRAD_BYTES + state) / shard_size(config, dims.world_size))
 
 
 def _ends(table: ModelTable) -> int:

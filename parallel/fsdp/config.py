@@ -12,15 +12,24 @@ class FsdpConfig(EngineSettings):
     """BF16 keeps fp32 weights, sharded, and computes in bf16 copies of a block at a time.
 
     shard_size: ranks that share the parameters; each group of as many holds all of them. recompute_blocks: of how many
-    of the first blocks only the input is kept. part: what of a full run is trained (None: everything). lisa: which of
-    its layers are trained at a time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et
-    al. 2023, arXiv 2310.05914). shifted_attention: training attends within groups (`mswift.parallel.shifted`).
+    of the first blocks only the input is kept; recompute_keeps_products: and the results of `model.KEPT`. cpu_offload:
+    parameters, gradients and optimizer state lie in host memory. part: what of a full run is trained (None:
+    everything). lisa: which of its layers are trained at a time (None: all). neftune_alpha: noise on the embeddings of
+    training batches (Jain et al. 2023, arXiv 2310.05914). shifted_attention: training attends within groups
+    (`mswift.parallel.shifted`). galore_scale None: the library's.
     """
 
     shard_size: int = 1
     reshard_after_forward: bool = True
     recompute_blocks: int = 0
+    recompute_keeps_products: bool = False
+    cpu_offload: bool = False
+    compile_layers: bool = False
     part: Part | None = None
     neftune_alpha: float = 0.0
     lisa: LayerSampling | None = None
     shifted_attention: bool = False
+    muon_momentum: float = 0.95
+    galore_rank: int = 128
+    galore_update_proj_gap: int = 200
+    galore_scale: float | None = None

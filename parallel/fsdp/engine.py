@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from mswift.config.optimizers import rule_of
 from mswift.converters.adapters import expand_modules_to_save
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
@@ -35,6 +36,7 @@ from mswift.parallel.engine import (
     Read,
     StateShard,
     StepResult,
+    bytes_of,
 )
 from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters, unwrapped
 from mswift.parallel.fsdp.config import FsdpConfig
@@ -47,14 +49,16 @@ from mswift.parallel.fsdp.model import (
     add_noise,
     allocate,
     blocks,
+    compile_layers,
     empty_model,
     last_microbatch,
     recompute,
     saved_buffers,
     shard,
 )
-from mswift.parallel.fsdp.optimizer import Group, ShardedOptimizer, local
+from mswift.parallel.fsdp.optimizer import ShardedOptimizer, local
 from mswift.parallel.fsdp.pieces import Mapped, map_parameters, read_rows, row_regions, shards, whole
+from mswift.parallel.fsdp.rules import Group
 from mswift.parallel.fsdp.sampled import SampledLayers, layers_of
 from mswift.topology import ParallelDims
 from mswift.tuners.part import Part
@@ -106,7 +110,9 @@ class FsdpEngine:
         ):  # a global tensor may be trained in a part of it: state goes by transformers' names
             self._state_of = {name: whole(m.name, f"of.{m.name}", m.shape) for name, m in self._trained.items()}
         layer_of = layers_of(inner) if config.lisa is not None else {}
-        recompute(blocks(inner)[: config.recompute_blocks])
+        if config.compile_layers:
+            compile_layers(blocks(inner), device)
+        recompute(blocks(inner)[: config.recompute_blocks], keep_products=config.recompute_keeps_products)
         if config.neftune_alpha:
             add_noise(inner, config.neftune_alpha)
         self._model = TrainedModel(inner, table.spec, config.loss_fusion)
@@ -117,7 +123,7 @@ class FsdpEngine:
         self._context, made = share_sequences(dims, self.rank, config.cp_comm_type)
         self._groups += made
         trained = {name: self._parameters[name] for name in self._trained}
-        self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group)
+        self._optimizer = ShardedOptimizer(trained, self._optimizer_groups(trained), config, self._norm_group, device)
         self._sampled: SampledLayers | None = None
         if config.lisa is not None:
             self._sampled = SampledLayers(config.lisa, layer_of, trained, self._optimizer.drop_states)
@@ -144,20 +150,28 @@ class FsdpEngine:
         whole_ones = () if self._method is None else [*self._method.replicated.values()]
         if self._method is not None:
             self._method.move(self.device)
-        if world == 1 and config.dtype == "F32":
+        if world == 1 and config.dtype == "F32" and not config.cpu_offload:
             allocate(self._model, self.device)
             return
         used = mesh["shard"] if self._copies == 1 else mesh
-        shard(self._model, used, DTYPES[config.dtype], self.device, config.reshard_after_forward, whole_ones)
+        dtype, reshard = DTYPES[config.dtype], config.reshard_after_forward
+        shard(self._model, used, dtype, self.device, reshard, config.cpu_offload, whole_ones)
 
     def _optimizer_groups(self, trained: dict[str, torch.nn.Parameter]) -> list[Group]:
-        ratio = self.config.lora_b_lr_ratio
-        found: dict[tuple[bool, float], list[str]] = {}
+        config, table, ratio = self.config, self.table, self.config.lora_b_lr_ratio
+        found: dict[tuple[bool, float, str], list[str]] = {}
         for name, mapped in self._trained.items():
             factor = ratio if ratio != 1 and ".lora_A." not in mapped.name and ".lora_" in mapped.name else 1.0
             matrix = len(mapped.shape) > 1 if self._method is None else decays(mapped)
-            found.setdefault((matrix, factor), []).append(name)
-        return [Group(tuple(names), decays, factor) for (decays, factor), names in found.items()]
+            rule = rule_of(
+                config.optimizer,
+                mapped.shape,
+                in_layer=mapped.name in table.hf_in_layers,
+                is_embedding=mapped.name in table.hf_embeddings,
+                rank=config.galore_rank,
+            )
+            found.setdefault((matrix, factor, rule), []).append(name)
+        return [Group(tuple(names), decay, factor, rule) for (decay, factor, rule), names in found.items()]
 
     # -- weights
 
@@ -247,6 +261,22 @@ class FsdpEngine:
                 for key, values in self._optimizer.states(name):
                     read_rows(self._state_of[name], rows, values, read, f"optimizer.{key}.")
         self._read({n: m for n, m in self._saved.items() if n not in self._trained}, read, lambda _: dtype)
+        if optimizer_step:
+            self._load_whole_states(read, optimizer_step)
+
+    def _load_whole_states(self, read: Read, optimizer_step: int) -> None:
+        """State of rules that need whole matrices, by the parameters whose state this rank keeps."""
+        for rule in self._optimizer.whole:
+            for name in rule.owned:
+                tensors = rule.empty_states(name)
+                for key, tensor in tensors.items():
+                    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    read(self._whole_key(name, key), Region.full(_at_least_1d(tensor.shape)), bytes_of(found))
+                    tensor.copy_(found)
+                rule.restore(name, tensors, optimizer_step)
+
+    def _whole_key(self, name: str, state: str) -> str:
+        return f"optimizer.{state}.of.{self._trained[name].name}"
 
     @torch.no_grad()
     def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
@@ -284,12 +314,20 @@ class FsdpEngine:
             yield from self._method.shards()
 
     def optimizer_shards(self) -> Iterator[StateShard]:
-        """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16."""
+        """fp32 optimizer state, laid out like its parameter: `optimizer.<state>.<key>`; also fp32 masters of BF16.
+
+        What a rule of whole matrices keeps is as it has it: `optimizer.<state>.of.<transformers' name>`.
+        """
         for name, mapped, rows in self._answered(self._state_of):
             if self.config.dtype != "F32":
                 yield from shards(mapped, rows, self._optimizer.shard(name), "optimizer.master.")
             for key, values in self._optimizer.states(name):
                 yield from shards(mapped, rows, values, f"optimizer.{key}.")
+        for rule in self._optimizer.whole if self._copy == 0 else ():
+            for name in rule.owned:
+                for key, values in rule.states(name):
+                    shape = _at_least_1d(values.shape)
+                    yield StateShard(self._whole_key(name, key), shape, Region.full(shape), values.contiguous())
         if self._method is not None and self.rank == 0:
             yield from self._method.state_shards()
 
@@ -434,11 +472,10 @@ class FsdpEngine:
         """What this rank holds for its (frozen, trained) parameters."""
         frozen = [p for name, p in self._parameters.items() if name not in self._trained]
         idle = set() if self._sampled is None else self._sampled.idle(self.optimizer_step)
-        trained = _held(
-            [self._parameters[name] for name in self._trained if name not in idle], self._optimizer.bytes_per_element
-        )
-        resting = _held([self._parameters[name] for name in idle], 0)
-        return _held(frozen, 0), Held(*(a + b for a, b in zip(trained, resting, strict=True)))
+        trained = [self._parameters[name] for name in self._trained if name not in idle]
+        (elements, weights), (resting, of_resting) = _size(trained), _size([self._parameters[name] for name in idle])
+        state = self._optimizer.state_bytes(idle)
+        return Held(*_size(frozen), 0, 0), Held(elements + resting, weights + of_resting, weights, state)
 
     def close(self) -> None:
         """Let go of the model and of the groups; the engine is of no use afterwards.
@@ -448,7 +485,7 @@ class FsdpEngine:
         sequence.share_with("p2p", None, 1)
         sequence.attending(None)
         self._parameters, self._base, self._saved, self._trained, self._kept = {}, {}, {}, {}, {}
-        del self._model, self._optimizer, self._norm_group, self._context, self._method
+        del self._model, self._optimizer, self._sampled, self._norm_group, self._context, self._method
         while self._groups:
             if self._groups[-1] is not dist.group.WORLD:
                 dist.destroy_process_group(self._groups[-1])
@@ -457,9 +494,12 @@ class FsdpEngine:
         gc.collect()
 
 
-def _held(parameters: Sequence[Tensor], state_bytes: int) -> Held:
+def _size(parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """(elements, bytes) of them on this rank."""
     mine = [local(parameter) for parameter in parameters]
-    elements = sum(each.numel() for each in mine)
-    weights = sum(each.numel() * each.element_size() for each in mine)
-    gradients = weights if state_bytes else 0
-    return Held(elements, weights, gradients, elements * state_bytes)
+    return sum(each.numel() for each in mine), sum(each.numel() * each.element_size() for each in mine)
+
+
+def _at_least_1d(shape: Sequence[int]) -> tuple[int, ...]:
+    """A number is saved as a tensor of one element."""
+    return tuple(shape) or (1,)

@@ -3,14 +3,17 @@
 Shapes: b rows, s positions of this rank, h hidden, V vocabulary.
 """
 
+import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mswift.config.loss import LossFusion, is_fused
 from mswift.converters.plan import ModelTable
@@ -147,16 +150,43 @@ def add_noise(model: nn.Module, alpha: float) -> None:
     model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
 
 
-def recompute(layers: list[nn.Module]) -> None:
-    """Keep the inputs of these blocks only; what is inside is computed again in the backward pass."""
+def compile_layers(layers: list[nn.Module], device: torch.device) -> None:
+    """What is inside of each layer by torch.compile, for any length from the start; attention stays as it is.
+
+    ConfigError on a CPU without a compiler.
+    """
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ConfigError(f"--torch_compile needs a C++ compiler on a CPU ({', '.join(compilers)}): leave it out")
+    sequence.register(compiled=True)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+
+
+KEPT = (
+    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention",),
+)
+"""torch's operators (torch.ops.aten.NAME.default) whose results are kept: products of matrices, and attention."""
+
+
+def recompute(layers: list[nn.Module], *, keep_products: bool = False) -> None:
+    """Keep the inputs of these blocks only; what is inside is computed again in the backward pass.
+
+    keep_products: all but what `KEPT` gives is.
+    """
+    operators = [getattr(torch.ops.aten, name).default for name in KEPT if hasattr(torch.ops.aten, name)]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keep_products:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, operators)
     for layer in layers:
         plain = layer.forward
 
-        def again(*args: Any, _plain: Any = plain, **options: Any) -> Any:
+        def again(*args: Any, _plain: Any = plain, **named: Any) -> Any:
             if not torch.is_grad_enabled():
-                return _plain(*args, **options)
-            kept = remembered(_plain)
-            return checkpoint(kept, *args, use_reentrant=False, preserve_rng_state=False, **options)
+                return _plain(*args, **named)
+            return checkpoint(remembered(_plain), *args, **options, **named)
 
         layer.forward = again  # type: ignore[method-assign]
 
@@ -184,22 +214,33 @@ def shard(
     dtype: torch.dtype,
     device: torch.device,
     reshard: bool,
+    offload: bool,
     whole: Collection[nn.Parameter] = (),
 ) -> None:
     """Cut every parameter over the last axis of `mesh`, block by block: memory for one whole block at a time.
 
     Computes in `dtype` and sums gradients in fp32. reshard: blocks are let go of after forward, and gathered again.
-    whole: parameters that stay as they are on every rank.
+    offload: the cut parameters and their gradients lie in host memory, pinned where there is a GPU. whole: parameters
+    that stay as they are on every rank.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers, ignored = blocks(model.inner), set(whole) or None
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": place}
+    options["ignored_params"] = set(whole) or None
+    layers = blocks(model.inner)
     for layer in layers:
         allocate(layer, device)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
+        fully_shard(layer, reshard_after_forward=reshard, **options)
     allocate(model, device)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
+    fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are divided by the sum of weights of all ranks

@@ -1,26 +1,16 @@
-"""torch's update rules over the shards of this rank, with the norm of the whole gradient."""
+"""Update rules over the shards of this rank, with the norm of the whole gradient."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mswift.config.optimizers import ELEMENTWISE
 from mswift.parallel.fsdp.config import FsdpConfig
-
-STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""Names of an update rule's fp32 tensors, each shaped like the parameter."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Trained parameters with the same decay and learning rate."""
-
-    names: tuple[str, ...]
-    decays: bool
-    lr_factor: float = 1.0
+from mswift.parallel.fsdp.rules import Group, LocalRule
+from mswift.parallel.fsdp.whole import WholeRule
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,23 +27,26 @@ class ShardedOptimizer:
         groups: Sequence[Group],
         config: FsdpConfig,
         norm_group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
-        """norm_group: ranks that hold different rows; what is no DTensor they all hold whole."""
+        """norm_group: ranks that hold different rows; what is no DTensor they all hold whole.
+
+        device: what its collectives take, wherever the rows lie.
+        """
         self._parameters, self._config, self._norm_group = dict(parameters), config, norm_group
+        self._device = device
         self._shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
-        self._factors = [group.lr_factor for group in groups]
-        settings = [
-            {
-                "params": [self._shards[name] for name in group.names],
-                "weight_decay": config.weight_decay if group.decays else 0.0,
-            }
-            for group in groups
-        ]
-        if config.optimizer == "sgd":
-            self._rule: torch.optim.Optimizer = torch.optim.SGD(settings, lr=config.lr, momentum=config.sgd_momentum)
-        else:
-            betas = (config.adam_beta1, config.adam_beta2)
-            self._rule = torch.optim.AdamW(settings, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        local_rules: list[LocalRule] = []
+        self.whole: list[WholeRule] = []
+        for rule in dict.fromkeys(group.rule for group in groups):
+            own = [group for group in groups if group.rule == rule]
+            if rule in ELEMENTWISE:
+                local_rules.append(LocalRule(rule, own, self._shards, config))
+            else:
+                self.whole.append(WholeRule(rule, own, shapes, self._shards, config, norm_group, device))
+        self._rules: list[LocalRule | WholeRule] = [*local_rules, *self.whole]
+        self._local_of = {name: rule for rule in local_rules for name in rule.names}
 
     def shard(self, name: str) -> Tensor:
         """The fp32 rows of a parameter that this rank updates."""
@@ -74,8 +67,8 @@ class ShardedOptimizer:
                 share.append(1 if isinstance(parameter, DTensor) else 1 / self._norm_group.size())
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32).double() for g in gradients]
         squares = [norm.square() * part for norm, part in zip(norms, share, strict=True)]
-        device = next(iter(self._shards.values())).device
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        total = total.to(self._device)
         dist.all_reduce(total, group=self._norm_group)
         grad_norm = float(total.sqrt())
         updated = may_update(grad_norm)
@@ -84,9 +77,8 @@ class ShardedOptimizer:
             factor = limit / (grad_norm + 1e-6) if limit > 0 else 1.0
             if factor < 1 and gradients:
                 torch._foreach_mul_(gradients, factor)
-            for group, of in zip(self._rule.param_groups, self._factors, strict=True):
-                group["lr"] = lr * of
-            self._rule.step()
+            for rule in self._rules:
+                rule.step(lr)
         return grad_norm, updated
 
     def forget_gradients(self) -> None:
@@ -95,25 +87,19 @@ class ShardedOptimizer:
             parameter.grad = self._shards[name].grad = None
 
     def states(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor like the shard) of the update rule; none before the first step."""
-        state = self._rule.state.get(self._shards[name], {})
-        for key in STATES[self._config.optimizer]:
-            if state.get(key) is not None:
-                yield key, state[key]
+        """(name, tensor like the shard) of an elementwise rule; none before the first step."""
+        if name in self._local_of:
+            yield from self._local_of[name].states(name)
 
     def make_states(self, name: str, step: int) -> None:
-        """Allocate the state as it is after `step` updates, tensors still zero."""
-        shard = self._shards[name]
-        state: dict[str, Tensor] = {key: torch.zeros_like(shard) for key in STATES[self._config.optimizer]}
-        if self._config.optimizer == "adam":
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=shard.device)
-        self._rule.state[shard] = state
+        """Allocate the state of an elementwise rule as it is after `step` updates, tensors still zero."""
+        if name in self._local_of:
+            self._local_of[name].make_states(name, step)
 
     def drop_states(self, name: str) -> None:
         """Let go of the state of a parameter; the next update that changes it begins anew."""
-        self._rule.state.pop(self._shards[name], None)
+        self._local_of[name].drop_states(name)
 
-    @property
-    def bytes_per_element(self) -> int:
-        """Of fp32 state for each element that is updated."""
-        return 4 * len(STATES[self._config.optimizer])
+    def state_bytes(self, idle: Set[str] = frozenset()) -> int:
+        """Of this rank's state, counted from the start; `idle` parameters have none now."""
+        return sum(rule.state_bytes(idle) for rule in self._rules)

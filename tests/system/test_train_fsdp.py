@@ -18,6 +18,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "lora, one process": ("sft", ["--backend", "ddp", "--tuner_type", "lora", "--neftune_noise_alpha", "5"]),
     "a part, packed": ("sft", ["--backend", "fsdp", "--nproc_per_node", "2", "--packing", "--freeze_parameters_ratio",
                                "0.5", "--neftune_noise_alpha", "5", "--torch_dtype", "bfloat16"]),
+    "whole matrices, in host memory": ("sft", ["--backend", "fsdp", "--nproc_per_node", "2", "--optimizer", "muon",
+                                               "--fsdp_cpu_offload", "--recompute_granularity", "selective"]),
     "copies, bfloat16": ("sft", ["--backend", "ddp", "--nproc_per_node", "2", "--torch_dtype", "bfloat16", *AGAIN]),
 }  # fmt: skip
 

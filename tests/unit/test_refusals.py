@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mswift.config.train import PtConfig, SftConfig
-from mswift.converters.spec import DeltaSpec, LayerSpec, ModelSpec, RopeSpec
+from mswift.converters.spec import DeltaSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 from mswift.errors import ConfigError, LayoutError
 from mswift.refusals import check_schedule, check_train, train_dtype, train_refusals
 
@@ -303,6 +303,43 @@ def test_tensor_parallel_sizes_that_a_message_names_all_work(
     assume(kv_heads % tp or (8 * ffn_units) % tp)
     for size in _remedies(_refused(config, tp, spec), "tensor_model_parallel_size"):
         check_train(dataclasses.replace(config, tensor_model_parallel_size=int(size)), spec, int(size))
+
+
+_MOE = dataclasses.replace(SPEC, moe=MoeSpec(num_experts=4, top_k=2, ffn_hidden_size=32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "spec", "words"),
+    [
+        (
+            {"optimizer": "lion"},
+            SPEC,
+            "is not for --backend megatron: use adam or sgd, or --backend fsdp",
+        ),
+        ({"optimizer": "muon", "backend": "fsdp", "tuner_type": "lora"}, SPEC, "not for adapters: use adam, lion"),
+        ({"optimizer": "muon", "backend": "ddp"}, _MOE, "experts of a layer in one tensor"),
+        (
+            {"backend": "fsdp", "torch_compile": True, "recompute_granularity": "selective"},
+            SPEC,
+            "which --torch_compile joins: use full",
+        ),
+        ({"fsdp_cpu_offload": True}, SPEC, "--fsdp_cpu_offload belongs to --backend fsdp"),
+        ({"fsdp_cpu_offload": True, "backend": "ddp"}, SPEC, "keeps its parameters where it computes: leave it out"),
+        ({"backend": "fsdp", "muon_momentum": 0.9}, SPEC, "--muon_momentum belongs to --optimizer muon: leave it out"),
+        ({"backend": "fsdp", "galore_rank": 4}, SPEC, "--galore_rank belongs to --optimizer galore and apollo"),
+        ({"backend": "fsdp", "optimizer": "adamw_8bit"}, SPEC, "needs bitsandbytes, which is not installed"),
+        ({"backend": "fsdp", "optimizer": "galore"}, SPEC, "pip install 'mswift"),
+    ],
+)
+def test_optimizers_that_would_be_wrong_are_refused(
+    changes: dict[str, Any], spec: ModelSpec, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(FINE, **changes)
+    monkeypatch.setattr("mswift.backend_refusals.find_spec", lambda _: None)
+    assert words in _refused(config, 1, spec)
+    monkeypatch.setattr("mswift.backend_refusals.find_spec", lambda name: name)
+    if "installed" in words or "pip" in words:
+        assert train_refusals(config, spec, 1) == []
 
 
 @pytest.mark.parametrize("changes", [{"context_parallel_size": 2}, {"packing": True}, {"max_length": 600}])

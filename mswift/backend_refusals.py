@@ -16,7 +16,7 @@ _MEGATRON_ONLY = (
     *("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers"),
     *("decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout", "expert_model_parallel_size"),
     *("expert_tensor_parallel_size", "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather"),
-    *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "quant_method", "mcore"),
+    *("gradient_accumulation_fusion", "recompute_modules", "mtp_num_layers", "mcore"),
 )
 HIDDEN_TUNERS = ("adapter", "reft")
 """Values of --tuner_type that change hidden states (`mswift.tuners.hidden`)."""
@@ -71,6 +71,11 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             value = getattr(config, name)
             what = f"--mcore.{next(iter(value))}" if name == "mcore" else f"--{name} {_shown(value)}"
             yield ConfigError(f"{what} is not for --backend {config.backend}: leave it out, or use --backend megatron")
+    if config.backend == "fsdp" and config.quant_method is not None:
+        yield ConfigError(
+            "--quant_method bnb with --backend fsdp: bitsandbytes keeps a weight's codes as one tensor, which is not "
+            "cut over ranks: use --backend ddp, which keeps them whole on each, or --backend megatron"
+        )
     freezing = [name for name in FREEZING if _is_given(config, name)]
     if freezing and config.tuner_type != "full":
         yield ConfigError(
@@ -165,6 +170,11 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
         raise LayoutError(
             f"--fsdp_shard_size {size} does not divide the {dims.world_size} ranks: it can be "
             f"{', '.join(map(str, divisors(dims.world_size)))}"
+        )
+    if config.quant_method is not None and spec.moe is not None:
+        raise ConfigError(
+            f"--quant_method bnb with --backend {config.backend}: transformers stacks experts, which bitsandbytes "
+            "leaves as they are: use --backend megatron"
         )
     for rope in spec.ropes:
         if rope.kind in ("longrope", "dynamic") and (dims.cp > 1 or config.packing):

@@ -122,6 +122,7 @@ def _fsdp_engine(
         galore_rank=config.galore_rank,
         galore_update_proj_gap=config.galore_update_proj_gap,
         galore_scale=config.galore_scale,
+        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
     )
     return FsdpEngine(reader.table, dims, own, device)
 

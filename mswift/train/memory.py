@@ -212,12 +212,17 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     gathered = 2 * per_layer + _ends(table) if copied else 0.0
     on_device = not config.fsdp_cpu_offload
     held, learning, state = _held_by_all(config, table, dtype_bytes)
+    if config.quant_method:
+        packed = stage_parameters(table, ParallelDims(), 0, linears_only=True)
+        held -= math.floor(packed * (dtype_bytes - FOUR_BIT_BYTES))
+    holders = 1 if config.trains_adapter and not config.trains_lora else parts  # of what is trained
+    weights = ((held - trained * _GRAD_BYTES) * holders + trained * _GRAD_BYTES * parts) / (parts * holders)
     return StageMemory(
         parameters=total + trained * lora,
         trained=trained,
-        weights_bytes=math.ceil(on_device * held / parts + gathered * dtype_bytes),
-        gradients_bytes=math.ceil(on_device * learning * _GRAD_BYTES / parts),
-        optimizer_bytes=math.ceil(on_device * state / parts),
+        weights_bytes=math.ceil(on_device * weights + gathered * dtype_bytes),
+        gradients_bytes=math.ceil(on_device * learning * _GRAD_BYTES / holders),
+        optimizer_bytes=math.ceil(on_device * state / holders),
         activations_bytes=_activations(config, table, dims, dtype_bytes, 0),
     )
 

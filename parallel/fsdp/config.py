@@ -1,6 +1,7 @@
 """What the engine of transformers models needs to know beside the model and the layout."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mswift.parallel.engine import EngineSettings
 from mswift.tuners.lisa import LayerSampling
@@ -16,7 +17,8 @@ class FsdpConfig(EngineSettings):
     parameters, gradients and optimizer state lie in host memory. part: what of a full run is trained (None:
     everything). lisa: which of its layers are trained at a time (None: all). neftune_alpha: noise on the embeddings of
     training batches (Jain et al. 2023, arXiv 2310.05914). shifted_attention: training attends within groups
-    (`mswift.parallel.shifted`). galore_scale None: the library's.
+    (`mswift.parallel.shifted`). galore_scale None: the library's. four_bit_base: how bitsandbytes keeps the linears of
+    the layers, whole on every rank.
     """
 
     shard_size: int = 1
@@ -27,6 +29,7 @@ class FsdpConfig(EngineSettings):
     compile_layers: bool = False
     part: Part | None = None
     neftune_alpha: float = 0.0
+    four_bit_base: Literal["nf4", "fp4"] | None = None
     lisa: LayerSampling | None = None
     shifted_attention: bool = False
     muon_momentum: float = 0.95

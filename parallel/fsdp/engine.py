@@ -7,6 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -38,9 +39,11 @@ from mswift.parallel.engine import (
     StepResult,
     bytes_of,
 )
+from mswift.parallel.four_bit import packed
 from mswift.parallel.fsdp.adapters import adapters_of, add_lora, base_name, first_values, map_adapters, unwrapped
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
+from mswift.parallel.fsdp.four_bit import pack_linears
 from mswift.parallel.fsdp.hidden import adapters_in
 from mswift.parallel.fsdp.lora_start import start_in_weights
 from mswift.parallel.fsdp.methods import MethodAdapters, decays
@@ -147,7 +150,9 @@ class FsdpEngine:
         mesh = DeviceMesh(kind, torch.arange(world).view(self._copies, size), mesh_dim_names=("replicate", "shard"))
         self._groups += [mesh.get_group("replicate"), mesh.get_group("shard")]
         self._norm_group, self._copy = mesh.get_group("shard"), self.rank // size
-        whole_ones = () if self._method is None else [*self._method.replicated.values()]
+        whole_ones = [] if self._method is None else [*self._method.replicated.values()]
+        if config.four_bit_base is not None:
+            whole_ones += pack_linears(blocks(self._model.inner), config.four_bit_base, self.device)
         if self._method is not None:
             self._method.move(self.device)
         if world == 1 and config.dtype == "F32" and not config.cpu_offload:
@@ -290,8 +295,10 @@ class FsdpEngine:
     def _read(self, parameters: dict[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         for name, mapped in parameters.items():
             rows = self._rows(name)
+            four_bits = packed(self._parameters[name])
             if rows.sizes[0]:
-                read_rows(mapped, rows, local(self._parameters[name]), read, dtype=stored(mapped))
+                with four_bits.filled() if four_bits else nullcontext():
+                    read_rows(mapped, rows, local(self._parameters[name]), read, dtype=stored(mapped))
 
     def _read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """What the model keeps beside its parameters, whole on every rank: a router's correction."""
@@ -497,7 +504,8 @@ class FsdpEngine:
 def _size(parameters: Sequence[Tensor]) -> tuple[int, int]:
     """(elements, bytes) of them on this rank."""
     mine = [local(parameter) for parameter in parameters]
-    return sum(each.numel() for each in mine), sum(each.numel() * each.element_size() for each in mine)
+    sizes = (each.numel() * each.element_size() if not (four := packed(each)) else four.nbytes for each in mine)
+    return sum(each.numel() for each in mine), sum(sizes)
 
 
 def _at_least_1d(shape: Sequence[int]) -> tuple[int, ...]:

@@ -8,10 +8,8 @@ Shapes: n tokens of this rank's input, i/o features of this rank's part of a lin
 Import after `mswift.parallel.device.prepare`.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,53 +18,13 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mswift.errors import ConfigError, LayoutError
+from mswift.errors import LayoutError
+from mswift.parallel.four_bit import BLOCK, Kind, PackedWeight, library, pack, packed
 from mswift.parallel.megatron.cpu_linear import product
 from mswift.parallel.megatron.linears import DuplicatedLinear
 
-Kind = Literal["nf4", "fp4"]
-BLOCK = 64
-"""Elements of a row with one scale."""
-
 _LINEARS = (ColumnParallelLinear, RowParallelLinear, DuplicatedLinear)
-_PACKED = "four_bit_weight"
-
-
-class PackedWeight:
-    """A frozen weight [o, i] of a linear; `parameter` keeps its shape and marks, and between uses no memory."""
-
-    def __init__(self, parameter: nn.Parameter, kind: Kind) -> None:
-        self._parameter, self._kind = parameter, kind
-        self._codes: Tensor | None = None
-        self._state: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales; 0 before the weight was read."""
-        if self._codes is None:
-            return 0
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self._codes, self._state.absmax))
-
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        """While inside, the parameter has memory to read values into; at the end they become four bits each."""
-        values = self._parameter.data
-        storage = values.untyped_storage()
-        storage.resize_(values.numel() * values.element_size())
-        try:
-            yield
-            self._codes, self._state = _library().quantize_4bit(
-                values, blocksize=BLOCK, compress_statistics=False, quant_type=self._kind
-            )
-        finally:
-            storage.resize_(0)
-
-    def whole(self) -> Tensor:
-        """[o, i] in the dtype of the model."""
-        if self._codes is None:
-            raise RuntimeError("a 4-bit weight is used before it was read")
-        values: Tensor = _library().dequantize_4bit(self._codes, self._state)
-        return values
+__all__ = ["FourBitLinear", "linears_without_memory", "pack_linears", "packed"]
 
 
 class FourBitLinear(torch.autograd.Function):
@@ -115,7 +73,7 @@ def pack_linears(chunks: Sequence[nn.Module], kind: Kind) -> None:
 
     Of chunks made inside `linears_without_memory`. LayoutError where a rank's part of a row is not whole blocks.
     """
-    _library()
+    library()
     for chunk in chunks:
         for name, module in chunk.named_modules():
             weight = getattr(module, "weight", None)
@@ -131,18 +89,10 @@ def pack_linears(chunks: Sequence[nn.Module], kind: Kind) -> None:
             _pack(module, kind)
 
 
-def packed(parameter: Tensor) -> PackedWeight | None:
-    """The four bits that stand for a parameter, if some do."""
-    found: PackedWeight | None = getattr(parameter, _PACKED, None)
-    return found
-
-
 def _pack(linear: nn.Module, kind: Kind) -> None:
     weight = linear.weight
     assert isinstance(weight, nn.Parameter)
-    own = PackedWeight(weight, kind)
-    setattr(weight, _PACKED, own)
-    weight.data.untyped_storage().resize_(0)
+    own = pack(weight, kind)
 
     def multiply(
         input: Tensor,
@@ -163,12 +113,3 @@ def _pack(linear: nn.Module, kind: Kind) -> None:
         return out
 
     linear._forward_impl = multiply  # type: ignore[assignment]
-
-
-def _library() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install a kernel that is not used here
-    try:
-        import bitsandbytes.functional as library
-    except ImportError as error:
-        raise ConfigError(f"--quant_method bnb needs bitsandbytes ({error}): pip install 'mswift[quant]'") from None
-    return library

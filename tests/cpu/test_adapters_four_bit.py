@@ -68,6 +68,17 @@ def test_three_steps_equal_peft(nf4: dict[str, Any], layout: str) -> None:
     assert sum(held.weights for held in frozen) == packed * (0.5 + 4 / 64) + other * 4
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_transformers_model_equals_peft(nf4: dict[str, Any], world_size: int) -> None:
+    """Whole on each rank."""
+    settings = {"backend": "fsdp", "shard_size": 1, "four_bit_base": "nf4", "recompute_blocks": 1}
+    found = mswift_run(nf4["home"], world_size, {}, settings=settings)
+    assert {n: d for n, d in differences(found, nf4, ALL).items() if not d <= TOLERANCE} == {}
+    frozen = found["ranks"][0]["held"][0]
+    packed = MODEL["num_hidden_layers"] * 3 * (128 * 128 + 256 * 128)
+    assert frozen.weights == packed * (0.5 + 4 / 64) + (frozen.elements - packed) * 4
+
+
 def test_fp4_is_another_function(nf4: dict[str, Any], tmp_path: Path) -> None:
     fp4 = truth(tmp_path, "fp4")
     found = mswift_run(fp4["home"], 1, {}, settings={"four_bit_base": "fp4"})
@@ -98,7 +109,7 @@ def test_a_base_that_is_trained_is_refused() -> None:
 
 
 def test_a_missing_library_is_one_line() -> None:
-    from mswift.parallel.megatron import four_bit
+    from mswift.parallel.four_bit import library
 
     with patch.dict(sys.modules, {"bitsandbytes": None}), pytest.raises(ConfigError, match=r"mswift\[quant\]"):
-        four_bit._library()
+        library()

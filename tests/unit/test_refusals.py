@@ -101,6 +101,12 @@ CASES: list[tuple[dict[str, Any], int, str, list[str]]] = [
     (dict(backend="ddp", mcore={"bucket_size": 1}), 2, "backend", ["--mcore.bucket_size", "ddp"]),
     (dict(backend="ddp", fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size 2", "cuts no parameters"]),
     (dict(fsdp_shard_size=2), 2, "backend", ["--fsdp_shard_size belongs to"]),
+    (
+        dict(backend="fsdp", tuner_type="lora", quant_method="bnb", quant_bits=4),
+        2,
+        "backend",
+        ["--quant_method bnb", "not cut over ranks", "--backend ddp"],
+    ),
     (dict(tuner_type="oft"), 2, "backend", ["--tuner_type oft", "transformers' model", "--backend fsdp"]),
     (dict(train_iters=None), 1, "train_iters", ["length of the run is missing"]),
     (dict(train_iters=None, num_train_epochs=0.0), 1, "num_train_epochs", ["0.0"]),

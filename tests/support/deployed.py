@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 PROGRAM = (sys.executable, "-m", "mswift.cli.main")
 
@@ -11,10 +12,17 @@ PROGRAM = (sys.executable, "-m", "mswift.cli.main")
 class Running:
     """A server process; `url` once it is ready. deploy's ends with /v1, app's is the page without the slash."""
 
-    def __init__(self, command: str, *flags: str, pattern: str = r"(http://\S+?)/?$", **environment: str) -> None:
+    def __init__(
+        self,
+        command: str,
+        *flags: str,
+        pattern: str = r"(http://\S+?)/?$",
+        program: Sequence[str] = PROGRAM,
+        **environment: str,
+    ) -> None:
         """pattern: of the line by which it says where it is."""
         self.process = subprocess.Popen(
-            [*PROGRAM, command, "--port", "0", *flags],
+            [*program, command, "--port", "0", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         )  # fmt: skip
         assert self.process.stdout is not None

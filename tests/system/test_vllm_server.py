@@ -1,7 +1,10 @@
-"""vLLM's own server, over two tensor-parallel ranks: published text, key, new weights while it lives, and its end."""
+"""vLLM's own server, of another environment's interpreter and over two tensor-parallel ranks: published text, key, new
+weights while it lives, and its end.
+"""
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,33 @@ from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError, ConfigError, MswiftError
 from mswift.infer import weight_sync
 from mswift.infer.backends import EngineConfig, open_engine
+from mswift.infer.loading import load_tokenizer
 from mswift.infer.request import Request, Sampling
+from mswift.infer.server_engine import ServerEngine
+from mswift.infer.url_engine import Dialect
 from mswift.infer.vllm_server import ServerOptions, VllmServer
 from tests.support.shared import shared_file
 from tests.support.vllm import needs_vllm
 
 pytestmark = needs_vllm
 KEY = "a key of this test"
+MODEL = shared_file("data/weights/stories260K-hd32-hf")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[VllmServer]:
-    model = EngineConfig(
-        shared_file("data/weights/stories260K-hd32-hf"), max_num_seqs=8, options={"tensor_parallel_size": 2}
-    )
-    with VllmServer(model, ServerOptions(api_key=KEY, served_model_name="stories", weight_updates=True)) as running:
-        yield running
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """Its interpreter has the packages of this one, by another path and without this one's path of modules."""
+    python = tmp_path_factory.mktemp("other") / "python"
+    python.write_text(f'#!/bin/sh\nOTHER_ENVIRONMENT=1 exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSWIFT_VLLM_PYTHON", str(python))
+        patch.setenv("PYTHONPATH", "/not/of/the/other/one", prepend=os.pathsep)
+        config = EngineConfig(MODEL, max_num_seqs=8, options={"tensor_parallel_size": 2})
+        with VllmServer(
+            config, ServerOptions(api_key=KEY, served_model_name="stories", weight_updates=True)
+        ) as running:
+            yield running
 
 
 def ask(server: VllmServer, num_tokens: int, key: str = KEY) -> str:
@@ -52,6 +66,35 @@ def test_the_published_text_for_who_has_the_key(server: VllmServer) -> None:
     command = Path(f"/proc/{server.pid}/cmdline").read_text()
     assert "127.0.0.1" in command
     assert KEY not in command
+    environ = dict(
+        one.split("=", 1) for one in Path(f"/proc/{server.pid}/environ").read_text().split("\0") if "=" in one
+    )
+    assert environ["OTHER_ENVIRONMENT"] == "1"
+    assert "/not/of" not in environ["PYTHONPATH"]
+    assert os.listdir(environ["PYTHONPATH"]) == ["mswift"]  # what takes new weights, and nothing else of here
+
+
+def test_commands_ask_it_as_an_engine(server: VllmServer) -> None:
+    """What `infer`, `sample` and `eval` do where MSWIFT_VLLM_PYTHON names an interpreter."""
+    engine = ServerEngine(
+        server, EngineConfig(MODEL, max_num_seqs=8), load_tokenizer(MODEL), Dialect(n_apart=True, all_tokens=0)
+    )
+    reference = open_engine("transformers", EngineConfig(MODEL))
+    greedy = [Request(prompt=text, sampling=Sampling(max_new_tokens=20)) for text in ("Once upon", "Tim had", "")]
+    expected = reference.generate(greedy)
+    assert [(one.text, one.finish_reason, one.completion_tokens) for one in engine.generate(greedy)] == [
+        (one.text, one.finish_reason, one.completion_tokens) for one in expected
+    ]
+    pieces = list(engine.stream(greedy[0]))
+    assert len(pieces) > 5
+    assert "".join(piece.text for piece in pieces) == expected[0].text
+    drawn = engine.generate([Request(prompt="Once", sampling=Sampling(max_new_tokens=20, temperature=1, n=4))])
+    assert len({one.text for one in drawn}) == 4
+    pairs = [([1, 403], [407, 261, 378]), ([1], [403, 407])]
+    for one, other in zip(engine.score(pairs), reference.score(pairs), strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one.is_greedy == other.is_greedy
+    reference.close()
 
 
 def test_new_weights_are_served_and_the_old_ones_again(server: VllmServer, tmp_path: Path) -> None:

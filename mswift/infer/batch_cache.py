@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from mswift.errors import ConfigError
+from mswift.infer.roomy_layer import RoomyLayer
 
 _KNOWN = (
     DynamicLayer,
@@ -44,6 +45,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
             f"--model of type {model.config.model_type}: its cache has layers of {', '.join(unknown)}, which this "
             "engine cannot batch; try --infer_backend vllm"
         )
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching: answers of different length and age grow together, one token each a step."""
+"""Continuous batching: answers of different length and age grow together, one token each at a time."""
 
 # Shapes: B rows, S tokens of a prompt, T tokens of the longest row, V vocabulary.
 
@@ -25,7 +25,7 @@ PREFILL_TOKENS = 2048
 
 
 class Scheduler:
-    """Answers in a model's batch. Nothing runs by itself: each `step` computes one token of every running answer.
+    """Answers in a model's batch. Nothing runs by itself, but only in a `step`.
 
     A prompt is computed alone, so that nothing of its answer is padded by its neighbours' prompts. Answers by different
     adapters are batches of their own. `add` may be called by any thread at any time, the rest by one at a time.
@@ -38,6 +38,7 @@ class Scheduler:
         self._added: deque[tuple[list[Answer], str | None]] = deque()  # appending is atomic
         self._waiting: deque[tuple[list[Answer], str | None]] = deque()
         self._batches: dict[str | None, _Batch] = {}
+        self._num_taken_in = 0
 
     @property
     def num_running(self) -> int:
@@ -69,22 +70,23 @@ class Scheduler:
         self._batches = {adapter: batch for adapter, batch in self._batches.items() if batch.answers}
 
     def step(self) -> None:
-        """One more token of every running answer; then those that there is room for begin, with their first token.
+        """The answers to one prompt begin, with their first token, if there is room; or every running one grows by one.
 
         What a forward pass or a draw raises becomes the `error` of the answers in it; the others go on.
         """
         with torch.inference_mode():
             self.sweep()
-            for adapter, batch in self._batches.items():
-                with _errors_of(batch.answers):
-                    self._use_adapter(adapter)
-                    batch.grow()
-            self.sweep()
-            num_tokens = 0
-            while self._waiting and num_tokens < PREFILL_TOKENS and self._has_room(len(self._waiting[0][0])):
+            if self._waiting and self._num_taken_in < PREFILL_TOKENS and self._has_room(len(self._waiting[0][0])):
                 answers, adapter = self._waiting.popleft()
-                num_tokens += len(answers[0].tokens)
+                self._num_taken_in += len(answers[0].tokens)
                 self._begin(answers, adapter)
+            else:
+                self._num_taken_in = 0
+                for adapter, batch in self._batches.items():
+                    with _errors_of(batch.answers):
+                        self._use_adapter(adapter)
+                        batch.grow()
+            self.sweep()
 
     def _has_room(self, count: int) -> bool:
         running = self.num_running

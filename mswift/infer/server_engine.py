@@ -51,8 +51,13 @@ def open_vllm(config: EngineConfig) -> ServerEngine:
 
     vllm_python()
 
+    return _open(start, config, vllm_dialect(config))
+
+
+def vllm_dialect(config: EngineConfig) -> Dialect:
+    """How vLLM's server is asked."""
     at_once = 1 if config.adapters else None  # PROMPT_LOGPROBS
-    return _open(start, config, Dialect("vLLM's server", n_apart=True, all_tokens=0, score_requests=at_once))
+    return Dialect("vLLM's server", own_tokens=True, n_apart=True, all_tokens=0, score_requests=at_once)
 
 
 def open_sglang(config: EngineConfig) -> ServerEngine:
@@ -60,7 +65,7 @@ def open_sglang(config: EngineConfig) -> ServerEngine:
     from mswift.infer.other_servers import SglangServer, sglang_python
 
     sglang_python()
-    dialect = Dialect("SGLang's server", n_apart=True, all_tokens=-1, adapter="{model}:{adapter}")
+    dialect = Dialect("SGLang's server", own_tokens=True, n_apart=True, all_tokens=-1, adapter="{model}:{adapter}")
     return _open(SglangServer, config, dialect)
 
 

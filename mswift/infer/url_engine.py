@@ -37,6 +37,8 @@ class Dialect:
     name: str = "this server"
     token_prompts: bool = True
     """/v1/completions takes token ids."""
+    own_tokens: bool = False
+    """Text and conversations are sent as tokens, made here as for every other engine."""
     scores: bool = True
     """/v1/completions echoes log-probabilities of a prompt."""
     score_requests: int | None = None
@@ -126,7 +128,7 @@ class UrlEngine:
         body: dict[str, Any] = {"model": self._name(request.adapter), "max_tokens": sampling.max_new_tokens}
         body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed % 2**31}
         body |= self._further(sampling)
-        if request.messages is None or (request.opening and self.tokenizer is not None):
+        if self._dialect.own_tokens or request.messages is None or (request.opening and self.tokenizer is not None):
             body["prompt"] = self._prompt(request)
             return "completions", body
         body["messages"] = [dict(message) for message in request.messages]
@@ -151,14 +153,14 @@ class UrlEngine:
         return fields
 
     def _prompt(self, request: Request) -> str | list[int]:
-        if request.prompt is not None:
+        if request.prompt is not None and not self._dialect.own_tokens:
             return request.prompt
         if not self._dialect.token_prompts:
             raise ConfigError(
                 f"{self._dialect.name} takes text and conversations, not tokens: leave out --agent_template, or take "
                 "another --infer_backend"
             )
-        return prompt_tokens(self.tokenizer, request) if request.prompt_ids is None else list(request.prompt_ids)
+        return prompt_tokens(self.tokenizer, request)
 
     def _answer(self, request: Request) -> list[Completion]:
         route, body = self._body(request)

@@ -1,9 +1,11 @@
 """`mswift deploy` as a process: its key, its stop, and what it refuses to start."""
 
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,22 +71,46 @@ def test_64_streams_side_by_side_lose_and_cross_nothing(stories: Running) -> Non
     wrong: list[Any] = []
     barrier = threading.Barrier(64)
 
-    def client(index: int) -> int:
+    def client(index: int) -> tuple[int, int]:
         barrier.wait()
-        count = 0
+        count = left = 0
         while count < 2 or time.monotonic() < end:
             leaves = (count + index) % 5 == 4
             text = ask(index, leave=leaves)
             if not (expected[index].startswith(text) if leaves else text == expected[index]):
                 wrong.append((asked[index], text))
             count += 1
-        return count
+            left += leaves
+        return count, left
 
+    before = _told(stories, "/metrics")
     with ThreadPoolExecutor(64) as pool:
-        total = sum(pool.map(client, range(64)))
+        counts = list(pool.map(client, range(64)))
+    total, left = (sum(column) for column in zip(*counts, strict=True))
     assert wrong == []
     assert total >= 128
-    print(f"{total} streams")
+    assert left >= 20
+    deadline = time.monotonic() + 60
+    while json.loads(_told(stories, "/health")) != {"status": "ok", "running": 0, "waiting": 0}:
+        assert time.monotonic() < deadline, "who hung up still has a place"
+        time.sleep(0.05)
+    after = _told(stories, "/metrics")
+    answered = 'mswift_requests_total{route="/v1/completions",status="200"}'
+    assert _number(after, answered) - _number(before, answered) == total  # none was refused, none is missing
+    assert 0 < _number(after, "mswift_clients_left_total") - _number(before, "mswift_clients_left_total") <= left
+    print(f"{total} streams, {left} of them left early, none lost, none crossed, no place held")
+
+
+def _told(server: Running, path: str) -> str:
+    request = urllib.request.Request(
+        server.url.removesuffix("/v1") + path, headers={"authorization": "Bearer a-long-secret"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(answer.read().decode())
+
+
+def _number(metrics: str, name: str) -> int:
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name)))
 
 
 def test_sigterm_lets_the_answers_under_way_end(model_dir: Path) -> None:

@@ -19,8 +19,7 @@ from mswift.infer import weight_sync
 from mswift.infer.backends import EngineConfig, open_engine
 from mswift.infer.loading import load_tokenizer
 from mswift.infer.request import Request, Sampling
-from mswift.infer.server_engine import ServerEngine
-from mswift.infer.url_engine import Dialect
+from mswift.infer.server_engine import ServerEngine, vllm_dialect
 from mswift.infer.vllm_server import ServerOptions, VllmServer
 from tests.support.shared import shared_file
 from tests.support.vllm import needs_vllm
@@ -76,9 +75,8 @@ def test_the_published_text_for_who_has_the_key(server: VllmServer) -> None:
 
 def test_commands_ask_it_as_an_engine(server: VllmServer) -> None:
     """What `infer`, `sample` and `eval` do where MSWIFT_VLLM_PYTHON names an interpreter."""
-    engine = ServerEngine(
-        server, EngineConfig(MODEL, max_num_seqs=8), load_tokenizer(MODEL), Dialect(n_apart=True, all_tokens=0)
-    )
+    config = EngineConfig(MODEL, max_num_seqs=8)
+    engine = ServerEngine(server, config, load_tokenizer(MODEL), vllm_dialect(config))
     reference = open_engine("transformers", EngineConfig(MODEL))
     greedy = [Request(prompt=text, sampling=Sampling(max_new_tokens=20)) for text in ("Once upon", "Tim had", "")]
     expected = reference.generate(greedy)

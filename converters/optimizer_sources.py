@@ -114,6 +114,13 @@ class MegatronStates:
                 "layout has them (dp_reshardable, dp_zero_gather_scatter), without names of weights; save it there "
                 "with --dist-ckpt-optim-fully-reshardable (fully_reshardable), which is read"
             )
+        of_others = [name for name in names if ".of." in name]
+        if of_others:
+            raise CheckpointError(
+                f"{self.path}: {of_others[0]}: state by transformers' names, of a rule that needs whole matrices "
+                "or of a run that trains a part of the model; it goes on where it was made (the same command continues "
+                "it); leave --optimizer out to convert the weights"
+            )
         if not names:
             raise ConfigError(f"--optimizer: {self.path} holds no optimizer state (weights alone, or an adapter)")
 

@@ -158,6 +158,7 @@ def compile_layers(layers: list[nn.Module], device: torch.device) -> None:
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise ConfigError(f"--torch_compile needs a C++ compiler on a CPU ({', '.join(compilers)}): leave it out")
+    assert torch.compile.__module__ == "torch", "torch.compile does nothing in this process (parallel.megatron.no_gpu)"
     sequence.register(compiled=True)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]

@@ -1,5 +1,9 @@
 """What the engine of transformers models computes again, sends and holds, counted."""
 
+import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +14,7 @@ from tests.cpu.test_parity_fsdp import start
 from tests.cpu.test_state_memory import MIB, grown
 from tests.support.parity import random_model, random_steps
 from tests.support.ranks import join, run_ranks
+from tests.support.server import ENVIRON
 from tests.support.spaces import MemoryReader, weights_of
 
 
@@ -92,3 +97,60 @@ def test_a_rank_builds_its_rows_and_one_layer() -> None:
     for rows, peak in run_ranks(2, builds, weights):
         assert rows == pytest.approx(whole / 2, rel=0.01)
         assert peak < rows + 5 * MIB + 16 * MIB < 0.85 * whole
+
+
+COMPILING = """
+import json
+from torch._dynamo.utils import counters
+from mswift.launchers.environment import RankInfo
+from mswift.parallel import device, groups
+from mswift.parallel.batch import Microbatch
+from mswift.topology import ParallelDims
+from tests.support.engines import make_engine
+from tests.support.parity import random_model, random_steps
+from tests.support.spaces import MemoryReader, weights_of
+
+dims, chosen = ParallelDims(world_size=1), device.choose("cpu")
+groups.init(dims, chosen, RankInfo.single(), 100)
+model = random_model("llama", num_hidden_layers=12)
+reader = MemoryReader(model.config.to_dict(), weights_of(model))
+losses = []
+for on in (False, True):
+    settings = {"backend": "fsdp", "optimizer": "sgd", "compile_layers": on}
+    engine = make_engine(reader.table, dims, settings, chosen)
+    engine.load_weights(reader)
+    steps = [random_steps(1, length=length)[0] for length in (24, 17, 30)]
+    losses.append([engine.train_step([Microbatch(*batch) for batch in step], 1e-2).loss for step in steps])
+    engine.close()
+groups.destroy()
+print(json.dumps([losses, counters["stats"]["unique_graphs"], list(counters["graph_break"])]))
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_layers_are_compiled_once_for_all_of_them_and_all_lengths() -> None:
+    """12 layers are more than torch compiles of one function; attention is the only break.
+
+    A process of its own: where megatron-core is made ready for a CPU, torch.compile does nothing.
+    """
+    argv = [sys.executable, "-c", COMPILING]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRON, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    (plain, found), graphs, breaks = json.loads(done.stdout.splitlines()[-1])
+    assert found == pytest.approx(plain, rel=1e-6)
+    assert found != plain
+    assert graphs == 4
+    assert len(breaks) == 1
+    assert "function attend" in breaks[0]
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mswift.errors import ConfigError
+    from mswift.parallel.fsdp import model
+
+    monkeypatch.setattr(model.shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match="--torch_compile needs a C.. compiler on a CPU"):
+        model.compile_layers([], torch.device("cpu"))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mswift import rundir
 from mswift.cli.main import main
 from mswift.converters.io.torch_dist_reader import TorchDistSource
+from mswift.errors import CheckpointError
 from tests.support.commands import command, make_home, run, run_program
 from tests.support.engines import make_engine
 from tests.support.parity import random_model, random_steps
@@ -239,3 +240,15 @@ def test_another_program_reads_the_index(moved: Path) -> None:
 
     metadata = FileSystemReader(str(moved)).read_metadata()
     assert metadata.state_dict_metadata.keys() >= TorchDistSource(moved).tensors.keys()
+
+
+def test_state_by_transformers_names_stays_where_it_was_made(tmp_path: Path) -> None:
+    """Of muon, or of a part of a model: the weights alone go elsewhere."""
+    from types import SimpleNamespace
+
+    from mswift.converters.optimizer_sources import MegatronStates
+
+    source: Any = SimpleNamespace(path=tmp_path, _files=SimpleNamespace(objects=()))
+    names = ["optimizer.exp_avg.output_layer.weight", "optimizer.momentum_buffer.of.model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"momentum_buffer.of.*leave --optimizer out to convert the weights"):
+        MegatronStates._refuse_layout_bound(source, names)

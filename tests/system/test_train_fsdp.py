@@ -1,14 +1,16 @@
 """--backend fsdp and ddp, through the command: 6 steps = 3 + 3 bit for bit, and runs that change their engine."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mswift import rundir
-from tests.support.commands import command, make_home, mswift, run
+from tests.support.commands import command, make_home, mswift, run, run_program
 from tests.support.runs import log, tensors
+from tests.support.server import ENVIRON
 
 AGAIN = ["--recompute_granularity", "full", "--recompute_method", "uniform", "--recompute_num_layers", "1"]
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -54,6 +56,17 @@ def test_runs_that_change_their_engine_go_on_as_if_they_had_not(home: Path, tmp_
         losses[name] = [row["loss"] for row in rundir.read_metrics(output)]
     assert losses["to"] == pytest.approx(losses["stays"], rel=1e-5)
     assert losses["from"] == pytest.approx(losses["stays"], rel=1e-5)
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_train_alike(home: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, flags in (("plain", []), ("compiled", ["--torch_compile"])):
+        run_program(command(home, "sft", tmp_path / name, "--train_iters", "2", *FSDP, *flags), env=ENVIRON)
+        losses.append([row["loss"] for row in rundir.read_metrics(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] != losses[0]
 
 
 def test_the_export_of_a_run_is_transformers_model(home: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mswift import rundir
 from mswift.converters.adapters import Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
+from mswift.tuners.methods import METHOD_TYPES
 from mswift.tuners.peft_fields import flag, is_number, is_rank, layers, names, patterns
 from mswift.tuners.settings import PeftSettings
 
@@ -203,8 +204,14 @@ def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool
 
 
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
-    if data.get("peft_type") != "LORA":
-        raise ConfigError(f"{path}: peft_type={data.get('peft_type')!r}; mswift reads LORA")
+    kind = data.get("peft_type")
+    if kind in METHOD_TYPES:
+        raise ConfigError(
+            f"{path}: peft_type={kind!r}; this takes LORA only: train it with --tuner_type {kind.lower()}, serve it "
+            "with --engine transformers, or fold it into its base (mswift merge)"
+        )
+    if kind != "LORA":
+        raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")
     known = {*_OFF, *_PLAIN, *_IGNORED, *_READ, "ensure_weight_tying"}
     for name, value in data.items():
         if name in _OFF and value and value != _OFF[name]:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from mswift.errors import ConfigError, DataError
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import BASE_MODEL, Request, Sampling, Score
+from mswift.infer.roomy_layer import ROOM, RoomyLayer
 from mswift.infer.transformers_engine import TransformersEngine
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -167,3 +169,29 @@ def test_adapters_are_chosen_by_request_and_are_those_of_peft(tmp_path: Path) ->
         engine.generate([Request(prompt="a")])
     with pytest.raises(ConfigError, match="no adapter 'three'; it has one, two"):
         engine.generate([Request(prompt="a", adapter="three")])
+
+
+def test_a_layer_with_room_holds_what_one_that_is_copied_holds() -> None:
+    """Tokens appended one by one and many at once, across the end of the room, between picks, cuts and new tensors."""
+    generator = torch.Generator().manual_seed(2)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+
+    def append(rows: int, count: int) -> None:
+        new = torch.randn(2, rows, 3, count, 8, generator=generator)
+        for one, other in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(one, other)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+
+    append(4, 5)
+    for _ in range(ROOM + 3):
+        append(4, 1)
+    space = roomy._spaces
+    append(4, 1)
+    assert roomy._spaces is space  # written in place
+    for layer in (roomy, plain):
+        layer.reorder_cache(torch.tensor([3, 0]))
+    append(2, 1)
+    for layer in (roomy, plain):
+        layer.keys, layer.values = layer.keys[..., 30:, :], layer.values[..., 30:, :]
+    append(2, ROOM + 1)
+    append(2, 1)

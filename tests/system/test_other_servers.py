@@ -53,7 +53,7 @@ def _ask(text: str, adapter: str | None = BASE_MODEL, **sampling: Any) -> Reques
     return Request(messages=({"role": "user", "content": text},), adapter=adapter, sampling=own)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("vllm", marks=more), "sglang", "lmdeploy"])
+@pytest.mark.parametrize("backend", ["sglang", pytest.param("lmdeploy", marks=more), pytest.param("vllm", marks=more)])
 def test_answers_are_those_of_the_model(home: Path, backend: str) -> None:
     config = EngineConfig(home / "tiny", {"mine": home / "mine"}, torch_dtype="bfloat16", device="auto")
     own: Any = open_engine("transformers", config)

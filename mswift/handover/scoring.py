@@ -37,7 +37,7 @@ def _engine(job: Mapping[str, Any]) -> Arrays:
     for name, subject in job["subjects"].items():
         adapters = {"adapter": Path(subject["adapter"])} if subject["adapter"] else {}
         config = EngineConfig(Path(subject["model"]), adapters, torch_dtype="float32", device=job["device"])
-        engine = open_engine(job["engine"], config)
+        engine = open_engine(job["engine"], config, in_process=True)
         scores = engine.score(pairs, "adapter" if adapters else BASE_MODEL)
         out[f"{name} logprobs"] = np.array([[t.logprob for t in score.tokens] for score in scores], np.float32)
         out[f"{name} argmax"] = np.array([[t.top[0][0] for t in score.tokens] for score in scores], np.int64)

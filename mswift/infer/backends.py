@@ -59,11 +59,16 @@ BACKENDS = {
 _VLLM_ELSEWHERE = Backend("mswift.infer.server_engine:open_vllm")
 
 
-def open_engine(backend: str, config: EngineConfig) -> Engine:
-    """An engine that answers. Raises ConfigError (no such backend, not installed, not a model) and CheckpointError."""
+def open_engine(backend: str, config: EngineConfig, *, in_process: bool = False) -> Engine:
+    """An engine that answers. Raises ConfigError (no such backend, not installed, not a model) and CheckpointError.
+
+    in_process: vLLM in this process, whatever MSWIFT_VLLM_PYTHON names: for new weights, and for scores that tell the
+    likeliest token by its id (servers tell it by its text).
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"--infer_backend {backend}: the backends are {', '.join(BACKENDS)}")
-    chosen = _VLLM_ELSEWHERE if backend == "vllm" and os.environ.get(VLLM_PYTHON) else BACKENDS[backend]
+    elsewhere = backend == "vllm" and bool(os.environ.get(VLLM_PYTHON)) and not in_process
+    chosen = _VLLM_ELSEWHERE if elsewhere else BACKENDS[backend]
     if chosen.package is not None and find_spec(chosen.package) is None:
         raise ConfigError(f"--infer_backend {backend}: the package {chosen.package} is not installed; {chosen.install}")
     check_model_dir(config.model)

@@ -1,11 +1,13 @@
 """What other engines' servers are told, and what is refused before anything starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mswift.errors import ConfigError
+from mswift.infer import backends
 from mswift.infer.backends import EngineConfig
 from mswift.infer.child_server import ServerOptions
 from mswift.infer.engine_args import engine_args
@@ -81,3 +83,19 @@ def test_where_a_server_is_not_installed_is_said_in_one_line(monkeypatch: pytest
     monkeypatch.setenv("MSWIFT_SGLANG_PYTHON", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match=r"MSWIFT_SGLANG_PYTHON=.*python: it cannot be run"):
         sglang_python()
+
+
+def test_vllm_in_this_process_is_not_looked_for_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MSWIFT_VLLM_PYTHON", str(tmp_path / "python"))
+    opened = []
+
+    def import_module(name: str) -> Any:
+        opened.append(name)
+        return SimpleNamespace(open_engine=lambda config: None, open_vllm=lambda config: None)
+
+    monkeypatch.setattr(backends, "import_module", import_module)
+    monkeypatch.setattr(backends, "find_spec", lambda name: True)
+    monkeypatch.setattr(backends, "check_model_dir", lambda path: None)
+    backends.open_engine("vllm", EngineConfig(tmp_path))
+    backends.open_engine("vllm", EngineConfig(tmp_path), in_process=True)
+    assert opened == ["mswift.infer.server_engine", "mswift.infer.vllm_engine"]

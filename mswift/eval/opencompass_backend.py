@@ -22,6 +22,7 @@ _SEQUENCE_TOKENS = 32768
 
 def evaluate(config: EvalConfig, settings: Settings) -> tuple[list[TaskResult], dict[str, Any]]:
     """The scores of OpenCompass's summary; it tells none by row, so they have no intervals. Raises ConfigError."""
+    _check(config)
     command, server = _command(), server_of(config)
     folder = (Path(config.eval_output_dir) / "opencompass").absolute()
     argv = [command, *arguments(config, server, folder)]
@@ -31,6 +32,18 @@ def evaluate(config: EvalConfig, settings: Settings) -> tuple[list[TaskResult], 
     if job.returncode != 0 or not summaries:
         raise ConfigError(f"--eval_backend opencompass ended with {job.returncode}; its logs are in {folder / 'work'}")
     return read_summary(summaries[-1]), dict(server.about)
+
+
+def _check(config: EvalConfig) -> None:
+    """ConfigError for what OpenCompass would leave out, or fetch."""
+    for name in ("eval_limit", "num_fewshot", "fewshot_dataset"):
+        if getattr(config, name) not in (None, ()):
+            raise ConfigError(f"--{name}: OpenCompass has it in the configurations of its data sets; leave it out")
+    if config.model is None:
+        raise ConfigError(
+            "--eval_backend opencompass: OpenCompass counts tokens of prompts; give --model DIR as well, for its "
+            "tokenizer (it would download one of GPT-4 otherwise)"
+        )
 
 
 def arguments(config: EvalConfig, server: Server, folder: Path) -> list[str]:
@@ -63,6 +76,7 @@ def model_config(config: EvalConfig, server: Server) -> str:
         "path": repr(server.model),
         "key": repr("ENV" if os.environ.get(KEY) else server.key),
         "openai_api_base": repr(server.url),
+        "tokenizer_path": repr(str(Path(config.model or "").absolute())),
         "meta_template": f"dict(round={roles})",
         "query_per_second": repr(config.max_batch_size),
         "max_out_len": repr(config.max_new_tokens or _OUT_TOKENS),

@@ -11,12 +11,13 @@ from mswift.errors import ConfigError
 from mswift.eval import evalscope_backend, opencompass_backend, results
 from mswift.eval.run import main
 from mswift.eval.server import Server, arguments_of
+from mswift.eval.task import Settings
 
 SERVER = Server("http://127.0.0.1:1/v1", 'a "model"', "EMPTY", {"max_num_workers": 2, "debug": True}, {})
 
 
 def _config(**changes: Any) -> EvalConfig:
-    return EvalConfig(**{"eval_dataset": ("gsm8k_gen",), "max_new_tokens": 99, **changes})
+    return EvalConfig(**{"model": "m", "eval_dataset": ("gsm8k_gen",), "max_new_tokens": 99, **changes})
 
 
 def test_opencompass_is_called_with_a_configuration_of_the_server(tmp_path: Path) -> None:
@@ -30,8 +31,22 @@ def test_opencompass_is_called_with_a_configuration_of_the_server(tmp_path: Path
     (model,) = found["models"]
     assert (model["path"], model["openai_api_base"], model["key"]) == ('a "model"', SERVER.url, "EMPTY")
     assert (model["max_out_len"], model["type"], model["temperature"]) == (99, "OpenAISDK", 0.0)
+    assert model["tokenizer_path"] == str(Path("m").absolute())
     with pytest.raises(ConfigError, match="OpenCompass finds its data itself"):
         opencompass_backend.arguments(_config(eval_dataset=("gsm8k=f",)), SERVER, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_limit": 3}, "--eval_limit: OpenCompass has it in the configurations"),
+        ({"num_fewshot": 0}, "--num_fewshot"),
+        ({"model": None}, "give --model DIR as well, for its tokenizer"),
+    ],
+)
+def test_what_opencompass_would_leave_out_or_fetch_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opencompass_backend.evaluate(_config(eval_url=SERVER.url, **changes), Settings())
 
 
 def test_the_key_stays_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def open_engine(config: EngineConfig) -> "VllmEngine":
         from vllm import LLM
 
         llm = LLM(**options)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         raise ConfigError(f"--model {config.model}: vLLM {installed} cannot serve it: {_brief(error)}") from error
     return VllmEngine(llm, tokenizer, config.adapters, owns_groups=not shared)
 

@@ -10,6 +10,8 @@ Each way round is one function here, or named where it must stand elsewhere:
 - LORA_BESIDE_EXPERTS (`vllm_adapters`): on a CPU, LoRA enabled on a model with experts ends the start with an
   AttributeError of Triton's, also for adapters of attention alone; refused before.
 - KV_B_ADAPTERS (`vllm_adapters`): a LoRA on kv_b_proj of latent attention changes nothing, silently; refused before.
+- DELTA_NETS: a build for the CPU computes those of Qwen3-Next in bfloat16 only; another dtype is refused before.
+- SWIGLU_LIMIT: the field of gpt-oss is not read, 7.0 is taken, silently; another value is refused before.
 - RELOAD (`vllm_worker`): `load_weights` on a live model fails half-way; `reload_weights` is the way.
 - TIED_HEAD (`vllm_worker`): on a CPU a reload leaves the packed copy of a tied head as it was; it is packed again.
 - HALF_RELOADED (`weight_sync`): a reload that fails half-way leaves tensors without memory; the engine is given up.
@@ -41,6 +43,7 @@ WORKER = "mswift.infer.vllm_worker.WeightReceiver"
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GIB = 1 << 30
 _CPU_CACHE_BYTES = _GIB
+_SWIGLU_LIMIT = 7.0
 
 
 def vllm_version() -> str | None:
@@ -72,9 +75,11 @@ def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:
     if config.device == "cpu" and not on_cpu:
         raise ConfigError(f"--device cpu: vLLM {installed} is a build for GPUs; use --device auto")
     fields = read_config(config.model)
+    dtype = config.torch_dtype or checkpoint_dtype(config.model)  # DTYPE
+    _refuse_what_differs(config.model, fields, dtype, on_cpu=on_cpu)
     options: dict[str, Any] = {
         "model": str(config.model),
-        "dtype": config.torch_dtype or checkpoint_dtype(config.model),  # DTYPE
+        "dtype": dtype,
         "max_num_seqs": config.max_num_seqs,
         "max_logprobs": 20,
         **_config_fields(fields),
@@ -85,6 +90,21 @@ def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:
     if on_cpu:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_CACHE_BYTES, **_mla_rotary(fields)}
     return options | dict(config.options)
+
+
+def _refuse_what_differs(model: Path, fields: Mapping[str, Any], dtype: str, *, on_cpu: bool) -> None:
+    """ConfigError for SWIGLU_LIMIT, and for DELTA_NETS, which would end with an AssertionError while it answers."""
+    family, limit = fields.get("model_type"), fields.get("swiglu_limit", _SWIGLU_LIMIT)
+    if family == "gpt_oss" and limit != _SWIGLU_LIMIT:
+        raise ConfigError(
+            f"--model {model}: swiglu_limit is {limit}, and vLLM does not read it: it computes experts of gpt-oss with "
+            f"{_SWIGLU_LIMIT}, as the published ones have it; use --infer_backend transformers"
+        )
+    if family == "qwen3_next" and on_cpu and dtype != "bfloat16":
+        raise ConfigError(
+            f"--model {model}: gated delta nets in {dtype}: builds of vLLM for the CPU compute them in bfloat16 only; "
+            "use --torch_dtype bfloat16 or --infer_backend transformers"
+        )
 
 
 def _mla_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:

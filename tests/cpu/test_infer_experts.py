@@ -1,5 +1,6 @@
 """Adapters of experts while answering: PEFT's log-probabilities, stacked or one an expert, side by side, merged."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,3 +110,17 @@ def test_what_vllm_would_leave_out_of_latent_attention_is_refused(home: Path, tm
                 check_vllm_adapter(path)
         else:
             check_vllm_adapter(path)
+
+
+def test_a_limit_that_vllm_does_not_read_is_refused(tmp_path: Path) -> None:
+    from mswift.infer.vllm_options import vllm_options
+
+    fields = {"model_type": "gpt_oss", "num_local_experts": 4}
+    config = EngineConfig(tmp_path, torch_dtype="float32")
+    for limit, refused in ((7.0, False), (1.5, True)):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"swiglu_limit": limit}))
+        if refused:
+            with pytest.raises(ConfigError, match=r"swiglu_limit is 1\.5, and vLLM does not read it: .* with 7\.0"):
+                vllm_options(config, "0.32.0")
+        else:
+            assert vllm_options(config, "0.32.0")["dtype"] == "float32"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mswift.converters.adapters import SAVABLE
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
 from mswift.errors import CheckpointError, ConfigError
@@ -71,7 +72,7 @@ class PeftAdapter:
     def lora_config(self, table: ModelTable, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:
         """(LoraConfig, modules_to_save) to train this adapter on; ConfigError for what training cannot continue."""
         settings = self.settings
-        if table.spec.tied_embeddings and settings.modules_to_save:
+        if table.spec.tied_embeddings and any(name in SAVABLE for name in settings.modules_to_save):
             self._require_tied()
         own = adapter_table(table, self.shapes)
         per_expert = own.spelling != in_spelling(own, STACKED).spelling

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift import rundir
-from mswift.converters.adapters import Table, expand_modules_to_save
+from mswift.converters.adapters import SAVABLE, Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.methods import METHOD_TYPES
 from mswift.tuners.peft_fields import flag, is_number, is_rank, layers, names, patterns
@@ -95,7 +95,7 @@ def peft_config(
                 **own,
                 "auto_mapping": None,
                 "base_model_name_or_path": base_model,
-                "ensure_weight_tying": tied and bool(modules_to_save),
+                "ensure_weight_tying": tied and any(name in SAVABLE for name in modules_to_save),
                 "inference_mode": True,
                 "megatron_core": "megatron.core",
                 "modules_to_save": list(modules_to_save) or None,

@@ -1,14 +1,24 @@
 """LongLoRA: shifted sparse attention is the paper's but for the group of both ends; evaluation attends in full."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+from mswift.converters.plan import table_for
 from mswift.errors import LayoutError
 from mswift.parallel.attention.core import SdpaAttention
 from mswift.parallel.shifted import shifted_attention
+from mswift.tuners.adapter import PeftAdapter
+from mswift.tuners.lora import LoraConfig
+from mswift.tuners.peft_config import PREFIX, WEIGHTS_FILE, adapter_files
+from mswift.tuners.shapes import promised_shapes
+from tests.support.family_configs import family_config
 from tests.support.parity import differences, megatron_run, random_model, random_steps, reference
 from tests.support.spaces import weights_of
 
@@ -90,3 +100,17 @@ def test_training_attends_within_groups_and_evaluation_does_not(world_size: int,
     assert {name: value for name, value in worst.items() if not value <= 1e-5} == {}
     assert found["evaluated"] == pytest.approx(plain["evaluated"], rel=5e-6)
     assert abs(found["loss"][0] - plain["loss"][0]) > 1e-3
+
+
+def test_norms_are_trained_on_where_embeddings_are_tied(tmp_path: Path) -> None:
+    table = table_for(family_config("qwen2"))
+    assert table.spec.tied_embeddings
+    settings = LoraConfig.for_table(table, rank=2, alpha=4, target_modules=["q_proj"]).settings
+    for name, content in adapter_files(table, settings, ("norm",), None).items():
+        (tmp_path / name).write_bytes(content)
+        assert json.loads(content)["ensure_weight_tying"] is False
+    shapes = promised_shapes(table, replace(settings, modules_to_save=("norm",)))
+    save_file({PREFIX + name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / WEIGHTS_FILE)
+    adapter = PeftAdapter(tmp_path)
+    adapter.check(shapes)
+    assert adapter.lora_config(table, 0)[1] == ("norm",)

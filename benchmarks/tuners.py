@@ -1,13 +1,13 @@
 """One small model, one data set, every tuner: what is trained, memory, optimizer state, speed and losses.
 
-    python benchmarks/tuners.py [--seeds 3] [--steps 24] [--threads 2] [--only LoRA LISA] [--write FILE.md]
+    python benchmarks/tuners.py [--seeds 3] [--steps 20] [--threads 2] [--only LoRA LISA] [--write FILE.md]
 
 A Qwen3 with random weights is pretrained on the demo's text, then every tuner fine-tunes it on the demo's conversations
 by `mswift sft --backend ddp`, each run in a process of its own that has the libraries loaded: without packing and with
 it, once for each seed. Memory is the largest that the process held above what it held before it built anything. Tuners
-that this version's configuration does not know are listed as missing. The orderings that the SWIFT paper (arXiv
-2408.05517) reports are checked; those that do not hold here are printed, and the exit status is 0 all the same: on a
-small model the ends weigh more. With --write the table is added to a file and a picture is saved beside it.
+that this version's configuration does not know, or whose library is missing, are listed. The orderings that the SWIFT
+paper (arXiv 2408.05517) reports are checked; those that do not hold here are printed, and the exit status is 0 all the
+same: on a small model the ends weigh more. With --write the table is added to a file and a picture is saved beside it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -48,6 +49,9 @@ TUNERS: Mapping[str, tuple[str, list[str]]] = {
 }
 """Name -> (learning rate, flags)."""
 
+NEEDS = {"GaLore": "galore_torch"}
+"""Name -> the library that it needs (pip install 'mswift[optim]')."""
+
 NOT_PACKED = ("LongLoRA",)
 QWEN_7B: Mapping[str, Any] = {
     "model_type": "qwen", "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
@@ -70,9 +74,13 @@ class Result:
     eval_loss: float
 
 
-def is_known(flags: Sequence[str]) -> bool:
-    """Whether this version's configuration has these flags and values."""
+def is_known(name: str) -> bool:
+    """Whether this version's configuration has the tuner's flags and values, and its library is there."""
     from mswift.config.train import SftConfig
+
+    flags = TUNERS[name][1]
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        return False
 
     hints = get_type_hints(SftConfig)
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
@@ -308,7 +316,7 @@ def report(every: Mapping[str, Results], missing: Sequence[str], args: argparse.
     import transformers
 
     lines = [
-        f"`python benchmarks/tuners.py --seeds {args.seeds} --steps {args.steps} --threads {args.threads}`",
+        f"`python benchmarks/tuners.py {' '.join(sys.argv[1:])}`",
         "",
         f"{cpu_name()}; torch {torch.__version__}, transformers {transformers.__version__}; {args.steps} steps of 16 "
         f"conversations (packed: 4 rows of 160 positions), {args.seeds} seed(s), fp32, {time.time() - started:.0f} s "
@@ -317,7 +325,10 @@ def report(every: Mapping[str, Results], missing: Sequence[str], args: argparse.
     for kind, results in every.items():
         lines += ["", f"## {kind}", "", *table(results), "", *orderings(results)]
     if missing:
-        lines += ["", f"Not known to this version's configuration: {', '.join(missing)}."]
+        lines += [
+            "",
+            f"Not run, since this version's configuration or this environment lacks them: {', '.join(missing)}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -325,8 +336,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of data, base and the first run")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--pretrain_steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pretrain_steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(TUNERS))
     parser.add_argument("--write", type=Path)
@@ -334,7 +345,7 @@ def main() -> None:
     args.load, started = os.getloadavg(), time.time()
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     chosen = [name for name in TUNERS if name in (args.only or TUNERS)]
-    names = [name for name in chosen if is_known(TUNERS[name][1])]
+    names = [name for name in chosen if is_known(name)]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         runner = Runner(folder, args.threads)

@@ -18,7 +18,10 @@ from mswift.errors import CheckpointError, ConfigError
 from mswift.parallel.engine import Read, StateShard, bytes_of
 
 _STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-_OF_EXPERT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_OF_EXPERT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+"""Of an expert's tensors in files: as most models call them, and as Mixtral does."""
+_IN_FILES = (("", ""), (".mlp.", ".block_sparse_moe."))
+"""What transformers calls otherwise than files do: Mixtral."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,11 @@ def map_parameters(shapes: Mapping[str, tuple[int, ...]], table: ModelTable) -> 
 
 def _sources(name: str, shape: tuple[int, ...], table: ModelTable) -> list[tuple[str, tuple[int, ...]]]:
     """(tensor as files have it, where it begins in the parameter); transformers stacks the experts of a layer."""
-    if table.hf.get(name) == shape:
-        return [(name, (0,) * len(shape))]
-    stacked = _STACKED.fullmatch(name)
-    if stacked is not None and len(shape) == 3:
-        rows = shape[1] // len(_OF_EXPERT[stacked[2]])
-        parts: list[tuple[str, tuple[int, ...]]] = [
-            (f"{stacked[1]}.{expert}.{part}.weight", (expert, number * rows, 0))
-            for expert in range(shape[0])
-            for number, part in enumerate(_OF_EXPERT[stacked[2]])
-        ]
-        if all(table.hf.get(part) == (rows, shape[2]) for part, _ in parts):
+    for ours, theirs in _IN_FILES:
+        stored = name.replace(ours, theirs) if ours else name
+        if table.hf.get(stored) == shape:
+            return [(stored, (0,) * len(shape))]
+        if parts := _experts(stored, shape, table):
             return parts
     known = table.hf.get(name)
     raise ConfigError(
@@ -82,6 +79,23 @@ def _sources(name: str, shape: tuple[int, ...], table: ModelTable) -> list[tuple
         + (f"{list(known)} in the checkpoint" if known else "no tensor of the checkpoint")
         + ": use --backend megatron"
     )
+
+
+def _experts(name: str, shape: tuple[int, ...], table: ModelTable) -> list[tuple[str, tuple[int, ...]]]:
+    """The tensors of single experts that a parameter [experts, rows, columns] stacks; none where it does not."""
+    stacked = _STACKED.fullmatch(name)
+    if stacked is None or len(shape) != 3:
+        return []
+    for names in _OF_EXPERT[stacked[2]]:
+        rows = shape[1] // len(names)
+        parts: list[tuple[str, tuple[int, ...]]] = [
+            (f"{stacked[1]}.{expert}.{part}.weight", (expert, number * rows, 0))
+            for expert in range(shape[0])
+            for number, part in enumerate(names)
+        ]
+        if all(table.hf.get(part) == (rows, shape[2]) for part, _ in parts):
+            return parts
+    return []
 
 
 def _inside(piece: Piece, place: tuple[int, ...], num_axes: int) -> Piece:

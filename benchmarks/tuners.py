@@ -291,6 +291,7 @@ def draw(every: Mapping[str, Results], path: Path) -> None:
     """Peak memory, speed and evaluation loss of every tuner, packed and not."""
     from matplotlib.figure import Figure
 
+    order = [name for name in TUNERS if any(name in results for results in every.values())]
     figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
     parts = (
         ("peak_bytes", "peak memory (MiB)", MIB),
@@ -299,14 +300,14 @@ def draw(every: Mapping[str, Results], path: Path) -> None:
     )
     for axes, (what, label, unit) in zip(figure.subplots(1, 3), parts, strict=True):
         for number, (kind, results) in enumerate(every.items()):
-            names = [name for name in TUNERS if name in results]
-            places = [list(TUNERS).index(name) + 0.4 * number for name in names]
+            names = [name for name in order if name in results]
+            places = [order.index(name) + 0.4 * number for name in names]
             axes.barh(places, [_mean(results[name], what) / unit for name in names], height=0.38, label=kind)
-        axes.set_yticks([n + 0.2 for n in range(len(TUNERS))], list(TUNERS))
+        axes.set_yticks([n + 0.2 for n in range(len(order))], order)
         axes.invert_yaxis()
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(path)
 
 

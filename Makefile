@@ -3,10 +3,12 @@
 #   PYTHON=python3.12      the interpreter of .venv (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from, e.g. https://download.pytorch.org/whl/cpu
 #   TEST_PROCESSES=N       test files side by side in `make test`
+#   SYSTEM_PROCESSES=N     the same in `make test-system`, whose tests wait half of their time (SLURM, servers)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 TEST_PROCESSES ?= 2
+SYSTEM_PROCESSES ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests/unit tests/cpu
 
 test-system: $(READY)
-	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile tests/system; \
+	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest --numprocesses $(SYSTEM_PROCESSES) --dist loadfile tests/system; \
 	else echo "test-system: no tests with real processes yet"; fi
 
 test-gpu: $(READY)

@@ -53,7 +53,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests/unit tests/cpu
 
 test-system: $(READY)
-	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest --numprocesses $(SYSTEM_PROCESSES) --dist loadfile tests/system; \
+	@if ls tests/system/test_*.py > /dev/null 2>&1; then $(BIN)/python -m pytest --numprocesses $(SYSTEM_PROCESSES) --dist loadfile --no-loadscope-reorder tests/system; \
 	else echo "test-system: no tests with real processes yet"; fi
 
 test-gpu: $(READY)

@@ -86,8 +86,15 @@ LARGEST_FILES = {
     "cpu/test_train_slurm_variables": 26, "cpu/test_parity_pipeline": 23, "cpu/test_parity_overlap": 20,
     "cpu/test_adapters_dropout": 23, "cpu/test_parity_mcore": 19, "cpu/test_state_memory": 16,
     "cpu/test_convert_megatron_moe": 14, "cpu/test_state_moves": 12,
+    "system/test_slurm_faults": 300, "system/test_train_resume": 250, "system/test_vllm_handover": 200,
+    "system/test_slurm": 180, "system/test_train_fsdp": 170, "system/test_faults": 150, "system/test_slurm_kinds": 120,
+    "system/test_train_tuners": 90, "system/test_train_road": 90, "system/test_vllm_infer": 80,
+    "system/test_preflight": 70, "system/test_doctor": 60, "system/test_deploy": 60, "system/test_train_methods": 50,
 }  # fmt: skip
-"""CPU seconds, by rough measure, of the files that need most: those start first, so that all workers end together."""
+"""Seconds (system: waiting included), by rough measure, of the files that need most: those start first, so that all
+
+workers end together.
+"""
 
 _seconds: dict[str, float] = defaultdict(float)
 _noted = 0.0
@@ -95,7 +102,7 @@ NUM_LARGEST = 15
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The largest files first; `make test` keeps xdist from putting the files with most tests there."""
+    """The largest files first; the Makefile keeps xdist from putting the files with most tests there."""
     items.sort(key=lambda item: -LARGEST_FILES.get(_file(item.nodeid), 0))  # stable: a file stays together
 
 

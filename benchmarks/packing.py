@@ -186,7 +186,7 @@ def report(args: argparse.Namespace, steps: dict[str, list[tuple[float, float, i
 def main() -> None:
     """Parse, measure, print, perhaps write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["llama"], default="llama")
+    parser.set_defaults(model="llama")
     parser.add_argument("--tuner", choices=["full", "lora"], default="full")
     parser.add_argument("--size", choices=list(SIZES), default="10M")
     parser.add_argument("--samples", type=int, default=64, help="of a step; a multiple of --batch")

@@ -56,16 +56,21 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                     f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
                 )
     yield from _optimizer_refusals(config)
-    if config.backend == "megatron":
-        for name in _FSDP_ONLY:
-            if _is_given(config, name):
-                yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
-        if config.trains_adapter and not config.trains_lora and config.tuner_type not in HIDDEN_TUNERS:
-            yield ConfigError(
-                f"--tuner_type {config.tuner_type} is computed by PEFT on transformers' model: use --backend fsdp (or "
-                "ddp), or --tuner_type lora"
-            )
-        return
+    yield from _of_megatron(config) if config.backend == "megatron" else _of_transformers(config)
+
+
+def _of_megatron(config: TrainConfig) -> Iterator[ConfigError]:
+    for name in _FSDP_ONLY:
+        if _is_given(config, name):
+            yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
+    if config.trains_adapter and not config.trains_lora and config.tuner_type not in HIDDEN_TUNERS:
+        yield ConfigError(
+            f"--tuner_type {config.tuner_type} is computed by PEFT on transformers' model: use --backend fsdp (or "
+            "ddp), or --tuner_type lora"
+        )
+
+
+def _of_transformers(config: TrainConfig) -> Iterator[ConfigError]:
     for name in _MEGATRON_ONLY:
         if _is_given(config, name):
             value = getattr(config, name)
@@ -87,6 +92,11 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         )
     if config.neftune_noise_alpha < 0:
         yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")
+    yield from _costs(config)
+
+
+def _costs(config: TrainConfig) -> Iterator[ConfigError]:
+    """How parameters lie, what is computed again, what is compiled."""
     if config.backend == "ddp" and config.fsdp_shard_size is not None:
         yield ConfigError(
             f"--fsdp_shard_size {config.fsdp_shard_size}: --backend ddp cuts no parameters: leave it out, or use "

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mswift.tuners.hidden import HiddenConfig
 from mswift.tuners.hidden_modules import Bottleneck, LoReft, attach
 from tests.support.adapters import difference
 from tests.support.engines import make_engine
-from tests.support.parity import differences, random_model, random_steps
+from tests.support.parity import backward, differences, random_model, random_steps
 from tests.support.ranks import join, run_ranks
 from tests.support.spaces import MemoryReader, assemble, gather, weights_of
 
@@ -111,13 +110,7 @@ def by_hand(kind: str) -> dict[str, Any]:
     }
     for step in random_steps():
         optimizer.zero_grad()
-        total = sum(float(weights.sum()) for _, _, weights in step)
-        losses = [
-            (F.cross_entropy(model(t).logits.flatten(0, 1), y.flatten(), reduction="none") * w.flatten()).sum() / total
-            for t, y, w in step
-        ]
-        sum(losses).backward()
-        result["loss"].append(float(sum(losses)))
+        result["loss"].append(backward(model, step))
         result["grad_norm"].append(float(torch.nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)))
         optimizer.step()
     return result | {"weights": {name: tensor.detach().numpy() for name, tensor in tensors.items()}}

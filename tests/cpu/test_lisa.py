@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mswift.tuners.lisa import LayerSampling
-from tests.support.parity import differences, megatron_run, random_model, random_steps
+from tests.support.parity import backward, differences, megatron_run, random_model, random_steps
 from tests.support.ranks import run_ranks
 from tests.support.spaces import assemble, weights_of
 
@@ -51,13 +50,7 @@ def by_hand(rule: str) -> dict[str, Any]:
                 if not parameter.requires_grad:
                     optimizer.state.pop(parameter, None)
         optimizer.zero_grad()
-        total = sum(float(weights.sum()) for _, _, weights in step)
-        losses = [
-            (F.cross_entropy(model(t).logits.flatten(0, 1), y.flatten(), reduction="none") * w.flatten()).sum() / total
-            for t, y, w in step
-        ]
-        sum(losses).backward()
-        result["loss"].append(float(sum(losses)))
+        result["loss"].append(backward(model, step))
         result["grad_norm"].append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)))
         optimizer.step()
         result["bytes"].append(sum(item * p.numel() for p in parameters.values() if optimizer.state.get(p)))

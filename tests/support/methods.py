@@ -7,12 +7,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.nn import functional as F
 
 from mswift.tuners.method import MethodConfig, short_name
 from tests.support.adapters import table_of
 from tests.support.engines import make_engine
-from tests.support.parity import VOCAB, Batch, random_model, random_steps
+from tests.support.parity import VOCAB, Batch, backward, random_model, random_steps
 from tests.support.ranks import join
 from tests.support.spaces import gather
 
@@ -107,17 +106,12 @@ def peft_steps(model: Any, steps: Sequence[Sequence[Batch]], settings: Mapping[s
         result["logits"] = model(steps[0][0][0]).logits.numpy()
     for number, step in enumerate(steps, 1):
         optimizer.zero_grad()
-        total, loss_sum = sum(float(weights.sum()) for _, _, weights in step), 0.0
-        for tokens, labels, weights in step:
-            losses = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
-            loss = (losses * weights.flatten()).sum() / total
-            loss.backward()
-            loss_sum += loss.item()
+        loss = backward(model, step)
         tuner = model.base_model
         if hasattr(tuner, "rankallocator"):  # PEFT's own code for what AdaLoRA adds to a loss
             with patch.object(tuner.model, "forward", lambda: SimpleNamespace(loss=torch.zeros(()))):
                 tuner.forward().loss.backward()
-        result["loss"].append(loss_sum)
+        result["loss"].append(loss)
         result["grad_norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_grad"])))
         if "gradients" not in result:
             result["gradients"] = {n: p.grad.clone().numpy() for n, p in names.items() if p.grad is not None}

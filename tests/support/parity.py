@@ -81,16 +81,10 @@ def reference(model: torch.nn.Module, steps: Sequence[Sequence[Batch]], settings
         result["logits"] = model(steps[0][0][0]).logits.numpy()
     for step in steps:
         optimizer.zero_grad()
-        total = sum(float(weights.sum()) for _, _, weights in step)
-        loss_sum = 0.0
-        for tokens, labels, weights in step:
-            losses = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
-            loss = (losses * weights.flatten()).sum() / total
-            loss.backward()
-            loss_sum += loss.item()
+        loss = backward(model, step)
         clip = settings.get("clip_grad", 0) or float("inf")
         result["grad_norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
-        result["loss"].append(loss_sum)
+        result["loss"].append(loss)
         if "gradients" not in result:
             result["gradients"] = _copy({n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
@@ -100,6 +94,18 @@ def reference(model: torch.nn.Module, steps: Sequence[Sequence[Batch]], settings
             n: optimizer.state[p][state].numpy() for n, p in model.named_parameters() if state in optimizer.state[p]
         }
     return result
+
+
+def backward(model: torch.nn.Module, step: Sequence[Batch]) -> float:
+    """Loss of a step by transformers' own model, the weighted mean over its tokens; gradients are added up."""
+    total = sum(float(weights.sum()) for _, _, weights in step)
+    loss_sum = 0.0
+    for tokens, labels, weights in step:
+        losses = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
 
 
 def megatron_run(

@@ -7,7 +7,7 @@ from mswift.config.train import TrainConfig
 from mswift.data.dataset import DataOptions, Kind
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.selection import Selection
-from mswift.refusals import parse_columns
+from mswift.refusals.data import parse_columns
 
 
 def data_options(kind: Kind, config: TrainConfig | DataConfig) -> DataOptions:

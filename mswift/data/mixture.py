@@ -21,7 +21,7 @@ from mswift.config.loader import scalar_text
 from mswift.config.schema import nearest
 from mswift.data.sources import beside
 from mswift.errors import ConfigError
-from mswift.refusals import MIXTURE_SUFFIXES, holds_mixture
+from mswift.refusals.data import MIXTURE_SUFFIXES, holds_mixture
 
 _KEYS = ("path", "weight", "epochs")
 

@@ -26,7 +26,7 @@ from mswift.data.text_files import LongText
 from mswift.data.tokenizer import Tokenizer, encode, end_token_id, load_tokenizer
 from mswift.data.truncation import fit
 from mswift.errors import ConfigError, DataError
-from mswift.refusals import parse_columns
+from mswift.refusals.data import parse_columns
 
 _GREEN, _YELLOW, _PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[0m"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from mswift.backend_refusals import describe_layout
 from mswift.config.blend import Blend
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
@@ -26,7 +25,8 @@ from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer,
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import document_multiple, sequence_multiple
-from mswift.refusals import check_schedule
+from mswift.refusals.backend import describe_layout
+from mswift.refusals.flags import check_schedule
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mswift import rundir
-from mswift.backend_refusals import describe_layout, with_shared_sequences
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.safetensors import SAFETENSORS
@@ -16,7 +15,9 @@ from mswift.data.indexed import open_indexed
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.launchers.environment import current
-from mswift.refusals import dims_of, holds_mixture, train_dtype, train_refusals
+from mswift.refusals import dims_of, train_dtype, train_refusals
+from mswift.refusals.backend import describe_layout, with_shared_sequences
+from mswift.refusals.data import holds_mixture
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.inputs import blend_of, input_refusals, mixture_of, model_config, open_model

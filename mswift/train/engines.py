@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from mswift.backend_refusals import shard_size
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import NORM, expand_modules_to_save
 from mswift.converters.plan import ModelTable
@@ -15,6 +14,7 @@ from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError
 from mswift.parallel.engine import Engine
 from mswift.refusals import train_dtype
+from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout

@@ -17,9 +17,9 @@ from mswift.data.indexed import open_indexed
 from mswift.data.loss_scale import parse_loss_scale
 from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
-from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
+from mswift.refusals.engine import check_four_bit_base
 from mswift.train.memory import trained_parameters
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of

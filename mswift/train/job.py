@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from mswift import rundir
-from mswift.backend_refusals import FREEZING
 from mswift.config.loader import dump, to_dict
 from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
@@ -20,6 +19,7 @@ from mswift.data.tokenizer import Tokenizer
 from mswift.ledger import FINISHED, Ledger
 from mswift.parallel import device as devices
 from mswift.parallel import groups
+from mswift.refusals.backend import FREEZING
 from mswift.train import checkpoint
 from mswift.train.batches import StepBatch, training_batch
 from mswift.train.build import batch_plan, build_data, learning_rate, num_steps, print_banner

@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from mswift.backend_refusals import shard_size
 from mswift.config.loss import is_fused, piece_tokens
 from mswift.config.optimizers import ELEMENTWISE, rule_of, state_bytes
 from mswift.config.train import TrainConfig
@@ -13,6 +12,7 @@ from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import EMBEDDING, ModelTable
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
+from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.tuners.llamapro import trained_elements
 from mswift.tuners.lora import LoraConfig

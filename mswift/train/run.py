@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from mswift.backend_refusals import with_shared_sequences
 from mswift.config.loader import to_arguments
 from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
@@ -16,6 +15,7 @@ from mswift.launchers.environment import RankInfo, current
 from mswift.launchers.job import mswift_job
 from mswift.launchers.preflight import noting_refusals
 from mswift.refusals import check_train
+from mswift.refusals.backend import with_shared_sequences
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, open_model
 from mswift.train.resume import ResumePoint, start_of

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
-from mswift.engine_refusals import check_four_bit_base, check_prediction, check_prediction_flags
 from mswift.errors import CheckpointError
 from mswift.parallel import device as devices
 from mswift.parallel import dropout
@@ -33,6 +32,7 @@ from mswift.parallel.megatron.optimizer import ShardedOptimizer
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
 from mswift.parallel.megatron.state import read_range, shards_of_range
 from mswift.refusals import check_context_parallel
+from mswift.refusals.engine import check_four_bit_base, check_prediction, check_prediction_flags
 from mswift.topology import ParallelDims, check_experts
 
 

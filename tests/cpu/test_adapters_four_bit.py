@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mswift.engine_refusals import check_four_bit_base
 from mswift.errors import ConfigError
+from mswift.refusals.engine import check_four_bit_base
 from tests.support.adapters import load_peft, random_adapter
 from tests.support.lora_parity import mswift_run, peft_steps
 from tests.support.parity import BASE, differences, model_of

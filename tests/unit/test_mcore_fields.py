@@ -11,7 +11,7 @@ from mswift.config import mcore, mcore_fields
 from mswift.config.loader import dump, load, to_arguments
 from mswift.config.train import PtConfig
 from mswift.errors import ConfigError
-from mswift.refusals import _flag_refusals
+from mswift.refusals.flags import flag_refusals
 
 MODEL = ["--model", "m"]
 CP_FLAGS = {"context_parallel_size", "cp_comm_type"}
@@ -84,7 +84,7 @@ def test_a_recipe_is_read_as_strictly(tmp_path: Path, text: str, words: str) -> 
 
 
 def refusals(**values: Any) -> str:
-    return "\n".join(map(str, _flag_refusals(PtConfig(model="m", dataset=("d",), train_iters=1, **values))))
+    return "\n".join(map(str, flag_refusals(PtConfig(model="m", dataset=("d",), train_iters=1, **values))))
 
 
 @pytest.mark.parametrize(

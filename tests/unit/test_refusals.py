@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mswift.config.train import PtConfig, SftConfig
 from mswift.converters.spec import DeltaSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 from mswift.errors import ConfigError, LayoutError
-from mswift.refusals import check_schedule, check_train, train_dtype, train_refusals
+from mswift.refusals import check_train, train_dtype, train_refusals
+from mswift.refusals.flags import check_schedule
 
 SPEC = ModelSpec(
     model_type="llama",
@@ -341,9 +342,9 @@ def test_optimizers_that_would_be_wrong_are_refused(
     changes: dict[str, Any], spec: ModelSpec, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(FINE, **changes)
-    monkeypatch.setattr("mswift.backend_refusals.find_spec", lambda _: None)
+    monkeypatch.setattr("mswift.refusals.backend.find_spec", lambda _: None)
     assert words in _refused(config, 1, spec)
-    monkeypatch.setattr("mswift.backend_refusals.find_spec", lambda name: name)
+    monkeypatch.setattr("mswift.refusals.backend.find_spec", lambda name: name)
     if "installed" in words or "pip" in words:
         assert train_refusals(config, spec, 1) == []
 
@@ -364,7 +365,7 @@ def test_frequencies_that_depend_on_a_rank_s_rows_are_refused(changes: dict[str,
 )
 def test_ranks_that_share_sequences_exchange_heads_as_far_as_there_are(size: int, kind: str, levels: Any) -> None:
     """The model has 4 KV heads."""
-    from mswift.backend_refusals import with_shared_sequences
+    from mswift.refusals.backend import with_shared_sequences
 
     config = with_shared_sequences(dataclasses.replace(FINE, sequence_parallel_size=size), SPEC)
     found = (config.context_parallel_size, config.cp_comm_type, config.hierarchical_context_parallel_sizes)

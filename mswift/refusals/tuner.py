@@ -1,12 +1,34 @@
-"""What the tuners of transformers models beside LoRA do not go with, told by the flags alone. No torch."""
+"""What LoRA and the tuners of transformers models do not go with, told by the flags alone. No torch."""
 
+import re
 from collections.abc import Iterator, Mapping
 
-from mswift.backend_refusals import FREEZING, HIDDEN_TUNERS
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import NORM
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
+from mswift.refusals.backend import FREEZING, HIDDEN_TUNERS
+from mswift.refusals.engine import check_four_bit_base
+
+_LORA_FLAGS = (
+    *(
+        "lora_rank",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "init_weights",
+        "lorap_lr_ratio",
+        "quant_method",
+        "quant_bits",
+        "bnb_4bit_quant_type",
+        "tuner_config",
+        "target_modules",
+        "target_parameters",
+    ),
+    *("modules_to_save", "adapters"),
+)
+_INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?")
 
 OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
@@ -118,3 +140,57 @@ def _llamapro(config: TrainConfig) -> Iterator[ConfigError]:
             "or train those it has: --tuner_type full --trainable_parameters model.layers.N. (of each) "
             "--freeze_parameters_regex ."
         )
+
+
+def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.quant_method is None:
+        for name in ("quant_bits", "bnb_4bit_quant_type"):
+            value = getattr(config, name)
+            if value != type(config).__dataclass_fields__[name].default:
+                yield ConfigError(f"--{name} {value} has no effect without --quant_method bnb")
+        return
+    if config.quant_bits is None:
+        yield ConfigError("--quant_method bnb needs the number of bits: --quant_bits 4")
+    try:
+        check_four_bit_base(config.trains_lora, config.use_dora)
+    except ConfigError as error:
+        yield error
+    if config.init_weights != "true":
+        yield ConfigError(
+            f"--quant_method bnb with --init_weights {config.init_weights}, which starts from the whole weight, is not "
+            "supported: leave one of them out"
+        )
+
+
+def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """What flags of LoRA go with it, and with no other."""
+    if config.trains_lora:
+        if not _INIT.fullmatch(config.init_weights):
+            yield ConfigError(
+                f"--init_weights {config.init_weights}: known: true pissa pissa_niter_N (as pissa_niter_16) olora"
+            )
+        if config.adapters and config.init_weights != "true":
+            yield ConfigError(
+                f"--init_weights {config.init_weights} with --adapters {config.adapters[0]}, which has its values: "
+                "leave one of them out"
+            )
+        if len(config.adapters) > 1:
+            yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
+        if config.tuner_config is not None:
+            yield ConfigError("--tuner_config is for methods other than LoRA, which has flags of its own: leave it out")
+        yield from _quantised_refusals(config)
+        return
+    if config.trains_adapter:
+        if len(config.adapters) > 1:
+            yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
+        if config.tuner_type not in HIDDEN_TUNERS:
+            return
+    for name in _LORA_FLAGS:
+        value = getattr(config, name)
+        if name == "adapters" and config.tuner_type in HIDDEN_TUNERS:
+            continue
+        if value != type(config).__dataclass_fields__[name].default:
+            given = " ".join(value) if isinstance(value, tuple) else value
+            yield ConfigError(
+                f"--{name} {given} has no effect with --tuner_type {config.tuner_type}: use --tuner_type lora"
+            )

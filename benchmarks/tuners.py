@@ -252,7 +252,7 @@ def orderings(results: Results) -> list[str]:
     """What the SWIFT paper reports, and whether it holds here."""
     from mswift.config.train import SftConfig
     from mswift.converters.plan import table_for
-    from mswift.train.memory import trained_parameters
+    from mswift.train.trained import trained_parameters
 
     qwen = table_for(dict(QWEN_7B))
     config = SftConfig(model="m", tuner_type="lora", target_modules=("c_attn", "c_proj", "w1", "w2"))

@@ -24,9 +24,9 @@ from mswift.launchers.job import Job
 from mswift.refusals import dims_of, train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.machine import check_machine
-from mswift.train.memory import lora_config
 from mswift.train.proof import TOLERANCE, Difference, ProofJob, compare
 from mswift.train.scaled_model import scaled_dims, scaled_table
+from mswift.train.trained import lora_config
 
 JOBS, RESULT = "jobs.json", "result-{}.npz"
 _SHOWN = 12

@@ -18,7 +18,7 @@ from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
-from mswift.train.memory import lora_config, saved_modules
+from mswift.train.trained import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
 from mswift.tuners.llamapro import new_blocks

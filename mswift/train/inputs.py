@@ -20,9 +20,9 @@ from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
 from mswift.refusals.engine import check_four_bit_base
-from mswift.train.memory import trained_parameters
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
+from mswift.train.trained import trained_parameters
 from mswift.tuners.hidden import HIDDEN
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.lora import LoraConfig

@@ -9,7 +9,7 @@ from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.layout import Region
 from mswift.converters.reader import WeightReader
 from mswift.data.tokenizer import Tokenizer, untrained_token_warning
-from mswift.train.memory import saved_modules
+from mswift.train.trained import saved_modules
 from mswift.tuners.stored import STORED, as_float32
 
 _KEY = "embedding.word_embeddings.weight"

@@ -1,4 +1,4 @@
-"""What the engine of transformers models needs to know beside the model and the layout."""
+"""What an engine of transformers models needs to know beside the model and the layout."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,23 +9,18 @@ from mswift.tuners.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
-class FsdpConfig(EngineSettings):
-    """BF16 keeps fp32 weights, sharded, and computes in bf16 copies of a block at a time.
+class HfSettings(EngineSettings):
+    """How a transformers model is computed, tuned and updated, whoever lays it out over ranks.
 
-    shard_size: ranks that share the parameters; each group of as many holds all of them. recompute_blocks: of how many
-    of the first blocks only the input is kept; recompute_keeps_products: and the results of `model.KEPT`. cpu_offload:
-    parameters, gradients and optimizer state lie in host memory. part: what of a full run is trained (None:
-    everything). lisa: which of its layers are trained at a time (None: all). neftune_alpha: noise on the embeddings of
-    training batches (Jain et al. 2023, arXiv 2310.05914). shifted_attention: training attends within groups
-    (`mswift.parallel.shifted`). galore_scale None: the library's. four_bit_base: how bitsandbytes keeps the linears of
-    the layers, whole on every rank.
+    recompute_blocks: of how many of the first blocks only the input is kept; recompute_keeps_products: and the results
+    of `model.KEPT`. part: what of a full run is trained (None: everything). lisa: which of its layers are trained at a
+    time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
+    shifted_attention: training attends within groups (`mswift.parallel.shifted`). galore_scale None: the library's.
+    four_bit_base: how bitsandbytes keeps the linears of the layers, whole on every rank.
     """
 
-    shard_size: int = 1
-    reshard_after_forward: bool = True
     recompute_blocks: int = 0
     recompute_keeps_products: bool = False
-    cpu_offload: bool = False
     compile_layers: bool = False
     part: Part | None = None
     neftune_alpha: float = 0.0
@@ -36,3 +31,16 @@ class FsdpConfig(EngineSettings):
     galore_rank: int = 128
     galore_update_proj_gap: int = 200
     galore_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpConfig(HfSettings):
+    """BF16 keeps fp32 weights, sharded, and computes in bf16 copies of a block at a time.
+
+    shard_size: ranks that share the parameters; each group of as many holds all of them. cpu_offload: parameters,
+    gradients and optimizer state lie in host memory.
+    """
+
+    shard_size: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.config import HfSettings
 
 Settings = list[dict[str, Any]]
 
@@ -20,7 +20,7 @@ class Library(ABC):
 
     keys: tuple[str, ...] = ()
 
-    def __init__(self, config: FsdpConfig, settings: Settings, seeds: Sequence[int]) -> None:
+    def __init__(self, config: HfSettings, settings: Settings, seeds: Sequence[int]) -> None:
         self.config, self._seeds = config, seeds
         self.optimizer = self._make(settings)
 

@@ -1,18 +1,15 @@
-"""A transformers model as it is trained: without memory first, its blocks sharded one after the other, with our loss.
+"""A transformers model as it is trained: without memory first, its layers compiled or computed again, with our loss.
 
 Shapes: b rows, s positions of this rank, h hidden, V vocabulary.
 """
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mswift.config.loss import LossFusion, is_fused
@@ -207,53 +204,3 @@ def allocate(module: nn.Module, device: torch.device) -> None:
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
                 owner._buffers[name] = buffer.to(device)
-
-
-def shard(
-    model: TrainedModel,
-    mesh: DeviceMesh,
-    dtype: torch.dtype,
-    device: torch.device,
-    reshard: bool,
-    offload: bool,
-    whole: Collection[nn.Parameter] = (),
-) -> None:
-    """Cut every parameter over the last axis of `mesh`, block by block: memory for one whole block at a time.
-
-    Computes in `dtype` and sums gradients in fp32. reshard: blocks are let go of after forward, and gathered again.
-    offload: the cut parameters and their gradients lie in host memory, pinned where there is a GPU. whole: parameters
-    that stay as they are on every rank.
-    """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
-
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": place}
-    options["ignored_params"] = set(whole) or None
-    layers = blocks(model.inner)
-    for layer in layers:
-        allocate(layer, device)
-        fully_shard(layer, reshard_after_forward=reshard, **options)
-    allocate(model, device)
-    fully_shard(model, reshard_after_forward=False, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # losses are divided by the sum of weights of all ranks
-            if mesh.device_type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)
-
-
-@contextmanager
-def last_microbatch(model: nn.Module, is_last: bool) -> Iterator[None]:
-    """Gradients are summed over ranks in the last microbatch of a step only."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
-    yield

@@ -7,15 +7,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mswift.config.optimizers import ELEMENTWISE
-from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.config.optimizers import ELEMENTWISE, rule_of
+from mswift.converters.plan import ModelTable
+from mswift.parallel.fsdp.config import HfSettings
+from mswift.parallel.fsdp.methods import decays
+from mswift.parallel.fsdp.pieces import local
 from mswift.parallel.fsdp.rules import Group, LocalRule
+from mswift.parallel.fsdp.tuned import TunedModel
 from mswift.parallel.fsdp.whole import WholeRule
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def update_groups(tuned: TunedModel, table: ModelTable, config: HfSettings) -> list[Group]:
+    """What is trained, by update rule, decay and learning rate."""
+    found: dict[tuple[bool, float, str], list[str]] = {}
+    for name, mapped in tuned.trained.items():
+        is_b = ".lora_A." not in mapped.name and ".lora_" in mapped.name
+        factor = config.lora_b_lr_ratio if is_b else 1.0
+        matrix = len(mapped.shape) > 1 if tuned.method is None else decays(mapped)
+        rule = rule_of(
+            config.optimizer,
+            mapped.shape,
+            in_layer=mapped.name in table.hf_in_layers,
+            is_embedding=mapped.name in table.hf_embeddings,
+            rank=config.galore_rank,
+        )
+        found.setdefault((matrix, factor, rule), []).append(name)
+    return [Group(tuple(names), decay, factor, rule) for (decay, factor, rule), names in found.items()]
 
 
 class ShardedOptimizer:
@@ -25,7 +42,7 @@ class ShardedOptimizer:
         self,
         parameters: Mapping[str, Tensor],
         groups: Sequence[Group],
-        config: FsdpConfig,
+        config: HfSettings,
         norm_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:

@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mswift.converters.layout import Dim, Piece, Region, restrict
 from mswift.converters.plan import ModelTable
@@ -22,6 +23,11 @@ _OF_EXPERT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_pr
 """Of an expert's tensors in files: as most models call them, and as Mixtral does."""
 _IN_FILES = (("", ""), (".mlp.", ".block_sparse_moe."))
 """What transformers calls otherwise than files do: Mixtral."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mswift.config.optimizers import ELEMENTWISE
-from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.config import HfSettings
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def optimizer_settings(groups: Sequence[Group], of: Mapping[str, Any], weight_de
 class LocalRule:
     """An elementwise rule of some parameters, over `shards`: the fp32 rows of this rank, by name."""
 
-    def __init__(self, rule: str, groups: Sequence[Group], shards: Mapping[str, Tensor], config: FsdpConfig) -> None:
+    def __init__(self, rule: str, groups: Sequence[Group], shards: Mapping[str, Tensor], config: HfSettings) -> None:
         self._kind, self._groups, self._shards = rule, groups, shards
         settings = optimizer_settings(groups, shards, config.weight_decay)
         betas = (config.adam_beta1, config.adam_beta2)

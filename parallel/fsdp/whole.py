@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mswift.config.optimizers import state_bytes, state_of
-from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.libraries import LIBRARIES
 from mswift.parallel.fsdp.rules import Group, optimizer_settings
 
@@ -32,7 +32,7 @@ class WholeRule:
         groups: Sequence[Group],
         shapes: Mapping[str, tuple[int, ...]],
         shards: Mapping[str, Tensor],
-        config: FsdpConfig,
+        config: HfSettings,
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:

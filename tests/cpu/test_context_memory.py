@@ -60,12 +60,13 @@ def held_by_transformers_model(size: int) -> dict[str, int]:
 
         def keep(tensor: torch.Tensor, engine: Any = engine, found: dict[int, int] = found) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in _plain(engine._model.parameters())}:
+            parameters = _plain(engine._tuned.model.parameters())
+            if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in parameters}:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = engine._forward(batch, 0)
+            loss = engine._passes.forward(batch, 0)
         result[kind] = sum(found.values())
         del loss
         engine.close()

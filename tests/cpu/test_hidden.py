@@ -154,9 +154,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
         result[key] = engine.logits(tokens).numpy()
         if method is not None:
             assert engine.trainable_parameters == sum(p.numel() for p in start_of(method).values())
-            mine = [
-                [Microbatch(*b) for b in step][dims.coordinate(engine.rank).dp :: dims.dp] for step in random_steps()
-            ]
+            mine = [[Microbatch(*b) for b in step][engine.coordinate.dp :: dims.dp] for step in random_steps()]
             steps = [engine.train_step(step, SGD["lr"]) for step in mine]
             result |= {"loss": [s.loss for s in steps], "grad_norm": [s.grad_norm for s in steps]}
             shards = gather(engine.model_shards())

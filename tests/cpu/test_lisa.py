@@ -118,8 +118,8 @@ def reduced(payload: Mapping[str, Any]) -> set[torch.dtype]:
     engine = make_engine(reader.table, dims, own, device)
     engine.load_weights(reader)
     for step in random_steps(5):
-        engine.train_step([Microbatch(*batch) for batch in step][dims.coordinate(engine.rank).dp :: 2], 1e-3)
-    modules = [module for module in engine._model.modules() if isinstance(module, FSDPModule)]
+        engine.train_step([Microbatch(*batch) for batch in step][engine.coordinate.dp :: 2], 1e-3)
+    modules = [module for module in engine._tuned.model.modules() if isinstance(module, FSDPModule)]
     found = {group._reduce_dtype for module in modules for group in module._get_fsdp_state()._fsdp_param_groups}
     engine.close()
     return found

@@ -204,7 +204,7 @@ def placed(payload: Mapping[str, Any]) -> tuple[set[str], list[tuple[int, int]]]
     dims, device = join(payload["world_size"])
     reader = MemoryReader(*payload["start"])
     engine = make_engine(reader.table, dims, {"backend": "fsdp"} | payload["settings"], device)
-    parameters = engine._parameters.values()
+    parameters = engine._weights.parameters.values()
     result = {str(tuple(p.placements)) for p in parameters}, [(len(p.to_local()), len(p)) for p in parameters]
     engine.close()
     return result

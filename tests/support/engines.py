@@ -15,3 +15,8 @@ def make_engine(table: Any, dims: Any, settings: Mapping[str, Any], device: Any)
     from mswift.parallel.megatron.engine import EngineConfig, MegatronEngine
 
     return MegatronEngine(table, dims, EngineConfig(**own), device)
+
+
+def is_megatron(engine: Any) -> bool:
+    """Whether megatron-core computes in it."""
+    return type(engine).__name__ == "MegatronEngine"

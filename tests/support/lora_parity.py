@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tests.support.adapters import load_peft, random_adapter, short_name, trained_parameters
-from tests.support.engines import make_engine
+from tests.support.engines import is_megatron, make_engine
 from tests.support.parity import Batch, model_of, random_model, random_steps, reference
 from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import assemble, gather
@@ -132,7 +132,7 @@ def _train(engine: Any, steps: Sequence[Sequence[Any]], dp: int) -> dict[str, An
         results.append(engine.train_step(step[engine.coordinate.dp :: dp], SETTINGS["lr"]))
         if "gradients" not in result:
             result["gradients"] = gather(engine.gradients())
-            result["replicated"] = {} if isinstance(engine._trained, dict) else _replicated_gradients(engine)
+            result["replicated"] = _replicated_gradients(engine) if is_megatron(engine) else {}
     result["optimizer"] = gather(engine.optimizer_shards())
     return result | {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 

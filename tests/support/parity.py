@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tests.support.engines import make_engine
+from tests.support.engines import is_megatron, make_engine
 from tests.support.ranks import join, load, run_ranks
 from tests.support.spaces import Arrays, MemoryReader, assemble, gather, to_hf, weights_of
 
@@ -172,7 +172,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _megatron(engine: Any) -> Any:
     """The parameters of a Megatron engine."""
-    return [] if isinstance(engine._base, dict) else engine._base
+    return engine._base if is_megatron(engine) else []
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

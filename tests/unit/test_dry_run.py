@@ -19,8 +19,9 @@ from mswift.errors import MswiftError
 from mswift.launchers.environment import RankInfo
 from mswift.topology import ParallelDims
 from mswift.train.dry_run import dry_run
-from mswift.train.memory import stage_memory, stage_parameters, trained_parameters
+from mswift.train.memory import stage_memory, stage_parameters
 from mswift.train.run import prepare
+from mswift.train.trained import trained_parameters
 from tests.support.checkpoints import write_model
 from tests.support.family_configs import family_config
 from tests.support.shared import shared_file

@@ -12,7 +12,7 @@ from mswift.config.train import SftConfig
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_refusals
-from mswift.train.memory import trained_parameters
+from mswift.train.trained import trained_parameters
 from mswift.tuners.hidden import hidden_config, is_hidden, parse_hidden
 from mswift.tuners.other_adapters import check_hidden
 from tests.support.family_configs import family_config

@@ -9,7 +9,7 @@ from mswift.config.train import SftConfig
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.refusals import train_refusals
-from mswift.train.memory import trained_parameters
+from mswift.train.trained import trained_parameters
 from mswift.tuners.llamapro import expanded_config, expansion, new_blocks
 from tests.support.family_configs import family_config
 

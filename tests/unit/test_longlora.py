@@ -10,7 +10,7 @@ from mswift.config.train import SftConfig
 from mswift.converters.adapters import expand_modules_to_save, saved_shapes
 from mswift.converters.plan import table_for
 from mswift.refusals import train_refusals
-from mswift.train.memory import trained_parameters
+from mswift.train.trained import trained_parameters
 from tests.support.family_configs import family_config
 
 LONG = SftConfig(model="m", dataset=("a.jsonl",), train_iters=1, backend="fsdp", tuner_type="longlora", lora_rank=4)

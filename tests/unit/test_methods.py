@@ -11,7 +11,7 @@ from mswift.cli.main import main
 from mswift.config.train import SftConfig, TrainConfig, TunerType
 from mswift.converters.plan import ModelTable, table_for
 from mswift.errors import ConfigError
-from mswift.train.memory import trained_parameters
+from mswift.train.trained import trained_parameters
 from mswift.tuners.hidden import HIDDEN
 from mswift.tuners.method import MethodConfig, parse_method
 from mswift.tuners.methods import METHODS

@@ -14,7 +14,8 @@ from mswift.converters.plan import table_for
 from mswift.refusals import train_refusals
 from mswift.topology import ParallelDims
 from mswift.train.flops import matmul_parameters
-from mswift.train.memory import stage_memory, stage_parameters, trained_parameters
+from mswift.train.memory import stage_memory, stage_parameters
+from mswift.train.trained import trained_parameters
 from tests.support.family_configs import family_config
 
 CONFIG = family_config("deepseek_v3", num_hidden_layers=4)

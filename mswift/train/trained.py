@@ -1,0 +1,76 @@
+"""What a run trains, by its flags and the table of the model: elements, and bytes of optimizer state. No torch."""
+
+import math
+from dataclasses import replace
+
+from mswift.config.optimizers import ELEMENTWISE, rule_of, state_bytes
+from mswift.config.train import TrainConfig
+from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
+from mswift.converters.plan import ModelTable
+from mswift.tuners.llamapro import trained_elements
+from mswift.tuners.lora import LoraConfig
+from mswift.tuners.other_adapters import other_config
+from mswift.tuners.shapes import promised_shapes
+
+
+def saved_modules(config: TrainConfig) -> tuple[str, ...]:
+    """HF modules that a LoRA run trains in full: of the flag, with the rows of new tokens all others, of longlora."""
+    rows = (EMBED, HEAD) if config.new_special_tokens else ()
+    return config.modules_to_save + rows + ((EMBED, NORM) if config.tuner_type == "longlora" else ())
+
+
+def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
+    """Elements that the whole run trains; ConfigError for a module name that the model does not have."""
+    if config.tuner_type == "llamapro":
+        return trained_elements(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
+    if config.tuner_type == "full":
+        kept = not config.mtp_num_layers
+        return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
+    return sum(map(math.prod, _adapter_shapes(config, table).values()))
+
+
+def _adapter_shapes(config: TrainConfig, table: ModelTable) -> dict[str, tuple[int, ...]]:
+    """What an adapter run trains, by PEFT's names; modules in full by their own."""
+    if not config.trains_lora:
+        method, saved = other_config(config, table), saved_shapes(table, _in_full(config, table))
+        own = {trained_name(table, name): shape for name, shape in saved.items()}
+        return own | method.trained_shapes(table)
+    lora = lora_config(config, table)
+    settings = replace(lora.settings, modules_to_save=_in_full(config, table))
+    return promised_shapes(lora.own_table(table), settings)
+
+
+def optimizer_bytes(config: TrainConfig, table: ModelTable) -> int:
+    """State of the update rules over the whole job, one copy of it; no fp32 masters. Of a part of a model its share."""
+    trained = trained_parameters(config, table)
+    if config.optimizer in ELEMENTWISE:
+        return trained * 4 * len(ELEMENTWISE[config.optimizer])
+    shapes = _adapter_shapes(config, table) if config.trains_adapter else table.without_mtp().hf
+    rank, total = config.galore_rank, 0
+    for name, shape in shapes.items():
+        is_embedding = name in table.hf_embeddings
+        rule = rule_of(
+            config.optimizer, shape, in_layer=name in table.hf_in_layers, is_embedding=is_embedding, rank=rank
+        )
+        total += state_bytes(rule, shape, rank)
+    return math.ceil(total * trained / sum(map(math.prod, shapes.values())))
+
+
+def _in_full(config: TrainConfig, table: ModelTable) -> tuple[str, ...]:
+    return expand_modules_to_save(table, saved_modules(config))
+
+
+def lora_config(config: TrainConfig, table: ModelTable) -> LoraConfig:
+    """The adapter that the flags mean; ConfigError for a module name that the model does not have."""
+    return LoraConfig.for_table(
+        table,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        target_parameters=config.target_parameters,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        dropout=config.lora_dropout,
+        init=config.init_weights,
+        seed=config.seed,
+    )

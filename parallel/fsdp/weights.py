@@ -1,0 +1,147 @@
+"""A rank's rows of the weights of a transformers model, read and yielded as boxes of the table's global tensors."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from mswift.converters.adapters import expand_modules_to_save
+from mswift.converters.layout import Region
+from mswift.converters.plan import ModelTable
+from mswift.converters.reader import WeightReader
+from mswift.errors import CheckpointError
+from mswift.parallel.engine import DTYPES, SOURCE_DTYPES, AdapterSource, Read, StateShard
+from mswift.parallel.four_bit import packed
+from mswift.parallel.fsdp.adapters import adapters_of, first_values
+from mswift.parallel.fsdp.config import HfSettings
+from mswift.parallel.fsdp.lora_start import start_in_weights
+from mswift.parallel.fsdp.pieces import Mapped, local, read_rows, row_regions, shards
+from mswift.parallel.fsdp.tuned import TunedModel
+from mswift.tuners.shapes import promised_shapes
+
+
+class RankWeights:
+    """The weights of `tuned` on this rank, which have their memory and their cut.
+
+    rank: of the job; copy: number of its group among those that hold all rows, of which the first answers.
+    """
+
+    def __init__(self, tuned: TunedModel, table: ModelTable, config: HfSettings, rank: int, copy: int) -> None:
+        self.tuned, self._table, self._config, self._rank, self._copy = tuned, table, config, rank, copy
+        self.parameters = tuned.parameters()
+        self._buffers = tuned.kept_buffers()
+
+    def rows(self, name: str) -> Region:
+        """The rows of a parameter that this rank holds."""
+        parameter = self.parameters[name]
+        shape = tuple(parameter.shape)
+        if not isinstance(parameter, DTensor):
+            return Region.full(shape)
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        return row_regions(shape, offsets[0] if sizes[0] else 0, sizes[0])
+
+    # -- read
+
+    @torch.no_grad()
+    def load(self, reader: WeightReader, *, resumed: bool) -> None:
+        """Fill the base from a checkpoint: this rank's rows and no others. Adapters get their start (not if resumed).
+
+        Raises CheckpointError for another model than the engine's.
+        """
+        if reader.table.spec != self._table.spec:
+            raise CheckpointError(f"{reader.hf_files}: another model ({reader.table.spec}) than {self._table.spec}")
+        self.read(self.tuned.base, reader.read, lambda mapped: SOURCE_DTYPES[reader.dtype_of(mapped.key)])
+        self.read_buffers(reader.read, lambda mapped: SOURCE_DTYPES[reader.dtype_of(mapped.key)])
+        if not resumed:
+            self._start_lora()
+
+    def _start_lora(self) -> None:
+        lora = self._config.lora
+        if lora is None:
+            return
+        of = adapters_of(self._table, lora)
+        if lora.settings.init != "true":
+            start_in_weights(self.parameters, self.tuned.base, of, lora.seed)
+            return
+        weights = {mapped.name: name for name, mapped in self.tuned.base.items()}
+        for name, mapped in self.tuned.trained.items():
+            rows = self.rows(name)
+            if mapped.name not in of or not rows.sizes[0]:  # a module in full
+                continue
+            weight = None
+            if of[mapped.name].dora:
+                weight = local(self.parameters[weights[f"{of[mapped.name].name}.weight"]])
+            start = first_values(mapped.name, of[mapped.name], weight, rows.offsets[0], rows.sizes[0], lora.seed)
+            local(self.parameters[name]).copy_(start)
+
+    @torch.no_grad()
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`, `MethodAdapter`)."""
+        lora, method, modules = self._config.lora, self._config.method, self._config.trainable_modules
+        if method is not None:
+            source.check(method.file_shapes(self._table, modules))
+        else:
+            assert lora is not None
+            saved = expand_modules_to_save(self._table, modules)
+            source.check(promised_shapes(lora.own_table(self._table), replace(lora.settings, modules_to_save=saved)))
+        for name, tensor in {} if self.tuned.method is None else self.tuned.method.constants().items():
+            tensor.copy_(source.read(name, Region.full(tuple(tensor.shape))))
+        for name, mapped in self.tuned.trained.items():
+            rows = self.rows(name)
+            if rows.sizes[0]:
+                local(self.parameters[name]).copy_(source.read(mapped.name, rows))
+
+    @torch.no_grad()
+    def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
+        """What a checkpoint of the run holds of the weights; `stored`: dtype that `read` delivers of a key."""
+        self.read(self.tuned.saved, read, lambda mapped: stored(mapped.key))
+        if not self._config.trains_adapter:
+            self.read_buffers(read, lambda mapped: stored(mapped.key))
+        if self.tuned.method is not None:
+            self.tuned.method.load(read)
+
+    def read(self, parameters: Mapping[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
+        """Fill this rank's rows of these parameters."""
+        for name, mapped in parameters.items():
+            rows = self.rows(name)
+            four_bits = packed(self.parameters[name])
+            if rows.sizes[0]:
+                with four_bits.filled() if four_bits else nullcontext():
+                    read_rows(mapped, rows, local(self.parameters[name]), read, dtype=stored(mapped))
+
+    def read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
+        """What the model keeps beside its parameters, whole on every rank: a router's correction."""
+        for name, mapped in self.tuned.buffers.items():
+            read_rows(mapped, Region.full(mapped.shape), self._buffers[name], read, dtype=stored(mapped))
+
+    # -- yielded
+
+    def shards(self) -> Iterator[StateShard]:
+        """What a checkpoint must hold of the weights: every element of the model on exactly one rank of the job.
+
+        A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
+        """
+        dtype = DTYPES[self._config.dtype]
+        for name, mapped, rows in self.answered(self.tuned.saved):
+            values = local(self.parameters[name]).detach()
+            yield from shards(mapped, rows, values.to(dtype))
+        if not self._config.trains_adapter and self._rank == 0:
+            for name, mapped in self.tuned.buffers.items():
+                yield from shards(mapped, Region.full(mapped.shape), self._buffers[name])
+        if self.tuned.method is not None and self._rank == 0:
+            yield from self.tuned.method.shards()
+
+    def answered(self, parameters: Mapping[str, Mapped]) -> Iterator[tuple[str, Mapped, Region]]:
+        """Of these the rows that this rank, and no other, answers for."""
+        if self._copy:
+            return
+        for name, mapped in parameters.items():
+            rows = self.rows(name)
+            if rows.sizes[0] and (self._rank == 0 or isinstance(self.parameters[name], DTensor)):
+                yield name, mapped, rows

@@ -63,6 +63,7 @@ def destroy() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.unfreeze()  # mswift.startup
         gc.collect()
 
 

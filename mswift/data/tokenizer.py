@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mswift.errors import ConfigError
+from mswift.startup import importing
 
 UNTRAINED_NORM_RATIO = 1 / 3
 """A row counts as untrained below this share of the median norm. The weakest trained rows measured have 0.54 of it
@@ -55,7 +56,8 @@ def check_tokenizer_files(directory: Path, flag: str = "--model") -> None:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Tokenizer of a local Hugging Face directory: no download, no remote code; ConfigError when it has none."""
-    from transformers import AutoTokenizer
+    with importing("transformers.models.auto", without="sklearn"):  # a second, for speculative decoding
+        from transformers import AutoTokenizer
 
     directory = Path(path)
     if not directory.is_dir():

@@ -16,6 +16,7 @@ from mswift.launchers.job import mswift_job
 from mswift.launchers.preflight import noting_refusals
 from mswift.refusals import check_train
 from mswift.refusals.backend import with_shared_sequences
+from mswift.startup import importing
 from mswift.topology import ParallelDims
 from mswift.train.inputs import input_refusals, open_model
 from mswift.train.resume import ResumePoint, start_of
@@ -62,11 +63,12 @@ def _run(kind: Kind, config: TrainConfig) -> int:
     info = info or RankInfo.single()
     with noting_refusals(Path(config.output_dir), info.rank):
         start = prepare(kind, config, info)
-        from mswift.parallel import device
+        with importing("mswift.train.job"):
+            from mswift.parallel import device
 
-        choose = device.prepare if config.backend == "megatron" else device.choose
-        chosen = choose(config.device)  # before the first import of megatron.core
-        from mswift.train.job import run_job
+            choose = device.prepare if config.backend == "megatron" else device.choose
+            chosen = choose(config.device)  # before the first import of megatron.core
+            from mswift.train.job import run_job
 
         return run_job(start, chosen)
 

@@ -46,32 +46,34 @@ def test_a_rank_ends_without_threads_and_groups(tmp_path: Path, flags: tuple[str
 
 
 LEAVING = """
-import gc, os, sys, time, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
+from pathlib import Path
 from mswift.parallel import groups
 
 how, rank, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-for _ in range(300):
-    dist.all_reduce(torch.ones(100_000), async_op=True)
-if rank == 0:
-    dist.barrier()
-    time.sleep(1)
-    os._exit(0)
+dist.all_reduce(torch.ones(1))
 cycle = [dist.group.WORLD]
 cycle.append(cycle)
 del cycle
 gc.disable()  # which of them would come first is chance
 groups.destroy() if how == "orderly" else dist.destroy_process_group()
+print(sum(path.read_text().strip() == "pt_gloo_runloop" for path in Path("/proc/self/task").glob("*/comm")))
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("orderly", 0), ("held", -6)])
-def test_a_group_in_a_cycle_ends_before_the_interpreter_does(tmp_path: Path, how: str, status: int) -> None:
-    """Collectives are under way. Without the collector the process is aborted, which is what the other case shows."""
-    argv = [sys.executable, "-c", LEAVING, how]
+@pytest.mark.parametrize(("how", "lives"), [("orderly", False), ("held", True)])
+def test_the_threads_of_a_group_in_a_cycle_end_before_the_interpreter_does(
+    tmp_path: Path, how: str, lives: bool
+) -> None:
+    """Without the collector they go on, which the other case shows; what comes of that is a matter of moments."""
     store = str(tmp_path / "store")
+    argv = [sys.executable, "-c", LEAVING, how]
     environ = ENVIRON | {"PYTHONPATH": str(ROOT)}
-    peer = subprocess.Popen([*argv, "0", store], env=environ)
-    found = subprocess.run([*argv, "1", store], env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert (found.returncode, "without an active exception" in found.stderr) == (status, status != 0), found.stderr
-    assert peer.wait(60) in (0, 1, -6)
+    ranks = [
+        subprocess.Popen([*argv, str(rank), store], env=environ, stdout=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    for rank in ranks:
+        said, _ = rank.communicate(timeout=60)
+        assert (int(said) > 0) == lives, said
+        assert lives or rank.returncode == 0

@@ -41,9 +41,9 @@ _EMPTY: dict[str, Any] = {
 _log = logging.getLogger(__name__)
 
 
-def default_cache_dir() -> Path:
-    """$MSWIFT_CACHE, or ~/.cache/mswift."""
-    return Path(os.environ.get("MSWIFT_CACHE") or "~/.cache/mswift").expanduser()
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """--cache_dir, else $MSWIFT_CACHE, else ~/.cache/mswift."""
+    return Path(cache_dir or os.environ.get("MSWIFT_CACHE") or "~/.cache/mswift").expanduser()
 
 
 class Tokens(Protocol):

@@ -24,7 +24,7 @@ from mswift.data.cache import (
     FORMAT_VERSION,
     StoreWriter,
     TokenStore,
-    default_cache_dir,
+    cache_root,
     open_or_build,
 )
 from mswift.data.encoding import SftOptions
@@ -161,7 +161,7 @@ def build_dataset(
     )
     files = [path for source in sources for path in source.paths]
     how = HowToWrite(options.strict, progress, options.num_proc or default_num_proc(files))
-    root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
+    root = cache_root(options.cache_dir)
 
     def write(writer: StoreWriter) -> Mapping[str, Any]:
         if kind == "pt":

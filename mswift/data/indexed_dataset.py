@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mswift.config.blend import Blend
-from mswift.data.cache import TokenStore, default_cache_dir
+from mswift.data.cache import TokenStore, cache_root
 from mswift.data.dataset import TokenDataset
 from mswift.data.hashing import FileHashes, content_hash
 from mswift.data.indexed import IndexedFile, JoinedTokens, open_indexed
@@ -50,7 +50,7 @@ def build_indexed(
     if cut.length < 2:
         raise ConfigError(f"--max_length {cut.length}: a sample needs at least 2 tokens, --max_length 2048")
     files = [open_indexed(prefix, FLAG) for prefix in blend.prefixes]
-    root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    root = cache_root(cache_dir)
 
     def locate() -> Path:
         return _entry(root, _hashes(root, files))

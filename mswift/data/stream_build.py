@@ -10,7 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from mswift.data.cache import FORMAT_VERSION, StoreWriter, default_cache_dir
+from mswift.data.cache import FORMAT_VERSION, StoreWriter, cache_root
 from mswift.data.dataset import DataOptions, Kind, TokenDataset
 from mswift.data.documents import proved_cut
 from mswift.data.encoding import ConversationEncoder, DocumentEncoder, SftOptions
@@ -89,7 +89,7 @@ def build_stream(
             **({} if options.cut == "joined" else {"cut": options.cut}),
         }
     )
-    root = Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir()
+    root = cache_root(options.cache_dir)
     folder = root / "streams" / content_hash({"samples": fingerprint, "owner": stream.owner})[:40]
     own = copy.deepcopy(tokenizer) if is_writer else tokenizer  # truncation and padding of a call are a state of it
     one_at_a_time = threading.Lock()  # transformers keeps the {% generation %} marks of a text in the shared template

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mswift.data.late_tokenizer import Facts, LateTokenizer, facts_path, read_facts, write_facts
 from mswift.errors import ConfigError
 from mswift.startup import importing
 
@@ -72,6 +74,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{', '.join(found) or 'nothing'}; copy tokenizer.json and tokenizer_config.json of the model there"
         ) from error
     return cast(Tokenizer, tokenizer)
+
+
+def late_tokenizer(path: str | Path, cache_dir: Path) -> Tokenizer:
+    """The same, loaded when it is needed where the cache folder knows the tokenizer; else it learns to know it."""
+    try:
+        kept = facts_path(cache_dir, Path(path))
+    except OSError:
+        return load_tokenizer(path)
+    if (facts := read_facts(kept)) is not None:
+        return cast(Tokenizer, LateTokenizer(lambda: load_tokenizer(path), facts))
+    tokenizer = load_tokenizer(path)
+    with suppress(ConfigError):  # without an end token; who needs one says so
+        write_facts(kept, Facts(tokenizer_identity(tokenizer), pad_token_id(tokenizer)))
+    return tokenizer
+
+
+def _facts(tokenizer: Tokenizer) -> Facts | None:
+    return tokenizer.facts if isinstance(tokenizer, LateTokenizer) else None
 
 
 def add_special_tokens(tokenizer: Tokenizer, names: Sequence[str], first_id: int) -> None:
@@ -157,6 +177,8 @@ def end_token_id(tokenizer: Tokenizer) -> int:
 
 def pad_token_id(tokenizer: Tokenizer) -> int:
     """Any valid id does for padding, which is never a target: pad_token, else the end token."""
+    if (facts := _facts(tokenizer)) is not None:
+        return facts.pad_token_id
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_token_id(tokenizer)
 
 
@@ -194,6 +216,9 @@ def untrained_token_warning(embedding_row_norms: NDArray[np.floating[Any]], toke
 
 def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, str]:
     """What decides the tokens of a text or a conversation: vocabulary and rules, chat template, library versions."""
+    if (facts := _facts(tokenizer)) is not None:
+        return facts.identity
+    tokenizer = tokenizer.real() if isinstance(tokenizer, LateTokenizer) else tokenizer
     import tokenizers
     import transformers
 

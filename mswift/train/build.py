@@ -12,6 +12,7 @@ from mswift.config.blend import Blend
 from mswift.config.train import SftConfig, TrainConfig
 from mswift.converters.reader import WeightReader
 from mswift.converters.spec import ModelSpec
+from mswift.data.cache import cache_root
 from mswift.data.chat_template import use_chat_template
 from mswift.data.dataset import DataOptions, Kind, TokenDataset, build_dataset
 from mswift.data.flags import data_options
@@ -21,7 +22,7 @@ from mswift.data.packed import PackedDataset, Stored
 from mswift.data.samples import Cut, CutKind
 from mswift.data.selection import Selection
 from mswift.data.stream import StreamDataset
-from mswift.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer, pad_token_id
+from mswift.data.tokenizer import Tokenizer, add_special_tokens, late_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import document_multiple, sequence_multiple
@@ -47,7 +48,7 @@ def build_data(
 
     With --packing each rank finds the packs itself, the same ones. A stream has not started.
     """
-    tokenizer = load_tokenizer(reader.hf_files)
+    tokenizer = late_tokenizer(reader.hf_files, cache_root(config.cache_dir))
     if isinstance(reader, GrownReader):
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
     use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and not config.trains_adapter)

@@ -103,7 +103,8 @@ def befall(run: SlurmRun, name: str) -> Recovery:
     run.cluster.mend()
     away = set(run.cluster.nodes) - set(run.nodes)
     # as a site's health check does: a job that meets its own past on a node is held ("Duplicate jobid")
-    run.wait(lambda: not any(run.cluster.processes(node, "") for node in away), "end of the past of the lost node")
+    past = "end of the past of the lost node"
+    run.wait(lambda: not any(run.cluster.processes(node, "") for node in away), past, beyond_its_end=True)
     return found
 
 

@@ -125,11 +125,16 @@ class SlurmRun:
         """Of a job, as SLURM calls it."""
         return self.cluster.field(job or self.job, "JobState")
 
-    def wait(self, reached: Callable[[], bool], what: str, deadline: float = 0.0) -> None:
-        """Until `reached`; a failure with the end of the logs where it is not, or where the run has its last word."""
+    def wait(
+        self, reached: Callable[[], bool], what: str, deadline: float = 0.0, *, beyond_its_end: bool = False
+    ) -> None:
+        """Until `reached`; a failure with the end of the logs where it is not, or where the run has its last word.
+
+        beyond_its_end: that word is no reason to stop waiting.
+        """
         deadline = max(deadline, time.monotonic()) + PATIENCE_SECONDS
         while not reached():
-            if time.monotonic() > deadline or self.verdict() is not None:
+            if time.monotonic() > deadline or (self.verdict() is not None and not beyond_its_end):
                 if reached():
                     return
                 pytest.fail(f"no {what}; {self.verdict()}; {self.cluster.client('squeue')}; {self.said()[-6000:]}")
@@ -147,8 +152,8 @@ class SlurmRun:
 
     @property
     def nodes(self) -> list[str]:
-        """Of the job that runs now; the batch host, with rank 0, first."""
-        running = next(job for job in self.jobs if self.state(job) == "RUNNING")
+        """Of the job that runs now, or ran last; the batch host, with rank 0, first."""
+        running = next((job for job in self.jobs if self.state(job) == "RUNNING"), self.jobs[-1])
         return self.cluster.client("scontrol", "show", "hostnames", self.cluster.field(running, "NodeList")).split()
 
     def assert_survived(self, whole: Path, num_starts: int | None = None) -> None:

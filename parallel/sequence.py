@@ -5,6 +5,7 @@ function computes with `mswift.parallel.attention`, kernels and exchanges of the
 is noted once a forward pass (`attending`) and holds until the next one, since layers may be computed again in backward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,14 @@ NAME = "mswift"
 
 @dataclass
 class _Now:
-    """What this process attends to. lengths: of the documents, over all ranks; None: a row is one."""
+    """What this process attends to. lengths: of the documents, over all ranks; None: a row is one.
+
+    keys: (number of a layer, key, value) -> those in their place, for prefixes.
+    """
 
     lengths: tuple[int, ...] | None = None
     shifted: bool = False
+    keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     kind: str = "p2p"
     groups: Any = None
     size: int = 1
@@ -52,7 +57,12 @@ def share_with(kind: str, groups: Any, size: int) -> None:
 
 def attending(documents: tuple[int, ...] | None, *, shifted: bool = False) -> None:
     """What the coming forward pass and its backward pass compute: `RankBatch.documents`; `mswift.parallel.shifted`."""
-    _now.lengths, _now.shifted = documents, shifted
+    _now.lengths, _now.shifted, _now.keys = documents, shifted, None
+
+
+def attending_to(keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Change keys and values [b, g, s, d] of every layer of this forward pass, after `attending`."""
+    _now.keys = keys
 
 
 def row_lengths(x: Tensor) -> Tensor:
@@ -98,6 +108,8 @@ def attend(
         cp_comm_type=_now.kind,
     )  # fmt: skip
     core.sinks = s_aux
+    if _now.keys is not None:
+        key, value = _now.keys(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     rows = [x.permute(2, 0, 1, 3) for x in (query, key, value)]
     if _now.shifted:
         return shifted_attention(core, *rows).transpose(0, 1), None

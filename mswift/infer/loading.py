@@ -20,6 +20,7 @@ from mswift.tuners.hidden import HiddenConfig, is_hidden, layer_prefix
 from mswift.tuners.hidden_modules import Bottleneck, LoReft, attach, set_active
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
+from mswift.tuners.prompts import is_prompt
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -98,10 +99,13 @@ def _refuse_differences(model_dir: Path, info: dict[str, Any]) -> None:
 def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTrainedModel:
     """The model with PEFT adapters (name -> directory) on it, not merged; the model itself where there are none.
 
+    Those of prompt learning are left out (`mswift.infer.virtual`).
+
     Raises ConfigError (no adapter there, or one for other modules) and CheckpointError (tensors missing, extra or of
     another shape: an adapter of another base model).
     """
     adapted: Any = model
+    adapters = {name: path for name, path in adapters.items() if not is_prompt(check_adapter_dir(path))}
     hidden = [path for path in adapters.values() if is_hidden(check_adapter_dir(path))]
     if hidden:
         if len(adapters) > 1:
@@ -111,8 +115,15 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTr
             )
         _attach_hidden(model, hidden[0])
         return model.eval()
-    for number, (name, path) in enumerate(adapters.items()):
-        adapted = _load_adapter(model, None if number == 0 else adapted, name, path)
+    by_method: dict[str, dict[str, Path]] = {}
+    for name, path in adapters.items():
+        by_method.setdefault(str(check_adapter_dir(path).get("peft_type")), {})[name] = path
+    for method in sorted(by_method, key=lambda method: method != "VERA"):  # which looks for linears without layers
+        # a PeftModel has adapters of one method; those of others go around its layers
+        own: Any = None
+        for name, path in by_method[method].items():
+            own = _load_adapter(model, own, name, path)
+        adapted = own
     return cast(PreTrainedModel, adapted.eval())
 
 
@@ -187,7 +198,7 @@ def _attach_hidden(model: PreTrainedModel, path: Path) -> None:
 
 
 class ActiveAdapter:
-    """Which adapter of a model is in use; changed only where another one is asked for."""
+    """Which adapter of a model is in use; changed only where another one is asked for. names: of those on the model."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         self._model = model
@@ -195,18 +206,29 @@ class ActiveAdapter:
         self._now: str | object | None = self  # unknown: the first `use` sets it
 
     def use(self, name: str | None) -> None:
-        """Answer with this adapter from now on; None: with the model itself."""
+        """Answer with this adapter from now on; None, or a name that is not on the model: with the model itself."""
+        name = name if name in self._names else None
         if name == self._now or not self._names:
             return
         self._now = self  # should the next lines fail
-        if set_active(self._model, name is not None):
-            pass
-        elif name is None:
-            self._model.base_model.disable_adapter_layers()
-        else:
-            self._model.base_model.enable_adapter_layers()
-            self._model.set_adapter(name, inference_mode=True)
+        if not set_active(self._model, name is not None):
+            _switch_layers(self._model, name)
         self._now = name
+
+
+def _switch_layers(model: Any, name: str | None) -> None:
+    """Of PEFT's layers, which may stand around each other, let those with this adapter compute, and no others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if name is not None:
+        set_adapter(model, name, inference_mode=True)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            parts = (getattr(module, part, None) for part in module.adapter_layer_names)
+            module.enable_adapters(any(part is not None and name in part for part in parts))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.enable_adapters(name is not None)
 
 
 def _brief(error: Exception) -> str:

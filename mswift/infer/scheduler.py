@@ -19,6 +19,7 @@ from mswift.infer.batch_cache import join, new_cache, pick, trim
 from mswift.infer.request import TokenLogprob
 from mswift.infer.rows import stream_seed
 from mswift.infer.sampler import RowSampler, choose_tokens, token_logprobs
+from mswift.infer.virtual import NOTHING, Front
 
 PREFILL_TOKENS = 2048
 """Prompts are taken in until they have this many tokens (at least one prompt), then every answer grows by a token."""
@@ -31,8 +32,15 @@ class Scheduler:
     adapters are batches of their own. `add` may be called by any thread at any time, the rest by one at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, use_adapter: Callable[[str | None], None], max_rows: int) -> None:
-        self._use_adapter = use_adapter
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        use_adapter: Callable[[str | None], None],
+        max_rows: int,
+        front_of: Callable[[str | None], Front] = lambda _: NOTHING,
+    ) -> None:
+        """front_of: what stands before a prompt with that adapter."""
+        self._use_adapter, self._front_of = use_adapter, front_of
         self._max_rows = max_rows
         self._forward = _Forward(model)
         self._added: deque[tuple[list[Answer], str | None]] = deque()  # appending is atomic
@@ -95,7 +103,7 @@ class Scheduler:
     def _begin(self, answers: list[Answer], adapter: str | None) -> None:
         with _errors_of(answers):
             self._use_adapter(adapter)
-            batch = _Batch(self._forward, answers)
+            batch = _Batch(self._forward, answers, self._front_of(adapter))
         if (running := [row for row, answer in enumerate(answers) if not answer.ended]) == []:
             return
         batch.keep(running)
@@ -155,13 +163,15 @@ class _Forward:
 class _Batch:
     """Answers that grow in one forward pass; the prompt of the first ones is computed when it is made."""
 
-    def __init__(self, forward: _Forward, answers: list[Answer]) -> None:
+    def __init__(self, forward: _Forward, answers: list[Answer], front: Front) -> None:
         self.answers = answers
         self._forward = forward
         self._cache = forward.new_cache()
-        ids = torch.tensor([answers[0].tokens], device=forward.device)  # [1, S]
-        self._mask = torch.ones_like(ids)
-        logits = forward(ids, self._mask, torch.arange(ids.shape[1], device=forward.device)[None], self._cache)
+        ids = torch.tensor([[*front.ids, *answers[0].tokens]], device=forward.device)  # [1, S]
+        front.fill(self._cache, 1)
+        self._mask = torch.cat([front.mask(1, forward.device), torch.ones_like(ids)], dim=1)
+        positions = torch.arange(self._mask.shape[1], device=forward.device)[None, -ids.shape[1] :]
+        logits = forward(ids, self._mask, positions, self._cache)
         self._samplers = [RowSampler(a.sampling, own_seed(a.sampling.seed, a.index)) for a in answers]
         if len(answers) > 1:
             rows = torch.zeros(len(answers), dtype=torch.long, device=forward.device)

@@ -19,6 +19,7 @@ from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
 from mswift.infer.request import Request, Score, TokenPair, choose_adapter
 from mswift.infer.scheduler import Scheduler
 from mswift.infer.scoring import score_pairs
+from mswift.infer.virtual import Fronts
 
 
 def open_engine(config: EngineConfig) -> "TransformersEngine":
@@ -58,8 +59,9 @@ class TransformersEngine(SteppedEngine):
         self.base_model = model
         self.tokenizer = tokenizer
         self.adapters = tuple(adapters or {})
+        self._fronts = Fronts(model, adapters or {})
         self.model = load_adapters(model, adapters or {})
-        self._active = ActiveAdapter(self.model, self.adapters)
+        self._active = ActiveAdapter(self.model, [name for name in self.adapters if name not in self._fronts])
         self._end_tokens = end_tokens(model.generation_config, tokenizer)
         own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0)) or None
         if max_length is not None and own is not None and max_length > own:
@@ -68,25 +70,29 @@ class TransformersEngine(SteppedEngine):
         """Tokens of a prompt and its answer together; None: no limit."""
         embedding: Any = model.get_input_embeddings()
         self._rows = int(embedding.weight.shape[0])
-        self._scheduler = Scheduler(self.model, self._active.use, max_rows)
+        self._scheduler = Scheduler(self.model, self._active.use, max_rows, self._fronts.of)
         self._turn = threading.Lock()
 
     def prompt_tokens(self, request: Request) -> list[int]:
         """Token ids that the model is given for a request. Raises DataError."""
         return prompt_tokens(self.tokenizer, request)
 
-    def check(self, prompt: list[int]) -> None:
+    def check(self, prompt: list[int], adapter: str | None = None) -> None:
         """DataError for tokens that the model cannot take, or that leave no room for another."""
-        check_prompt(prompt, self.tokenizer, self._rows, self.max_length)
+        check_prompt(prompt, self.tokenizer, self._rows, self._room(adapter))
+
+    def _room(self, adapter: str | None) -> int | None:
+        """Tokens of a prompt and its answer together, behind what the adapter puts before them."""
+        return None if self.max_length is None else self.max_length - self._fronts.of(adapter).length
 
     def submit(self, request: Request) -> list[Answer]:
         """Its n answers, which grow with every `step` from now on. Raises DataError and ConfigError."""
         adapter = choose_adapter(request.adapter, self.adapters)
         prompt = self.prompt_tokens(request)
-        self.check(prompt)
+        self.check(prompt, adapter)
         room = request.sampling.max_new_tokens
-        if self.max_length is not None:
-            room = min(room, self.max_length - len(prompt))
+        if (limit := self._room(adapter)) is not None:
+            room = min(room, limit - len(prompt))
         answers = [
             Answer(request, prompt, room, self._end_tokens, cast(Any, self.tokenizer), index)
             for index in range(request.sampling.n)
@@ -121,9 +127,9 @@ class TransformersEngine(SteppedEngine):
         """Log-probabilities of continuations (Engine)."""
         name = choose_adapter(adapter, self.adapters)
         for prompt, continuation in pairs:
-            self.check([*prompt, *continuation[:-1]])
+            self.check([*prompt, *continuation[:-1]], name)
         with self._turn:
-            return score_pairs(self.model, pairs, lambda: self._active.use(name))
+            return score_pairs(self.model, pairs, lambda: self._active.use(name), self._fronts.of(name))
 
     def close(self) -> None:
         """Forget the model (Engine)."""

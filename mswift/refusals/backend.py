@@ -20,6 +20,8 @@ _MEGATRON_ONLY = (
 )
 HIDDEN_TUNERS = ("adapter", "reft")
 """Values of --tuner_type that change hidden states (`mswift.tuners.hidden`)."""
+PROMPT_TUNERS = ("prompt", "ptuning", "prefix")
+"""Those that put virtual tokens before every sequence (`mswift.tuners.prompts`)."""
 FREEZING = (
     *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
     *("trainable_parameters", "trainable_parameters_regex"),

@@ -7,7 +7,7 @@ from mswift.config.train import TrainConfig
 from mswift.converters.adapters import NORM
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
-from mswift.refusals.backend import FREEZING, HIDDEN_TUNERS
+from mswift.refusals.backend import FREEZING, HIDDEN_TUNERS, PROMPT_TUNERS
 from mswift.refusals.engine import check_four_bit_base
 
 _LORA_FLAGS = (
@@ -59,10 +59,15 @@ def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                 yield ConfigError(f"--{name} {value} must be at least 1")
     if tuner == "llamapro":
         yield from _llamapro(config)
-    if tuner in HIDDEN_TUNERS and config.new_special_tokens:
+    if tuner in (*HIDDEN_TUNERS, *PROMPT_TUNERS) and config.new_special_tokens:
         yield ConfigError(
             f"--new_special_tokens {config.new_special_tokens[0]} with --tuner_type {tuner}: their rows would stay as "
             "they start, since no weight of the model is trained: use --tuner_type full or lora"
+        )
+    if tuner in PROMPT_TUNERS and config.neftune_noise_alpha:
+        yield ConfigError(
+            f"--neftune_noise_alpha {config.neftune_noise_alpha} with --tuner_type {tuner}: the noise would be on "
+            "virtual tokens too: leave it out"
         )
     if tuner == "longlora":
         yield from _longlora(config)
@@ -183,11 +188,13 @@ def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     if config.trains_adapter:
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
-        if config.tuner_type not in HIDDEN_TUNERS:
+        if config.tuner_type not in (*HIDDEN_TUNERS, *PROMPT_TUNERS):
             return
     for name in _LORA_FLAGS:
         value = getattr(config, name)
         if name == "adapters" and config.tuner_type in HIDDEN_TUNERS:
+            continue
+        if name in ("adapters", "tuner_config") and config.tuner_type in PROMPT_TUNERS:
             continue
         if value != type(config).__dataclass_fields__[name].default:
             given = " ".join(value) if isinstance(value, tuple) else value

@@ -35,6 +35,7 @@ from mswift.train.collective import from_writer, patient_barrier
 from mswift.train.inputs import blend_of
 from mswift.train.new_tokens import RULE, GrownReader
 from mswift.train.prediction import prediction_line
+from mswift.train.prompt_start import num_virtual_tokens
 from mswift.train.run import Start
 from mswift.train.schedule import LearningRate
 from mswift.train.streaming import training_stream
@@ -53,7 +54,8 @@ def build_data(
         add_special_tokens(tokenizer, reader.tokens.names, reader.tokens.first_id)
     use_chat_template(tokenizer, config.chat_template, chosen_before=resumed and not config.trains_adapter)
     sources = read_mixture(config.dataset, config.dataset_weights)
-    positions = reader.table.spec.max_position_embeddings
+    virtual = num_virtual_tokens(config, reader.table)
+    positions = reader.table.spec.max_position_embeddings - virtual
     options = data_options(kind, config)
     options = replace(
         options, model_positions=positions, weights=sources.weights, epochs=sources.epochs, cut=_cut(kind, config)
@@ -76,7 +78,7 @@ def build_data(
     blend, val_data = blend_of(config), None
     data: TokenDataset | StreamDataset
     if config.streaming:
-        check = partial(_check_fits, "--dataset", spec=reader.table.spec, tokenizer=tokenizer)
+        check = partial(_check_fits, "--dataset", spec=reader.table.spec, tokenizer=tokenizer, virtual=virtual)
         data = training_stream(kind, config, sources.specs, info, tokenizer, options, check)
     else:
         data = build_blend(blend) if blend.prefixes else build("--dataset", sources.specs, options)
@@ -92,7 +94,7 @@ def build_data(
         val_data = build("--val_dataset", config.val_dataset, replace(watched, selection=Selection()))
     for flag, some in (("--data_path" if blend.prefixes else "--dataset", data), ("--val_dataset", val_data)):
         if isinstance(some, TokenDataset):
-            _check_fits(flag, some, reader.table.spec, tokenizer)
+            _check_fits(flag, some, reader.table.spec, tokenizer, virtual)
     if config.packing:
         length, strategy = config.row_length, config.packing_strategy
         packed_val = None if val_data is None else PackedDataset(val_data, length, strategy)
@@ -108,14 +110,20 @@ def _cut(kind: Kind, config: TrainConfig) -> CutKind:
     return "rows" if config.packing_strategy == "concat-and-split" else "documents"
 
 
-def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer) -> None:
-    """ConfigError for samples that the model has no rows or positions for."""
+def _check_fits(flag: str, data: TokenDataset, spec: ModelSpec, tokenizer: Tokenizer, virtual: int = 0) -> None:
+    """ConfigError for samples that the model has no rows or positions for. virtual: tokens before each."""
     token, longest = data.largest_token, int(data.lengths.max())
     if token >= spec.vocab_size:
         raise ConfigError(
             f"{flag}: the tokenizer of --model writes token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), "
             f"the model has {spec.vocab_size} rows (vocab_size): use the tokenizer that the model was trained with, or "
             f"give the model {len(tokenizer)} rows (transformers: model.resize_token_embeddings({len(tokenizer)}))"
+        )
+    if virtual and longest + virtual > spec.max_position_embeddings:
+        raise ConfigError(
+            f"{flag}: a sample has {longest} tokens and {virtual} virtual ones before them, the model has "
+            f"{spec.max_position_embeddings} positions (max_position_embeddings): pass --max_length "
+            f"{spec.max_position_embeddings - virtual}"
         )
     if longest > spec.max_position_embeddings:
         raise ConfigError(

@@ -18,6 +18,7 @@ from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
+from mswift.train.prompt_start import TokenStart, token_start
 from mswift.train.trained import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
@@ -25,6 +26,7 @@ from mswift.tuners.llamapro import new_blocks
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.other_adapters import other_config
 from mswift.tuners.part import Part
+from mswift.tuners.prompts import PromptConfig
 
 
 @contextmanager
@@ -149,14 +151,16 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
 
 def _adapter(
     config: TrainConfig, reader: WeightReader, num_steps: int
-) -> tuple[dict[str, Any], PeftAdapter | OtherAdapter | None]:
+) -> tuple[dict[str, Any], PeftAdapter | OtherAdapter | TokenStart | None]:
     """(what is trained beside the frozen base, as engines take it; the adapter to continue, which keeps its own)."""
     if not config.trains_adapter:
         return {}, None
     saved = expand_modules_to_save(reader.table, saved_modules(config))
     if not config.trains_lora:
         if not config.adapters:
-            return {"method": other_config(config, reader.table, num_steps), "trainable_modules": saved}, None
+            method = other_config(config, reader.table, num_steps)
+            begin = token_start(method, reader) if isinstance(method, PromptConfig) else None
+            return {"method": method, "trainable_modules": saved}, begin
         start = OtherAdapter(Path(config.adapters[0]), reader.table.spec.num_layers, config.seed)
         return {"method": start.config, "trainable_modules": start.modules_to_save}, start
     if not config.adapters:

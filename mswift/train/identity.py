@@ -19,7 +19,7 @@ from mswift.tuners.peft_config import CONFIG_FILE
 
 _ANOTHER_RUN = "or start a new run with another --output_dir"
 _FLAGS = {"r": "lora_rank"}  # fields of adapter_config.json that a flag spells otherwise
-_BOOKKEEPING = ("base_model_name_or_path", "peft_version")
+_BOOKKEEPING = ("base_model_name_or_path", "peft_version", "tokenizer_name_or_path")
 
 
 def base_fingerprint(reader: WeightReader) -> dict[str, str]:

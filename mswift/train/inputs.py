@@ -28,8 +28,9 @@ from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.method import parse_method
 from mswift.tuners.methods import METHODS
-from mswift.tuners.other_adapters import check_hidden
+from mswift.tuners.other_adapters import check_hidden, check_prompt
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json, read_peft_config
+from mswift.tuners.prompts import PROMPTS
 from mswift.tuners.shapes import promised_shapes
 
 
@@ -138,6 +139,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
         return _check_method(config, table, path)
     if config.tuner_type in HIDDEN:
         return check_hidden(config, table, path)
+    if config.tuner_type in PROMPTS:
+        return check_prompt(config, table, path)
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)

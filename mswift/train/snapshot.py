@@ -78,7 +78,8 @@ class AdapterFile:
 
     def __init__(self, directory: Path, table: ModelTable, config: bytes, dtypes: Mapping[str, str]) -> None:
         self._path = directory / WEIGHTS_FILE
-        shapes = _shapes(table, json.loads(config), directory / CONFIG_FILE)
+        shapes, left = _shapes(table, json.loads(config), directory / CONFIG_FILE)
+        self._left = {STORED + name for name in left}
         self._names: dict[str, list[str]] = {}
         for name in sorted(shapes, key=full_name):
             self._names.setdefault(STORED + trained_name(table, name), []).append(name)
@@ -93,7 +94,9 @@ class AdapterFile:
         yield WEIGHTS_FILE, self._header
 
     def moves(self, shard: StateShard, item_bytes: int) -> Moves:
-        """Where the bytes of a box of an adapter tensor go."""
+        """Where the bytes of a box of an adapter tensor go; nowhere, if the file has what was made of it."""
+        if shard.key in self._left:
+            return
         starts = (tuple(0 for _ in shard.shape), shard.region.offsets)
         copy = flatten(identity(("", ""), shard.region, starts), (shard.region.sizes, shard.shape), item_bytes)
         for name in self._names[shard.key]:
@@ -103,12 +106,15 @@ class AdapterFile:
         """One file needs no index."""
 
 
-def _shapes(table: ModelTable, content: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    """What an adapter's file holds, by the content of its adapter_config.json."""
+def _shapes(
+    table: ModelTable, content: Mapping[str, Any], path: Path
+) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """(what an adapter's file holds, what is trained and not in it) by the content of its adapter_config.json."""
     if content.get("peft_type") == "LORA":
-        return promised_shapes(table, parse_peft_config(content, path))
+        return promised_shapes(table, parse_peft_config(content, path)), frozenset()
     adapter, saved = parse_other(content, path, table.spec.num_layers)
-    return adapter.file_shapes(table, saved)
+    shapes = adapter.file_shapes(table, saved)
+    return shapes, frozenset(adapter.trained_shapes(table).keys() - shapes.keys())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from mswift.config.train import TrainConfig
 from mswift.tuners.llamapro import within
+from mswift.tuners.prompts import PROMPTS
 
 
 def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
@@ -14,6 +15,8 @@ def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
     if config.tuner_type == "reft":
         layers = " ".join(map(str, config.reft_layers)) or "all"
         return f"reft, rank {config.reft_rank}, behind layers {layers}"
+    if config.tuner_type in PROMPTS:
+        return f"{config.tuner_type} {config.tuner_config or ''}".strip() + ", before every sequence"
     if config.lisa_activated_layers:
         active, every = config.lisa_activated_layers, config.lisa_step_interval
         return f"LISA, {active} of {num_layers} layers at a time, drawn anew every {every} steps; all of the ends"

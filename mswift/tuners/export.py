@@ -88,12 +88,13 @@ def _export_method(checkpoint: Path, destination: Path) -> AdapterReport:
     path = checkpoint / rundir.HF_FILES / CONFIG_FILE
     adapter, saved = parse_other(json.loads(config), path, table.spec.num_layers)
     stored = {name.removeprefix(STORED): info for name, info in source.tensors.items() if name.startswith(STORED)}
-    tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
+    shapes = adapter.file_shapes(table, saved)
+    left = adapter.trained_shapes(table).keys() - shapes.keys()  # a network, of which the file has what it made
+    tensors = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items() if name not in left}
 
     def read(name: str, region: Region, out: memoryview) -> None:
         source.read(STORED + name, region, out)
 
-    shapes = adapter.file_shapes(table, saved)
     beside = _tokenizer_files(checkpoint)
     return write_tensors(destination, table, shapes, config, tensors, read, where=str(checkpoint), beside=beside)
 

@@ -39,6 +39,7 @@ from mswift.tuners.merge_method import MethodFold
 from mswift.tuners.method_adapter import MethodAdapter
 from mswift.tuners.methods import METHOD_TYPES
 from mswift.tuners.peft_config import read_adapter_json
+from mswift.tuners.prompts import is_prompt
 from mswift.tuners.shapes import adapted_linears, adapter_table, promised_shapes
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -111,6 +112,11 @@ def _open(
             raise ConfigError(
                 f"--adapters {path}: {data['peft_type']} changes hidden states, and no weight of the model: it cannot "
                 f"be merged; use it beside its base, with mswift infer --adapters {path}"
+            )
+        if is_prompt(data):
+            raise ConfigError(
+                f"--adapters {path}: {data['peft_type']} puts virtual tokens before every sequence, and changes no "
+                f"weight of the model: it cannot be merged; use it beside its base, with mswift infer --adapters {path}"
             )
     others = [path for path in paths if read_adapter_json(path).get("peft_type") in METHOD_TYPES]
     if not others:

@@ -24,6 +24,7 @@ from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.tuners.methods import METHODS, Fields, Method
 from mswift.tuners.peft_config import PREFIX
+from mswift.tuners.prompts import EMBEDDINGS
 from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import adapted_linears
 from mswift.tuners.targets import linear_leaves, renamed
@@ -35,7 +36,7 @@ _OFF: Mapping[str, Any] = {"bias": "none", "fan_in_fan_out": False}
 
 def full_name(name: str) -> str:
     """As PEFT's file has it."""
-    return name if name.startswith(_SHARED) else PREFIX + name
+    return name if name.startswith(_SHARED) or name == EMBEDDINGS else PREFIX + name
 
 
 def short_name(name: str) -> str:

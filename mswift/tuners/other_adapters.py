@@ -1,4 +1,7 @@
-"""Adapters beside LoRA: PEFT's methods, and tuners that change hidden states, told apart by name or file. No torch."""
+"""Adapters beside LoRA: PEFT's methods, its prompts, tuners that change hidden states; told apart by name or file.
+
+No torch.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +12,24 @@ from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.tuners.hidden import HIDDEN, HiddenConfig, hidden_config, is_hidden, parse_hidden
 from mswift.tuners.method import MethodConfig, parse_method
-from mswift.tuners.method_flags import method_config
+from mswift.tuners.method_flags import method_config, tuner_fields
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
+from mswift.tuners.prompts import (
+    PROMPTS,
+    PromptConfig,
+    check_continued,
+    is_prompt,
+    parse_prompt,
+    prompt_config,
+)
 
-OtherConfig = MethodConfig | HiddenConfig
+OtherConfig = MethodConfig | HiddenConfig | PromptConfig
 
 
 def other_config(config: TrainConfig, table: ModelTable, num_steps: int | None = None) -> OtherConfig:
     """The adapter of `config.tuner_type`, which is no LoRA; num_steps: of the run. ConfigError if it does not fit."""
+    if config.tuner_type in PROMPTS:
+        return prompt_config(table, config.tuner_type, tuner_fields(config), config.seed)
     return _hidden(config, table) if config.tuner_type in HIDDEN else method_config(config, table, num_steps)
 
 
@@ -32,6 +45,8 @@ def parse_other(
     """(adapter, modules_to_save) of the content of an adapter_config.json; num_layers: of the model."""
     if is_hidden(data):
         return parse_hidden(data, path, num_layers, seed), ()
+    if is_prompt(data):
+        return parse_prompt(data, path, num_layers, seed), ()
     return parse_method(data, path, seed)
 
 
@@ -50,3 +65,17 @@ def check_hidden(config: TrainConfig, table: ModelTable, adapter: Path) -> None:
                 f"--{name} {value}: the adapter of --adapters {adapter} has {there[name]}, and training continues it "
                 f"as it is: use --{name} {there[name]}"
             )
+
+
+def check_prompt(config: TrainConfig, table: ModelTable, adapter: Path) -> None:
+    """ConfigError unless a run of prompt learning can go on with the adapter of --adapters."""
+    data = read_adapter_json(adapter)
+    given = prompt_config(table, config.tuner_type, tuner_fields(config))
+    if not is_prompt(data):
+        raise ConfigError(
+            f"--tuner_type {config.tuner_type}: --adapters {adapter} is {data.get('peft_type')}: give one of the same "
+            "kind"
+        )
+    if config.tuner_config is not None:
+        raise ConfigError(f"--tuner_config with --adapters {adapter}, which training continues as it is: leave it out")
+    check_continued(given, parse_prompt(data, adapter / CONFIG_FILE, table.spec.num_layers), adapter)

@@ -14,6 +14,7 @@ from mswift.converters.adapters import SAVABLE, Table, expand_modules_to_save
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.methods import METHOD_TYPES
 from mswift.tuners.peft_fields import flag, is_number, is_rank, layers, names, patterns
+from mswift.tuners.prompts import PEFT_TYPES as PROMPT_TYPES
 from mswift.tuners.settings import PeftSettings
 
 CONFIG_FILE = "adapter_config.json"
@@ -208,7 +209,12 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
     if kind in METHOD_TYPES:
         raise ConfigError(
             f"{path}: peft_type={kind!r}; this takes LORA only: train it with --tuner_type {kind.lower()}, serve it "
-            "with --engine transformers, or fold it into its base (mswift merge)"
+            "with --infer_backend transformers, or fold it into its base (mswift merge)"
+        )
+    if kind in PROMPT_TYPES.values():
+        raise ConfigError(
+            f"{path}: peft_type={kind!r} puts virtual tokens before every sequence; this takes LORA only: serve it "
+            "with --infer_backend transformers"
         )
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")

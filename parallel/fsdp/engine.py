@@ -58,7 +58,9 @@ class FsdpEngine:
             self._sampled = SampledLayers(config.lisa, self._tuned.layer_of, trained, self._optimizer.drop_states)
             self._sampled.attach(self._tuned.model, lambda: self.optimizer_step)
         self._state = RankState(self._weights, self._optimizer, config, rank, layout.copy, self._sampled)
-        self._passes = Passes(self._tuned.model, dims, config, device, context, drops=self._tuned.drops(config))
+        self._passes = Passes(
+            self._tuned.model, dims, config, device, context, drops=self._tuned.drops(config), method=self._method
+        )
 
     # -- weights and state
 

@@ -5,9 +5,11 @@ from torch import nn
 from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.methods import MethodAdapters
 from mswift.parallel.fsdp.pieces import whole
+from mswift.parallel.fsdp.prompts import PromptAdapters
 from mswift.tuners.hidden import HiddenConfig, layer_prefix
 from mswift.tuners.hidden_modules import attach
 from mswift.tuners.other_adapters import OtherConfig
+from mswift.tuners.prompts import PromptConfig
 
 _STORED = "adapter."
 
@@ -31,4 +33,6 @@ def adapters_in(
     """Put an adapter that is no LoRA into the model, and freeze the rest."""
     if isinstance(config, HiddenConfig):
         return HiddenAdapters(model, table, config)
+    if isinstance(config, PromptConfig):
+        return PromptAdapters(model, table, config)
     return MethodAdapters(model, table, config, modules_to_save)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mswift.converters.adapters import expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable
+from mswift.parallel.batch import Microbatch
 from mswift.parallel.engine import Read, StateShard, bytes_of
 from mswift.parallel.fsdp.adalora import RankBudget
 from mswift.parallel.fsdp.dropout import count_dropouts
@@ -63,6 +64,15 @@ class MethodAdapters:
         """To where it is computed; buffers move with the base's."""
         for parameter in self.replicated.values():
             parameter.data = parameter.data.to(device)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that `extended` puts in front of every sequence."""
+        return 0
+
+    def extended(self, batch: Microbatch) -> Microbatch:
+        """The batch as the model with the adapter computes it."""
+        return batch
 
     def sum_gradients(self) -> None:
         """Over all ranks, after a step's last backward pass; then what the method itself adds to the loss."""

@@ -16,6 +16,7 @@ from mswift.parallel import dropout, sequence
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches, whole_rows
 from mswift.parallel.engine import LossPart
 from mswift.parallel.fsdp.config import HfSettings
+from mswift.parallel.fsdp.methods import MethodAdapters
 from mswift.topology import ParallelDims
 
 
@@ -32,7 +33,8 @@ class Passed:
 class Passes:
     """What an engine computes with its model; called, `model` answers as `mswift.parallel.fsdp.model.TrainedModel`.
 
-    context: the ranks that share sequences with this one, None where it has them alone.
+    context: the ranks that share sequences with this one, None where it has them alone. method: the adapter in the
+    model, if it is no LoRA; drops: whether it has dropout.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Passes:
         context: dist.ProcessGroup | None,
         *,
         drops: bool,
+        method: MethodAdapters | None = None,
     ) -> None:
         self._model, self._dims, self._config, self._device = model, dims, config, device
         self._coordinate = dims.coordinate(dist.get_rank())
+        self._method = method
         self._context, self._counts_places = context, bool(config.neftune_alpha) or drops
 
     def train(
@@ -62,6 +66,7 @@ class Passes:
         The loss is the mean over the global batch, weighted by the tokens' loss weights. around: of each microbatch's
         passes, told whether it is the last; backward: is given a microbatch's share of the loss.
         """
+        microbatches = self._extended(microbatches)
         batches = self._batches(microbatches)
         weight_sum = self.sum([_weight(batches)])[0]
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self._device)
@@ -82,7 +87,7 @@ class Passes:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], num_channels: int) -> tuple[LossPart, tuple[LossPart, ...]]:
         """Loss over the global batch, and the parts of it by channel."""
-        batches = self._batches(microbatches)
+        batches = self._batches(self._extended(microbatches))
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self._device)
         for batch in batches:
             sums += self.forward(batch, num_channels).double()
@@ -92,13 +97,14 @@ class Passes:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype."""
-        batch = self._batches([Microbatch(tokens, tokens, torch.zeros_like(tokens))])[0]
+        batch = self._batches(self._extended([Microbatch(tokens, tokens, torch.zeros_like(tokens))]))[0]
         mine = self._model(batch.tokens.to(self._device), self._positions(batch))
         parts = [mine]
         if self._dims.cp > 1:
             parts = [torch.empty_like(mine) for _ in range(self._dims.cp)]
             dist.all_gather(parts, mine.contiguous(), group=self._context)
-        return whole_rows(parts, tokens.shape[1])
+        first = 0 if self._method is None else self._method.num_virtual_tokens
+        return whole_rows(parts, first + tokens.shape[1])[:, first:]
 
     def forward(self, batch: RankBatch, num_channels: int) -> Tensor:
         """[1 + channels], sums over the rows of this rank."""
@@ -120,6 +126,10 @@ class Passes:
         finite = torch.tensor(all(map(math.isfinite, values)), dtype=torch.int32, device=self._device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
+
+    def _extended(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
+        """With what the adapter puts before sequences."""
+        return microbatches if self._method is None else [self._method.extended(batch) for batch in microbatches]
 
     def _batches(self, microbatches: Sequence[Microbatch]) -> list[RankBatch]:
         return rank_batches(microbatches, self._dims, self._coordinate.cp)

@@ -15,11 +15,15 @@ DDP = ["--backend", "ddp"]
 PRO = ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]
 LISA = ["--lisa_activated_layers", "1", "--lisa_step_interval", "2"]
 BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
+TEXT = '{"num_virtual_tokens": 8, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}'
+PROJECTED = ["--tuner_config", '{"num_virtual_tokens": 8, "prefix_projection": true}']
 CASES: dict[str, tuple[str, list[str]]] = {
     "llamapro": ("sft", [*FSDP, *PRO]),
     "lisa, packed, bfloat16": ("sft", [*FSDP, *LISA, *BFLOAT]),
     "adapter": ("sft", [*FSDP, "--tuner_type", "adapter", "--adapter_length", "8", "--torch_dtype", "bfloat16"]),
     "reft": ("sft", [*DDP, "--tuner_type", "reft", "--packing", "--save_hf_steps", "6"]),
+    "prompt, packed": ("sft", [*FSDP, "--tuner_type", "prompt", "--tuner_config", TEXT, "--packing", "--lr", "0.3"]),
+    "prefix": ("sft", [*DDP, "--tuner_type", "prefix", "--save_hf_steps", "6", *PROJECTED, *BFLOAT[1:]]),
     "longlora": ("sft", [*DDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
 }  # fmt: skip
 if os.environ.get("MSWIFT_ALL_FAULTS"):

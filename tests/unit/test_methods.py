@@ -15,6 +15,7 @@ from mswift.train.trained import trained_parameters
 from mswift.tuners.hidden import HIDDEN
 from mswift.tuners.method import MethodConfig, parse_method
 from mswift.tuners.methods import METHODS
+from mswift.tuners.prompts import PROMPTS
 from tests.support.family_configs import family_config
 
 QWEN_7B = family_config("qwen") | {
@@ -78,7 +79,7 @@ def test_a_method_of_qwen_7b_has_the_size_of_its_formula(name: str) -> None:
 
 def test_flags_and_table_name_the_same_methods() -> None:
     others = [config(name) for name in get_args(TunerType)]
-    assert {c.tuner_type for c in others if c.trains_adapter and not c.trains_lora} == {*METHODS, *HIDDEN}
+    assert {c.tuner_type for c in others if c.trains_adapter and not c.trains_lora} == {*METHODS, *HIDDEN, *PROMPTS}
     flags = {flag for method in METHODS.values() for flag in method.flags}
     assert flags <= set(TrainConfig.__dataclass_fields__)
 

@@ -1,0 +1,265 @@
+"""Prompt learning of PEFT: vectors, or keys and values, in front of every sequence. What an adapter holds; no torch.
+
+    prompt    n vectors before the embedded tokens (PROMPT_TUNING; Lester et al. 2021, arXiv 2104.08691)
+    ptuning   the same, made by a small network (P_TUNING; Liu et al. 2021, arXiv 2103.10385)
+    prefix    n keys and values in every layer (PREFIX_TUNING; Li and Liang 2021, arXiv 2101.00190)
+
+PEFT's file is one tensor, what a network made included; the network itself lies in checkpoints only.
+Letters: n virtual tokens, h their width (prefix: of the keys of a layer), m width of the network, L layers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mswift.converters.plan import ModelTable
+from mswift.errors import ConfigError
+
+PEFT_TYPES: Mapping[str, str] = {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
+"""Value of --tuner_type -> `peft_type`."""
+PROMPTS = tuple(PEFT_TYPES)
+
+EMBEDDINGS = "prompt_embeddings"
+"""The tensor of PEFT's file."""
+ENCODER = "prompt_encoder."
+"""Begins the names of a network's tensors in checkpoints."""
+
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "prompt": {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": ""},
+    "ptuning": {
+        "num_virtual_tokens": 20, "encoder_reparameterization_type": "MLP", "encoder_hidden_size": 0,
+        "encoder_num_layers": 2,
+    },
+    "prefix": {"num_virtual_tokens": 20, "prefix_projection": False, "encoder_hidden_size": 0, "init_weights": ""},
+}  # fmt: skip
+"""Those of PEFT's configuration that may be set -> default; 0: as wide as a virtual token."""
+_CHOICES = {
+    "prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB", "TEXT"),
+    "encoder_reparameterization_type": ("MLP", "LSTM"),
+    "init_weights": ("", "zero"),
+}
+_BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+_UNREAD = {"encoder_dropout": 0.0, "modules_to_save": None, "tokenizer_kwargs": None}
+"""Fields that PEFT writes too, and the values that change nothing."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """fields: of PEFT's configuration, all that may be set; width: h; num_heads: PEFT's number of heads."""
+
+    kind: str
+    fields: Mapping[str, Any]
+    width: int
+    num_layers: int
+    num_heads: int
+    seed: int = 0
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """n."""
+        return int(self.fields["num_virtual_tokens"])
+
+    @property
+    def has_network(self) -> bool:
+        """Whether what a file holds is made by a network, which the file does not hold."""
+        return self.kind == "ptuning" or bool(self.fields.get("prefix_projection"))
+
+    @property
+    def _made(self) -> tuple[int, int]:
+        return self.num_virtual_tokens, self.width * (2 * self.num_layers if self.kind == "prefix" else 1)
+
+    def shapes(self, table: ModelTable | None = None) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint."""
+        return self.trained_shapes() | {EMBEDDINGS: self._made}
+
+    def trained_shapes(self, table: ModelTable | None = None) -> dict[str, tuple[int, ...]]:
+        """Those of them that are trained, as PEFT's encoders call them."""
+        if not self.has_network:
+            return {EMBEDDINGS: self._made}
+        h, m = self.width, self.fields["encoder_hidden_size"]
+        if self.kind == "prefix":
+            own = _linear("transform.0", h, m) | _linear("transform.2", m, self._made[1])
+        elif self.fields["encoder_reparameterization_type"] == "MLP":
+            own = _linear("mlp_head.0", h, m) | _linear("mlp_head.2", m, m) | _linear("mlp_head.4", m, h)
+        else:
+            own = _lstm(h, m, self.fields["encoder_num_layers"])
+            own |= _linear("mlp_head.0", 2 * m, 2 * m) | _linear("mlp_head.2", 2 * m, h)
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.num_virtual_tokens, h), **own}
+        return {ENCODER + name: shape for name, shape in shapes.items()}
+
+    def file_shapes(self, table: ModelTable, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Of PEFT's file."""
+        assert not modules_to_save
+        return {EMBEDDINGS: self._made}
+
+    def content(self, base_model: str | None) -> dict[str, Any]:
+        """Of adapter_config.json: what PEFT's configuration class takes."""
+        own = {name: value for name, value in self.fields.items() if value is False or value}
+        if own.get("prompt_tuning_init") == "TEXT":
+            own["tokenizer_name_or_path"] = base_model or "."  # PEFT wants one, and does not open it
+        common = {
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "num_attention_heads": self.num_heads,
+            "num_layers": self.num_layers,
+            "num_transformer_submodules": 1,
+            "peft_type": PEFT_TYPES[self.kind],
+            "task_type": "CAUSAL_LM",
+            "token_dim": self.width,
+        }
+        return dict(sorted({**own, **common}.items()))
+
+    def text(self, table: ModelTable, modules_to_save: Sequence[str], base_model: str | None) -> bytes:
+        """The file adapter_config.json."""
+        assert not modules_to_save
+        return (json.dumps(self.content(base_model), indent=2) + "\n").encode()
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _lstm(inputs: int, hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Of torch's LSTM in both directions."""
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        width = inputs if layer == 0 else 2 * hidden
+        own: dict[str, tuple[int, ...]] = {"weight_ih": (4 * hidden, width), "weight_hh": (4 * hidden, hidden)}
+        own |= {"bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}
+        for end in (f"_l{layer}", f"_l{layer}_reverse"):
+            found |= {f"lstm_head.{name}{end}": shape for name, shape in own.items()}
+    return found
+
+
+def prompt_config(table: ModelTable, kind: str, given: Mapping[str, Any], seed: int = 0) -> PromptConfig:
+    """given: fields of --tuner_config. ConfigError for fields, values and models that do not fit."""
+    _check_model(table, kind)
+    return _of_model(table, kind, _checked(kind, given, "--tuner_config: "), seed)
+
+
+def _of_model(table: ModelTable, kind: str, fields: Mapping[str, Any], seed: int) -> PromptConfig:
+    spec = table.spec
+    heads = spec.num_kv_heads if kind == "prefix" else spec.num_attention_heads
+    width = spec.num_kv_heads * spec.head_dim if kind == "prefix" else spec.hidden_size
+    if fields.get("encoder_hidden_size") == 0 and fields.get("prefix_projection", True):
+        fields = {**fields, "encoder_hidden_size": width}
+    return PromptConfig(kind, fields, width, spec.num_layers, heads, seed)
+
+
+def _check_model(table: ModelTable, kind: str) -> None:
+    spec = table.spec
+    if spec.mamba is not None or spec.delta is not None:
+        raise ConfigError(
+            f"--tuner_type {kind}: model_type {spec.model_type!r} has recurrent layers: use --tuner_type lora"
+        )
+    if kind == "prefix" and spec.mla is not None:
+        raise ConfigError(
+            f"--tuner_type prefix: model_type {spec.model_type!r} makes the keys of all heads out of one latent "
+            "vector, for which PEFT has no prefix: use --tuner_type prompt or ptuning"
+        )
+
+
+def _checked(kind: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = dict(_FIELDS[kind])
+    for name, value in given.items():
+        if name == "encoder_dropout" and value:
+            raise ConfigError(
+                f"{where}encoder_dropout {value}: every rank would drop something else, and virtual tokens are the "
+                "same on all: leave it out"
+            )
+        if name not in fields:
+            near = get_close_matches(name, fields, 3, 0.5)
+            known = f"near: {', '.join(near)}" if near else f"known: {' '.join(fields)}"
+            raise ConfigError(f"{where}{kind} has no field {name!r}; {known}")
+        wanted = type(fields[name])
+        if type(value) is not wanted:
+            words = {int: "a whole number", bool: "true or false", str: "a text"}
+            raise ConfigError(f"{where}{name} {value!r} must be {words[wanted]}")
+        fields[name] = value
+    _check_values(kind, fields, where, given)
+    return fields
+
+
+def _check_values(kind: str, fields: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> None:
+    for name in ("num_virtual_tokens", "encoder_num_layers"):
+        if fields.get(name, 1) < 1:
+            raise ConfigError(f"{where}{name} {fields[name]} must be at least 1")
+    if fields.get("encoder_hidden_size", 0) < 0:
+        raise ConfigError(f"{where}encoder_hidden_size {fields['encoder_hidden_size']} must not be negative")
+    for name, known in _CHOICES.items():
+        if name in fields and fields[name] not in known:
+            raise ConfigError(f"{where}{name} {fields[name]!r}: known: {' '.join(filter(None, known))}")
+    if kind == "prompt" and (fields["prompt_tuning_init"] == "TEXT") != bool(fields["prompt_tuning_init_text"]):
+        raise ConfigError(
+            f"{where}prompt_tuning_init TEXT and prompt_tuning_init_text go together: give both, or neither"
+        )
+    if kind == "prefix" and "encoder_hidden_size" in given and not fields["prefix_projection"]:
+        raise ConfigError(f'{where}encoder_hidden_size has no effect without "prefix_projection": true')
+    if fields.get("encoder_reparameterization_type") == "MLP" and fields["encoder_num_layers"] != 2:
+        raise ConfigError(
+            f"{where}encoder_num_layers {fields['encoder_num_layers']} is of an LSTM, the MLP has always the same "
+            'layers: leave it out, or use "encoder_reparameterization_type": "LSTM"'
+        )
+
+
+def is_prompt(data: Mapping[str, Any]) -> bool:
+    """Whether the content of an adapter_config.json is of one of these."""
+    return data.get("peft_type") in PEFT_TYPES.values()
+
+
+def parse_prompt(data: Mapping[str, Any], path: Path, num_layers: int, seed: int = 0) -> PromptConfig:
+    """The content of such an adapter_config.json, PEFT's own too; ConfigError for what is not carried.
+
+    num_layers: of the model.
+    """
+    kind = {peft_type: kind for kind, peft_type in PEFT_TYPES.items()}[data["peft_type"]]
+    model = {"num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
+    known = {*_FIELDS[kind], *_BOOKKEEPING, *model, "peft_type", "tokenizer_name_or_path", *_UNREAD}
+    for name, value in data.items():
+        if value and (name not in known or (name in _UNREAD and value != _UNREAD[name])):
+            raise ConfigError(f"{path}: {name}={value!r} is not supported by mswift for {data['peft_type']}")
+    sizes = [data.get(name) for name in ("token_dim", "num_layers", "num_attention_heads")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ConfigError(f"{path}: token_dim, num_layers and num_attention_heads {sizes} must be numbers")
+    width, layers, heads = (int(size) for size in sizes if size is not None)
+    if layers != num_layers or data.get("num_transformer_submodules") not in (1, None):
+        raise ConfigError(
+            f"{path}: num_layers {layers}, num_transformer_submodules {data.get('num_transformer_submodules')}: the "
+            f"model has {num_layers} layers and one decoder"
+        )
+    given = {name: data[name] for name in _FIELDS[kind] if data.get(name) is not None}
+    if kind == "prefix" and not given.get("prefix_projection"):
+        given.pop("encoder_hidden_size", None)
+    return PromptConfig(kind, _checked(kind, given, f"{path}: "), width, layers, heads, seed)
+
+
+def check_continued(given: PromptConfig, there: PromptConfig, adapter: Path) -> None:
+    """ConfigError unless flags (`given`) mean the adapter of --adapters (`there`), which a run can go on with."""
+    if there.kind != given.kind:
+        raise ConfigError(
+            f"--tuner_type {given.kind}: --adapters {adapter} is {PEFT_TYPES[there.kind]}: use --tuner_type "
+            f"{there.kind}"
+        )
+    if there.has_network:
+        raise ConfigError(
+            f"--adapters {adapter}: a file of {PEFT_TYPES[there.kind]} holds what its network made, not the network, "
+            "which alone is trained: go on from the checkpoint of its run (--resume_from_checkpoint)"
+        )
+    check_fits(there, given, adapter)
+
+
+def check_fits(there: PromptConfig, model: PromptConfig, adapter: Path) -> None:
+    """ConfigError for an adapter of another model; `model`: one for the model at hand."""
+    if (there.width, there.num_layers) != (model.width, model.num_layers):
+        raise ConfigError(
+            f"--adapters {adapter}: virtual tokens of width {there.width} for {there.num_layers} layers; the model has "
+            f"{model.width} and {model.num_layers}: give the base model that it was trained on"
+        )
+
+
+def for_model(table: ModelTable, kind: str) -> PromptConfig:
+    """The default adapter of a kind for a model, whose sizes an adapter from files must have."""
+    return prompt_config(table, kind, {})

@@ -1,0 +1,103 @@
+"""Prompt learning against PEFT on transformers in one process: counts, loss, gradients, weights, files.
+
+fp32; at most 1e-5 from PEFT (max|a - b| / max|b| per tensor): one rank, cut over two with recomputation, packed, packed
+on two ranks that share sequences.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mswift.tuners.export import export_adapter
+from tests.support.parity import VOCAB, difference, differences, random_model
+from tests.support.prompts import CASES, DOCUMENTS, Behind, on_rank, peft_steps, prompt_of, steps_of
+from tests.support.ranks import run_ranks
+from tests.support.spaces import assemble
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], tuple[int, ...] | None]] = {
+    "one": (1, {}, {}, None),
+    "cut over two": (2, {}, {"shard_size": 2, "recompute_blocks": 2}, None),
+    "packed": (1, {}, {}, DOCUMENTS),
+    "packed, shared": (2, {"cp": 2}, {"shard_size": 2}, DOCUMENTS),
+}
+WHAT = ("logits", "loss", "grad_norm", "gradients", "weights", "last")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    random_model("qwen3", num_hidden_layers=2, vocab_size=VOCAB).save_pretrained(folder / "model")  # type: ignore[operator]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(home: Path) -> Any:
+    """(case, packed) -> what PEFT computes."""
+    return cache(lambda case, packed: peft_steps(home, prompt_of(home, case), DOCUMENTS if packed else None))
+
+
+@pytest.fixture(scope="module")
+def found(home: Path) -> Any:
+    """Layout -> case -> what the engine computes."""
+
+    @cache
+    def results(layout: str) -> dict[str, Any]:
+        world_size, dims, settings, documents = LAYOUTS[layout]
+        payload = {
+            "home": home, "world_size": world_size, "layout": dims, "settings": settings, "documents": documents,
+            "configs": [prompt_of(home, case) for case in CASES],
+            "run": home / "runs" if layout == "cut over two" else None,
+        }  # fmt: skip
+        by_case = {}
+        for case, one in zip(CASES, zip(*run_ranks(world_size, on_rank, payload), strict=True), strict=True):
+            result = dict(one[0])
+            for part, prefix in (("gradients", "gradient.adapter."), ("weights", "adapter.")):
+                arrays = assemble([rank[part] for rank in one])
+                result[part] = {name.removeprefix(prefix): array for name, array in arrays.items()}
+            result["each"] = [(rank["weights"], rank["state"], rank.get("resumed")) for rank in one]
+            by_case[case] = result
+        return by_case
+
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(home: Path, wanted: Any, found: Any, case: str, layout: str) -> None:
+    theirs, ours = wanted(case, LAYOUTS[layout][3] is not None), dict(found(layout)[case])
+    made = dict(ours["weights"]).pop("prompt_embeddings")
+    if prompt_of(home, case).has_network:
+        ours["weights"] = {name: array for name, array in ours["weights"].items() if name != "prompt_embeddings"}
+        assert made.shape == prompt_of(home, case).shapes()["prompt_embeddings"]
+    assert ours["trainable"] == theirs["trainable"]
+    apart = differences(ours, theirs, WHAT)
+    assert {name: value for name, value in apart.items() if not value <= 1e-5} == {}
+    assert difference(theirs["last"], theirs["logits"]) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_same_run(found: Any, case: str) -> None:
+    for weights, state, resumed in found("cut over two")[case]["each"]:
+        for ours, theirs in ((weights, resumed["weights"]), (state, resumed["state"])):
+            assert ours.keys() == theirs.keys()
+            for key, (_, boxes) in ours.items():
+                pairs = zip(boxes, theirs[key][1], strict=True)
+                assert all(np.array_equal(one[-1], other[-1]) for one, other in pairs), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_what_is_exported(home: Path, found: Any, tmp_path: Path, case: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = found("cut over two")[case]
+    export_adapter(home / "runs" / str(list(CASES).index(case)) / "checkpoint-3", tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32, attn_implementation="eager")
+    peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        logits = Behind(peft)(steps_of()[0][0][0]).logits.numpy()
+    assert difference(logits, result["last"]) <= 1e-5

@@ -69,7 +69,16 @@ class TrainConfig:
     lora_dropout: float = 0.0
     """Share of the inputs of adapters that are zeroed in training."""
     init_weights: str = "true"
-    """Start of adapters: true (A random, B zero), pissa, pissa_niter_N (N iterations), olora."""
+    """Start of adapters: true (A random, B zero), pissa, pissa_niter_N (N iterations), olora; from the first batches of
+    the run (fsdp, ddp) eva, lora_ga."""
+    init_batches: int = 8
+    """eva, lora_ga: global batches to start from, the first ones of the run."""
+    lora_ga_direction: Literal["ArB2r", "ArBr", "A2rBr", "random"] = "ArB2r"
+    """lora_ga: which singular vectors of a gradient A and B get: A the first r, B the next (ArB2r), ..."""
+    lora_ga_scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    """lora_ga: how large A and B start."""
+    lora_ga_stable_gamma: int = 16
+    """lora_ga: of the scale stable."""
     lorap_lr_ratio: float | None = None
     """LoRA+: B learns this many times faster than A; 16 is usual."""
     quant_method: Literal["bnb"] | None = None

@@ -18,6 +18,10 @@ _LORA_FLAGS = (
         "use_dora",
         "lora_dropout",
         "init_weights",
+        "init_batches",
+        "lora_ga_direction",
+        "lora_ga_scale",
+        "lora_ga_stable_gamma",
         "lorap_lr_ratio",
         "quant_method",
         "quant_bits",
@@ -28,7 +32,9 @@ _LORA_FLAGS = (
     ),
     *("modules_to_save", "adapters"),
 )
-_INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?")
+_INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?|eva|lora_ga")
+_FROM_DATA = ("eva", "lora_ga")
+_OF_LORA_GA = ("lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma")
 
 OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
@@ -167,12 +173,34 @@ def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         )
 
 
+def _data_start_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """Of starts that take a pass over data."""
+    given = f"--init_weights {config.init_weights}"
+    for name in ("init_batches", *_OF_LORA_GA):
+        value, owners = getattr(config, name), ("lora_ga",) if name in _OF_LORA_GA else _FROM_DATA
+        if value != TrainConfig.__dataclass_fields__[name].default and config.init_weights not in owners:
+            yield ConfigError(f"--{name} {value} has no effect with {given}: use --init_weights {owners[-1]}")
+        elif isinstance(value, int) and value < 1:
+            yield ConfigError(f"--{name} {value} must be at least 1")
+    if config.init_weights not in _FROM_DATA:
+        return
+    if config.backend not in ("fsdp", "ddp"):
+        yield ConfigError(f"{given} is computed on transformers' model: use --backend fsdp (or ddp), or pissa")
+    if config.tuner_type != "lora":
+        yield ConfigError(f"{given} with --tuner_type {config.tuner_type} is not computed: use --tuner_type lora")
+    if config.streaming:
+        yield ConfigError(f"{given} with --streaming: a stream does not begin again after the start: leave one out")
+    if config.torch_compile:
+        yield ConfigError(f"{given} with --torch_compile: inside of compiled layers nothing is seen: leave one out")
+
+
 def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     """What flags of LoRA go with it, and with no other."""
     if config.trains_lora:
         if not _INIT.fullmatch(config.init_weights):
             yield ConfigError(
-                f"--init_weights {config.init_weights}: known: true pissa pissa_niter_N (as pissa_niter_16) olora"
+                f"--init_weights {config.init_weights}: known: true pissa pissa_niter_N (as pissa_niter_16) olora "
+                "eva lora_ga"
             )
         if config.adapters and config.init_weights != "true":
             yield ConfigError(
@@ -184,6 +212,7 @@ def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         if config.tuner_config is not None:
             yield ConfigError("--tuner_config is for methods other than LoRA, which has flags of its own: leave it out")
         yield from _quantised_refusals(config)
+        yield from _data_start_refusals(config)
         return
     if config.trains_adapter:
         if len(config.adapters) > 1:

@@ -24,6 +24,7 @@ from mswift.train import checkpoint
 from mswift.train.batches import StepBatch, training_batch
 from mswift.train.build import batch_plan, build_data, learning_rate, num_steps, print_banner
 from mswift.train.collective import agreed, ended_by, largest, lost_ranks_in_words
+from mswift.train.data_start import start_from_data
 from mswift.train.engines import built_engine
 from mswift.train.entry import enter_run_directory
 from mswift.train.flops import step_flops
@@ -88,6 +89,8 @@ def _run(start: Start, device: torch.device) -> int:
         run = Run(config, info.rank, dims, device, reader, engine, plan, data, val_data, last_step, output_dir, files,
                   watch)  # fmt: skip
         state = _continue(run, point, tokenizer) if point else None
+        if point is None:
+            start_from_data(run)
         parameters = (engine.num_parameters, engine.trainable_parameters)  # every rank counts its own
         held = [f"{name} {part}" for name, part in zip(("frozen", "trained"), engine.held_bytes(), strict=True)]
         with agreed(f"opening {config.output_dir}"):

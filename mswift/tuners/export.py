@@ -73,7 +73,7 @@ def export_adapter(checkpoint: Path, destination: Path) -> AdapterReport:
         read_rows(source, name, region, out)
 
     reader: Read = read
-    if settings.init != "true":
+    if settings.starts_in_weight:
         settings, config = as_plain(settings, config)
         tensors, reader = joined(tensors, read)
     beside = _tokenizer_files(checkpoint)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
-from mswift.tuners.settings import PeftSettings
+from mswift.tuners.settings import FROM_DATA, PeftSettings
 from mswift.tuners.shapes import STACKED, HfParameter, adapted_linears, adapted_parameters, in_spelling
 from mswift.tuners.targets import chosen
 
@@ -48,6 +48,7 @@ class LoraConfig:
         settings = chosen(table, rank=rank, alpha=alpha, modules=target_modules, parameter_names=target_parameters)
         own = LoraConfig(replace(settings, rslora=rslora, dora=dora, dropout=dropout, init=init), seed)
         own.check("")
+        own.check_data_start(table)
         return own
 
     def check(self, where: str) -> None:
@@ -70,6 +71,20 @@ class LoraConfig:
             raise ConfigError(f"{where}--{on[0]} with --{on[1]} is not computed yet: leave one of them out")
         if settings.lora_bias:
             raise ConfigError(f"{where}lora_bias=True is not supported by training; train without the biases of B")
+
+    def check_data_start(self, table: ModelTable) -> None:
+        """ConfigError for a rank of which a linear has too few directions to start from data."""
+        init = self.settings.init
+        if init not in FROM_DATA:
+            return
+        for each in adapted(self.own_table(table), self).values():
+            most = min(each.in_features, each.out_features) if init == "lora_ga" else each.in_features
+            if 2 * each.rank > most:
+                raise ConfigError(
+                    f"--init_weights {init}: of {each.name} it takes {2 * each.rank} directions, 2 x --lora_rank "
+                    f"{each.rank}, of {most}: use --lora_rank {most // 2} or less, or leave {each.leaf} out of "
+                    "--target_modules"
+                )
 
     def own_table(self, table: ModelTable) -> ModelTable:
         """The table in the spelling of experts in which the adapter names them."""
@@ -99,7 +114,7 @@ class Adapted:
     @property
     def starts_in_weight(self) -> bool:
         """Whether A and B start as a part of the weight, which is not to be added twice."""
-        return self.init != "true"
+        return self.init not in ("true", "eva")
 
     @property
     def name_magnitude(self) -> str:

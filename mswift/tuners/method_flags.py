@@ -14,7 +14,7 @@ from mswift.tuners.methods import METHODS, Method
 _RANKS = ("lora_rank", "lora_alpha", "lora_dropout")
 _LORA_ALONE = (
     *("use_rslora", "use_dora", "init_weights", "lorap_lr_ratio", "quant_method", "quant_bits", "bnb_4bit_quant_type"),
-    "target_parameters",
+    *("target_parameters", "init_batches", "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma"),
 )
 
 

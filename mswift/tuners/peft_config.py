@@ -64,7 +64,7 @@ _IGNORED: tuple[str, ...] = (
     "peft_version",
 )
 _IGNORED += ("qalora_group_size", "revision", "runtime_config", "task_type")
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # others (pissa, olora, ...) also changed the base weights
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others (pissa, ...) also changed the base
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights")
 
 
@@ -220,6 +220,8 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")
     known = {*_OFF, *_PLAIN, *_IGNORED, *_READ, "ensure_weight_tying"}
     for name, value in data.items():
+        if name == "eva_config" and data.get("init_lora_weights") == "eva":  # of a start that is over
+            continue
         if name in _OFF and value and value != _OFF[name]:
             raise ConfigError(f"{path}: {name}={value!r} is not supported by mswift (only {name}={_OFF[name]!r})")
         if name not in known and value:

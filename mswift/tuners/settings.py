@@ -8,6 +8,9 @@ from pathlib import Path
 
 from mswift.converters.adapters import ALL_LINEAR
 
+FROM_DATA = ("eva", "lora_ga")
+"""Values of `PeftSettings.init` that take a pass over data before the first step."""
+
 
 @dataclass(frozen=True)
 class PeftSettings:
@@ -16,8 +19,8 @@ class PeftSettings:
     rslora: the scale is alpha / sqrt(rank); dora: every module has a magnitude vector as well; lora_bias: B has a
     bias. rank_pattern, alpha_pattern: regular expression of a module's name -> its own rank or alpha.
     layers_pattern: names of the module list that `layers_to_transform` counts in ((): any). target_parameters: names
-    of parameters (the experts of transformers 5) that have an adapter of their own. init: pissa, pissa_niter_N and
-    olora start A and B as a part of the weight, which is not to be added twice.
+    of parameters (the experts of transformers 5) that have an adapter of their own. init: pissa, pissa_niter_N,
+    olora and lora_ga start A and B as a part of the weight, which is not to be added twice; eva starts A alone.
     """
 
     rank: int
@@ -37,6 +40,11 @@ class PeftSettings:
     layers_pattern: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     init: str = "true"
+
+    @property
+    def starts_in_weight(self) -> bool:
+        """Whether A and B start as a part of the weight."""
+        return self.init not in ("true", "eva")
 
     def rank_of(self, name: str) -> int:
         """Rank of one module or parameter."""

@@ -47,7 +47,7 @@ def add_lora(model: nn.Module, table: ModelTable, config: LoraConfig, modules_to
     for name, module in model.named_modules():
         if probability and hasattr(module, "lora_dropout"):
             module.lora_dropout[NAME] = CountedDropout(name, probability)
-    if config.settings.init != "true":
+    if config.settings.starts_in_weight:
         add_starts(model, next(model.parameters()).dtype)
     parameters = dict(model.named_parameters())
     for name in saved_shapes(table, expand_modules_to_save(table, modules_to_save)):

@@ -19,8 +19,10 @@ from mswift.parallel import sequence
 from mswift.parallel.batch import Microbatch
 from mswift.parallel.engine import AdapterSource, Held, LossPart, Read, StateShard, StepResult
 from mswift.parallel.four_bit import packed
+from mswift.parallel.fsdp.adapters import adapters_of
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
+from mswift.parallel.fsdp.data_start import start_from_data
 from mswift.parallel.fsdp.layout import last_microbatch, lay_out
 from mswift.parallel.fsdp.optimizer import ShardedOptimizer, update_groups
 from mswift.parallel.fsdp.passes import Passes
@@ -30,6 +32,7 @@ from mswift.parallel.fsdp.state import RankState
 from mswift.parallel.fsdp.tuned import tuned_model
 from mswift.parallel.fsdp.weights import RankWeights
 from mswift.topology import ParallelDims
+from mswift.tuners.data_start import DataStart
 
 
 class FsdpEngine:
@@ -74,6 +77,18 @@ class FsdpEngine:
     def load_adapter(self, source: AdapterSource) -> None:
         """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`, `MethodAdapter`)."""
         self._weights.load_adapter(source)
+
+    def start_from_data(self, steps: Sequence[Sequence[Microbatch]], how: DataStart) -> str:
+        """The start of adapters that takes data (`mswift.parallel.fsdp.data_start`), in words.
+
+        steps: of each the microbatches of this data-parallel rank.
+        """
+        lora = self.config.lora
+        assert lora is not None
+        of = adapters_of(self.table, lora)
+        done = start_from_data(self._weights, self._passes, of, self.dims, steps, how, lora.seed, self._around)
+        self._optimizer.forget_gradients()
+        return done
 
     def load_state(self, read: Read, optimizer_step: int) -> None:
         """Weights (adapters only in an adapter run) and optimizer state, written by any engine at any layout.

@@ -5,7 +5,7 @@ ranks like them, and its product taken off in the forward pass. Shapes: o, i fea
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from mswift.tuners.lora import Adapted
 _CHILD = "lora_start"
 MARK = f".{_CHILD}."
 """In names of parameters that hold a start."""
+
+
+Factors = Callable[[str, Adapted, Tensor], tuple[Tensor, Tensor]]
+"""(name of an A in files, its adapter, the whole weight [o, i]) -> A [r, i] and B [o, r]."""
 
 
 class Start(nn.Module):
@@ -63,7 +67,10 @@ def stored_start(name: str) -> str:
 
 @torch.no_grad()
 def start_in_weights(
-    parameters: Mapping[str, nn.Parameter], base: Mapping[str, Mapped], of: Mapping[str, Adapted], seed: int
+    parameters: Mapping[str, nn.Parameter],
+    base: Mapping[str, Mapped],
+    of: Mapping[str, Adapted],
+    factors: Factors,
 ) -> None:
     """A, B and their starts from the weights of the base, which are there. Ranks take the linears by turns.
 
@@ -71,23 +78,41 @@ def start_in_weights(
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     by_name = {mapped.name: name for name, mapped in base.items()}
-    for number, (name, adapted) in enumerate(_linears(of)):
+    for number, (name, adapted) in enumerate(linears(of)):
         whole = _whole(parameters[by_name[f"{adapted.name}.weight"]])
         a = whole.new_empty(adapted.rank, adapted.in_features)
         b = whole.new_empty(adapted.out_features, adapted.rank)
         if number % world == rank:
-            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
-            factors = factorised(whole.float(), adapted.rank, adapted.scale, adapted.init, key)
-            a, b = (factor.to(whole.dtype).contiguous() for factor in factors)
-        for letter, matrix in (("A", a), ("B", b)):
-            if world > 1:
-                dist.broadcast(matrix, number % world)
-            trained = f"{adapted.prefix}.lora_{letter}.{NAME}.weight"
-            for target in (trained, f"{adapted.prefix}{MARK}{letter}"):
+            a, b = (factor.to(whole.dtype).contiguous() for factor in factors(name, adapted, whole))
+        for matrix in (a, b) if world > 1 else ():
+            dist.broadcast(matrix, number % world)
+        place(parameters, adapted, a, b)
+
+
+def from_weights(seed: int) -> Factors:
+    """Those of PiSSA and OLoRA."""
+
+    def factors(name: str, adapted: Adapted, whole: Tensor) -> tuple[Tensor, Tensor]:
+        return factorised(whole.float(), adapted.rank, adapted.scale, adapted.init, drawn_from(seed, name))
+
+    return factors
+
+
+def drawn_from(seed: int, name: str) -> int:
+    """Seed of what is random in the start of one adapter; name: of its A, in files."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+@torch.no_grad()
+def place(parameters: Mapping[str, nn.Parameter], adapted: Adapted, a: Tensor, b: Tensor) -> None:
+    """This rank's rows of whole A and B, and of what they started from where that is kept."""
+    for letter, matrix in (("A", a), ("B", b)):
+        for target in (f"{adapted.prefix}.lora_{letter}.{NAME}.weight", f"{adapted.prefix}{MARK}{letter}"):
+            if target in parameters:
                 _fill(parameters[target], matrix)
 
 
-def _linears(of: Mapping[str, Adapted]) -> Iterator[tuple[str, Adapted]]:
+def linears(of: Mapping[str, Adapted]) -> Iterator[tuple[str, Adapted]]:
     """Name of A -> adapter, once each."""
     for name, adapted in of.items():
         if name == adapted.name_a:

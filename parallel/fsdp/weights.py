@@ -16,9 +16,10 @@ from mswift.parallel.engine import DTYPES, SOURCE_DTYPES, AdapterSource, Read, S
 from mswift.parallel.four_bit import packed
 from mswift.parallel.fsdp.adapters import adapters_of, first_values
 from mswift.parallel.fsdp.config import HfSettings
-from mswift.parallel.fsdp.lora_start import start_in_weights
+from mswift.parallel.fsdp.lora_start import MARK, from_weights, start_in_weights
 from mswift.parallel.fsdp.pieces import Mapped, local, read_rows, row_regions, shards
 from mswift.parallel.fsdp.tuned import TunedModel
+from mswift.tuners.settings import FROM_DATA
 from mswift.tuners.shapes import promised_shapes
 
 
@@ -66,9 +67,12 @@ class RankWeights:
         if lora is None:
             return
         of = adapters_of(self._table, lora)
-        if lora.settings.init != "true":
-            start_in_weights(self.parameters, self.tuned.base, of, lora.seed)
+        if lora.settings.starts_in_weight and lora.settings.init not in FROM_DATA:
+            start_in_weights(self.parameters, self.tuned.base, of, from_weights(lora.seed))
             return
+        for name in self.parameters:
+            if MARK in name:  # nothing yet: `data_start`
+                local(self.parameters[name]).zero_()
         weights = {mapped.name: name for name, mapped in self.tuned.base.items()}
         for name, mapped in self.tuned.trained.items():
             rows = self.rows(name)

@@ -19,7 +19,7 @@ _Chunks = Annotated[int | None, _alias(aliases=["--num_virtual_stages_per_pipeli
 
 
 TunerType = Literal[
-    "full", "lora", "longlora", "llamapro", "adapter", "reft", "prompt", "ptuning", "prefix",
+    "full", "lora", "longlora", "llamapro", "adapter", "reft", "prompt", "ptuning", "prefix", "xlora",
     "adalora", "boft", "fourierft", "hra", "ia3", "loha", "lokr", "miss", "oft", "vblora", "vera",
 ]  # fmt: skip
 """What is trained; from adalora on they are rows of `mswift.tuners.methods`."""
@@ -55,7 +55,8 @@ class TrainConfig:
     tuner_type: TunerType = "full"
     """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
     attention (longlora), new blocks in a frozen model (llamapro), Houlsby's adapters (adapter), LoReFT (reft), virtual
-    tokens (prompt, ptuning) or keys (prefix) before every sequence, adapters of another method of PEFT."""
+    tokens (prompt, ptuning) or keys (prefix) before every sequence, adapters of another method of PEFT; xlora: refused.
+    """
     tuner_config: str | None = None
     """Fields of PEFT's configuration of a method other than LoRA, as JSON: '{"oft_block_size": 64}'."""
     lora_rank: int = 8

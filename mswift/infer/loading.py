@@ -115,6 +115,12 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTr
             )
         _attach_hidden(model, hidden[0])
         return model.eval()
+    mixed = [path for path in adapters.values() if check_adapter_dir(path).get("peft_type") == "XLORA"]
+    if mixed:
+        raise ConfigError(
+            f"--adapters {mixed[0]}: X-LoRA computes every token by a pass without a cache first, and PEFT 0.21.2 does "
+            "not load all of its classifier: give the LoRAs that it mixes, of which a request chooses one"
+        )
     by_method: dict[str, dict[str, Path]] = {}
     for name, path in adapters.items():
         by_method.setdefault(str(check_adapter_dir(path).get("peft_type")), {})[name] = path

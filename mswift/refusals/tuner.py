@@ -36,6 +36,13 @@ _INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?|eva|lora_ga")
 _FROM_DATA = ("eva", "lora_ga")
 _OF_LORA_GA = ("lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma")
 
+XLORA = (
+    "--tuner_type xlora: PEFT 0.21.2 loses the first layer of X-LoRA's classifier in the files that it writes, and "
+    "ends with a KeyError unless the adapters are called 0, 1, ...; what was trained could not be used: train one "
+    "--tuner_type lora on all of the data, or choose among adapters by their names (mswift deploy --adapters A B)"
+)
+"""Why it is refused; `tests/cpu/test_xlora.py` shows both."""
+
 OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
 
@@ -50,6 +57,9 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
 def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     """ConfigErrors, each with the flag, its value and what to do."""
     tuner = config.tuner_type
+    if tuner == "xlora":
+        yield ConfigError(XLORA)
+        return
     if config.backend == "megatron" and tuner in OF_FSDP:
         yield ConfigError(
             f"--tuner_type {tuner} trains transformers' model: use --backend fsdp (or ddp), or --tuner_type full (or "
@@ -213,6 +223,8 @@ def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             yield ConfigError("--tuner_config is for methods other than LoRA, which has flags of its own: leave it out")
         yield from _quantised_refusals(config)
         yield from _data_start_refusals(config)
+        return
+    if config.tuner_type == "xlora":
         return
     if config.trains_adapter:
         if len(config.adapters) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 from mswift.config.train import TrainConfig
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
+from mswift.refusals.tuner import XLORA
 from mswift.tuners.hidden import HIDDEN, HiddenConfig, hidden_config, is_hidden, parse_hidden
 from mswift.tuners.method import MethodConfig, parse_method
 from mswift.tuners.method_flags import method_config, tuner_fields
@@ -28,6 +29,8 @@ OtherConfig = MethodConfig | HiddenConfig | PromptConfig
 
 def other_config(config: TrainConfig, table: ModelTable, num_steps: int | None = None) -> OtherConfig:
     """The adapter of `config.tuner_type`, which is no LoRA; num_steps: of the run. ConfigError if it does not fit."""
+    if config.tuner_type == "xlora":
+        raise ConfigError(XLORA)
     if config.tuner_type in PROMPTS:
         return prompt_config(table, config.tuner_type, tuner_fields(config), config.seed)
     return _hidden(config, table) if config.tuner_type in HIDDEN else method_config(config, table, num_steps)

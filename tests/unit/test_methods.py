@@ -79,7 +79,12 @@ def test_a_method_of_qwen_7b_has_the_size_of_its_formula(name: str) -> None:
 
 def test_flags_and_table_name_the_same_methods() -> None:
     others = [config(name) for name in get_args(TunerType)]
-    assert {c.tuner_type for c in others if c.trains_adapter and not c.trains_lora} == {*METHODS, *HIDDEN, *PROMPTS}
+    assert {c.tuner_type for c in others if c.trains_adapter and not c.trains_lora} == {
+        *METHODS,
+        *HIDDEN,
+        *PROMPTS,
+        "xlora",
+    }
     flags = {flag for method in METHODS.values() for flag in method.flags}
     assert flags <= set(TrainConfig.__dataclass_fields__)
 

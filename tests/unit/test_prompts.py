@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,37 @@ def test_what_takes_lora_only_says_who_serves_it() -> None:
         ConfigError, match="'P_TUNING' puts virtual tokens .* serve it with --infer_backend transformers"
     ):
         parse_peft_config(prompt_config(TABLE, "ptuning", {}).content(None), Path("f"))
+
+
+def test_x_lora_is_refused_with_the_reason() -> None:
+    config = dataclasses.replace(FINE, tuner_type="xlora", adapters=("a", "b"))
+    (refusal,) = train_refusals(config, TABLE.spec, 1)
+    assert "PEFT 0.21.2 loses the first layer of X-LoRA's classifier" in str(refusal)
+    with pytest.raises(ConfigError, match="X-LoRA's classifier"):
+        trained_parameters(config, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"backend": "megatron"}, "--init_weights eva is computed on transformers' model: use --backend fsdp"),
+        ({"streaming": True}, "--init_weights eva with --streaming"),
+        ({"torch_compile": True}, "--init_weights eva with --torch_compile"),
+        ({"tuner_type": "longlora"}, "--init_weights eva with --tuner_type longlora is not computed"),
+        ({"init_batches": 0}, "--init_batches 0 must be at least 1"),
+        ({"lora_ga_scale": "unit"}, "--lora_ga_scale unit has no effect with --init_weights eva: use .* lora_ga"),
+        ({"init_weights": "true", "init_batches": 4}, "--init_batches 4 has no effect with --init_weights true"),
+        ({"init_weights": "lora-ga"}, "--init_weights lora-ga: known: .* eva lora_ga"),
+        ({"tuner_type": "hra", "init_weights": "true", "init_batches": 4}, "--init_batches 4 has no effect"),
+    ],
+)
+def test_starts_from_data_go_with_lora_on_transformers_model_alone(change: dict[str, Any], text: str) -> None:
+    config = dataclasses.replace(FINE, tuner_type="lora", init_weights="eva")
+    assert train_refusals(config, TABLE.spec, 1) == []
+    changed = dataclasses.replace(config, **change)
+    found = [str(refusal) for refusal in train_refusals(changed, TABLE.spec, 1)]
+    try:
+        trained_parameters(changed, TABLE)
+    except ConfigError as error:
+        found.append(str(error))
+    assert any(re.search(text, refusal) for refusal in found), found

@@ -14,6 +14,7 @@ from mswift.infer.child_server import ChildServer, ServerOptions, flag, free_por
 from mswift.infer.interpreters import find_python, own_environment
 from mswift.infer.model_dir import check_model_dir
 from mswift.infer.vllm_options import checkpoint_dtype
+from mswift.tuners.peft_config import read_peft_config
 
 SGLANG_PYTHON = "MSWIFT_SGLANG_PYTHON"
 LMDEPLOY_PYTHON = "MSWIFT_LMDEPLOY_PYTHON"
@@ -51,6 +52,7 @@ def sglang_argv(python: str, config: EngineConfig, options: ServerOptions, port:
     if config.chat_template is not None:
         argv += ["--chat-template", str(config.chat_template)]
     if config.adapters:
+        _check_loras(config)
         argv += ["--max-loras-per-batch", str(len(config.adapters) + 1)]  # one place for the model without any
         argv += ["--lora-paths", *(f"{name}={path.resolve()}" for name, path in config.adapters.items())]
     for name, value in config.options.items():
@@ -79,10 +81,17 @@ def lmdeploy_argv(python: str, config: EngineConfig, options: ServerOptions, por
     if config.max_model_len is not None:
         argv += ["--session-len", str(config.max_model_len)]
     if config.adapters:
+        _check_loras(config)
         argv += ["--adapters", *(f"{name}={path.resolve()}" for name, path in config.adapters.items())]
     for name, value in own.items():
         argv += flag(name, value, no="")
     return argv
+
+
+def _check_loras(config: EngineConfig) -> None:
+    """ConfigError for adapters that are no LoRA, which these servers do not load."""
+    for path in config.adapters.values():
+        read_peft_config(path)
 
 
 def model_name(config: EngineConfig, options: ServerOptions) -> str:

@@ -18,7 +18,7 @@ from mswift.errors import ConfigError
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
 from mswift.tuners.prompt_modules import PromptEmbeddings, split_prefix
-from mswift.tuners.prompts import EMBEDDINGS, PromptConfig, check_fits, for_model, is_prompt
+from mswift.tuners.prompts import EMBEDDINGS, PromptConfig, check_fits, is_prompt, prompt_config
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _read(model: PreTrainedModel, path: Path) -> tuple[PromptConfig, Tensor]:
     adapter = OtherAdapter(path, table.spec.num_layers)
     config = adapter.config
     assert isinstance(config, PromptConfig)
-    fitting = for_model(table, config.kind)
+    fitting = prompt_config(table, config.kind, {})
     check_fits(config, fitting, path)
     if config.num_heads != fitting.num_heads and config.kind == "prefix":
         raise ConfigError(

@@ -69,14 +69,15 @@ def gradient_factors(
     holder.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     holder.linear._peft_loraga_grad = gradient
-    config = LoraConfig(
-        r=adapted.rank,
-        lora_alpha=adapted.scale * adapted.rank,  # type: ignore[arg-type]
-        target_modules=["linear"],
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(direction=how.direction, scale=how.scale, stable_gamma=how.stable_gamma),
-    )
+    own: dict[str, Any] = {"direction": how.direction, "scale": how.scale, "stable_gamma": how.stable_gamma}
+    fields: dict[str, Any] = {
+        "r": adapted.rank,
+        "lora_alpha": adapted.scale * adapted.rank,
+        "target_modules": ["linear"],
+        "init_lora_weights": "lora_ga",
+        "lora_ga_config": LoraGAConfig(**own),
+    }
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, holder, adapter_name=NAME)
+        inject_adapter_in_model(LoraConfig(**fields), holder, adapter_name=NAME)
     return holder.linear.lora_A[NAME].weight.detach(), holder.linear.lora_B[NAME].weight.detach()

@@ -6,9 +6,7 @@
 PEFT's own objects do the work (`TunedModel.peft`); what is added here is strictness and setting adapters aside.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,75 +17,41 @@ from torch import Tensor, nn
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import open_adapter
 from mswift.tuners.inject import NAME
+from mswift.tuners.library_config import TunerConfig as TunerConfig
+from mswift.tuners.library_config import check_targets
+from mswift.tuners.library_start import (
+    Batches,
+    Initial,
+    changes_base,
+    gradients_before,
+    inputs_behind,
+    write,
+)
 from mswift.tuners.peft_config import check_adapter_dir
 
 META = torch.device("meta")
 
 
-@dataclass(frozen=True)
-class TunerConfig:
-    """tuner_type: of PEFT (`lora`, `oft`, ...); fields: of its configuration; target_modules: names of linears."""
+def prepare_model(
+    model: nn.Module, config: TunerConfig, name: str = NAME, batches: Batches | None = None
+) -> "TunedModel":
+    """`model` frozen, with an adapter of that name on it, which is active and trained.
 
-    tuner_type: str = "lora"
-    target_modules: tuple[str, ...] = ("all-linear",)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 42
-
-    def peft_config(self, *, generates: bool = True) -> Any:
-        """PEFT's object; ConfigError for a type or a field that PEFT does not have, with the nearest ones.
-
-        generates: the model is a causal language model of transformers.
-        """
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-        from peft.utils import PeftType
-
-        types = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-        if self.tuner_type not in types:
-            near = ", ".join(get_close_matches(self.tuner_type, types, 3, 0.3))
-            raise ConfigError(f"tuner_type {self.tuner_type!r} is no method of PEFT; near: {near}")
-        made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(types[self.tuner_type])]
-        for name in self.fields:
-            if name not in made.__dataclass_fields__:
-                near = ", ".join(get_close_matches(name, made.__dataclass_fields__, 3, 0.3))
-                raise ConfigError(f"{made.__name__} has no field {name!r}; near: {near}")
-        init = self.fields.get("init_lora_weights")
-        if init in ("eva", "lora_ga", "corda", "loftq"):
-            raise ConfigError(
-                f"init_lora_weights={init!r} is plain LoRA without a pass over data before, which PEFT's own "
-                "preparation makes: use pissa or olora"
-            )
-        every = self.target_modules == ("all-linear",)
-        own: dict[str, Any] = {"target_modules": "all-linear" if every else list(self.target_modules)}
-        own |= {"modules_to_save": list(self.modules_to_save)} if self.modules_to_save else {}
-        try:
-            return made(task_type="CAUSAL_LM" if generates else None, **own | dict(self.fields))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{made.__name__}: {error}") from error
-
-
-def prepare_model(model: nn.Module, config: TunerConfig, name: str = NAME) -> "TunedModel":
-    """`model` frozen, with an adapter of that name on it, which is active and trained."""
+    batches: for the starts that take data (init_lora_weights "eva", "lora_ga").
+    """
     from peft import get_peft_model
 
-    wanted = config.peft_config(generates=hasattr(model, "prepare_inputs_for_generation"))
-    _check_targets(model, config)
+    wanted = config.peft_config(generates=hasattr(model, "prepare_inputs_for_generation"), batches=batches)
+    check_targets(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            return TunedModel(get_peft_model(model, wanted, adapter_name=name))  # type: ignore[arg-type]
+            gradients_before(model, wanted, batches)
+            peft = get_peft_model(model, wanted, adapter_name=name)  # type: ignore[arg-type]
+            inputs_behind(peft, wanted, batches, name)
+            return TunedModel(peft)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{config.tuner_type}: PEFT: {error}") from error
-
-
-def _check_targets(model: nn.Module, config: TunerConfig) -> None:
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    leaves = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linears}
-    for name in config.target_modules:
-        last = name.rpartition(".")[2]
-        if name != "all-linear" and last not in leaves:
-            near = ", ".join(get_close_matches(last, sorted(leaves), 3, 0.3))
-            raise ConfigError(f"target_modules {name!r}: no linear of the model ends so; near: {near}")
 
 
 class TunedModel(nn.Module):
@@ -97,10 +61,20 @@ class TunedModel(nn.Module):
         super().__init__()
         self.peft = peft
         self._kept: dict[str, Path] = {}  # adapters without memory -> where their values lie
+        self._initial = {name: Initial(peft, name) for name, own in peft.peft_config.items() if changes_base(own)}
+        self._no_prompts = False
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """The model's."""
-        return self.peft(*args, **options)
+        return (self.peft.get_base_model() if self._no_prompts else self.peft)(*args, **options)
+
+    @property
+    def _has_prompts(self) -> bool:
+        return any(config.is_prompt_learning for config in self.peft.peft_config.values())
+
+    def _refuse_prompts(self, what: str) -> None:
+        if self._has_prompts:
+            raise ConfigError(f"virtual tokens change no weight of the model, and are not {what}")
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -114,7 +88,7 @@ class TunedModel(nn.Module):
 
     @property
     def _is_off(self) -> bool:
-        return any(getattr(layer, "disable_adapters", False) for layer in self._layers())
+        return self._no_prompts or any(getattr(layer, "disable_adapters", False) for layer in self._layers())
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimizer takes."""
@@ -124,12 +98,18 @@ class TunedModel(nn.Module):
         """One more adapter of the same method; not active."""
         if name in self.adapters:
             raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
-        _check_targets(self.peft, config)
+        check_targets(self.peft, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             try:
                 generates = hasattr(self.peft, "prepare_inputs_for_generation")
-                self.peft.add_adapter(name, config.peft_config(generates=generates))
+                wanted = config.peft_config(generates=generates)
+                if changes_base(wanted):
+                    raise ConfigError(
+                        f"adapter {name!r}: init_lora_weights={wanted.init_lora_weights!r} would take its start off "
+                        "the base of the other adapters: give it to prepare_model"
+                    )
+                self.peft.add_adapter(name, wanted)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"adapter {name!r}: PEFT: {error}") from error
 
@@ -139,15 +119,24 @@ class TunedModel(nn.Module):
             self._require(name)
             if name in self._kept:
                 self.bring_back(name)
+        if self._has_prompts:
+            if len(names) != 1:
+                raise ConfigError(f"{len(names)} adapters of virtual tokens at a time: PEFT computes one")
+            self._no_prompts = False
+            return self.peft.set_adapter(names[0])  # type: ignore[no-any-return]
         self.peft.base_model.enable_adapter_layers()
         self.peft.base_model.set_adapter(list(names))
 
     def deactivate(self) -> None:
         """The base alone computes from now on."""
+        if self._has_prompts:
+            self._no_prompts = True
+            return
         self.peft.base_model.disable_adapter_layers()
 
     def combine(self, names: Sequence[str], weights: Sequence[float], name: str, how: str = "linear") -> None:
         """A new LoRA out of others, by PEFT's `add_weighted_adapter`; how: linear, svd, cat, ties, dare_ties, ..."""
+        self._refuse_prompts("combined")
         for each in names:
             self._require(each)
         if not hasattr(self.peft.base_model, "add_weighted_adapter"):
@@ -156,6 +145,7 @@ class TunedModel(nn.Module):
 
     def set_aside(self, name: str, place: str | Path = "cpu") -> None:
         """Move an adapter that is not active to a device; or write it to a directory and keep no memory of it."""
+        self._refuse_prompts("set aside")
         self._require(name)
         if name in self.active:
             raise ConfigError(f"adapter {name!r} is active: activate another one, or deactivate")
@@ -184,14 +174,7 @@ class TunedModel(nn.Module):
         self._require(name)
         if name in self._kept:
             raise ConfigError(f"adapter {name!r} lies in {self._kept[name]}: bring_back first")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the base's config.json is not at hand
-            self.peft.save_pretrained(folder, selected_adapters=[name])
-        nested = folder / name
-        for file in nested.iterdir() if nested.is_dir() else ():
-            file.rename(folder / file.name)
-        if nested.is_dir():
-            nested.rmdir()
+        write(self.peft, folder, name, self._initial.get(name))
 
     def load(self, folder: Path, name: str) -> None:
         """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
@@ -207,11 +190,14 @@ class TunedModel(nn.Module):
 
     def merge(self, *names: str) -> nn.Module:
         """The base with these adapters in its weights (those active, where none is named), without PEFT's layers."""
+        self._refuse_prompts("merged")
         merged: nn.Module = self.peft.merge_and_unload(safe_merge=True, adapter_names=list(names) or None)
         return merged
 
     def unload(self) -> nn.Module:
-        """The base as it was."""
+        """The base as it was; without the start of an adapter that was taken off it."""
+        if self._has_prompts:
+            return self.peft.get_base_model()  # type: ignore[no-any-return]
         base: nn.Module = self.peft.unload()
         return base
 

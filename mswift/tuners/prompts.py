@@ -258,8 +258,3 @@ def check_fits(there: PromptConfig, model: PromptConfig, adapter: Path) -> None:
             f"--adapters {adapter}: virtual tokens of width {there.width} for {there.num_layers} layers; the model has "
             f"{model.width} and {model.num_layers}: give the base model that it was trained on"
         )
-
-
-def for_model(table: ModelTable, kind: str) -> PromptConfig:
-    """The default adapter of a kind for a model, whose sizes an adapter from files must have."""
-    return prompt_config(table, kind, {})

@@ -31,6 +31,8 @@ CASES: dict[str, tuple[DataStart, int]] = {
     "lora_ga unit": (DataStart("lora_ga", scale="unit"), 16),
 }
 """Name -> (how, rank); at rank 16 LoRA-GA's decomposition of 64 rows or columns is exact, not drawn."""
+TOLERANCES = {"eva": 1e-5, "lora_ga": 2e-4}
+"""max|a - b| / max|b|; a singular vector of a gradient moves by rounding over the gap to its neighbours."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "cut over two": (2, {"shard_size": 2, "recompute_blocks": 2}),
@@ -166,7 +168,8 @@ def test_a_and_b_are_peft_s(home: Path, wanted: Any, found: Any, case: str, layo
     ours = {name: array for name, array in arrays.items() if not name.endswith(".start")}
     assert ours.keys() == theirs.keys()
     worst = {n: apart(ours[n], theirs[n], 1 if ".lora_A." in n else 0) for n in ours}
-    assert {name: value for name, value in worst.items() if not value <= 1e-3} == {}
+    limit = TOLERANCES[how.kind] * (5 if how.scale == "weight_svd" else 1)  # which PEFT draws
+    assert {name: value for name, value in worst.items() if not value <= limit} == {}
     if how.kind == "lora_ga":
         assert all(np.array_equal(arrays[n.replace(".weight", ".start")], a) for n, a in ours.items())
     base = base_of(home)

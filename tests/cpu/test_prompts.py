@@ -79,6 +79,19 @@ def test_equals_peft(home: Path, wanted: Any, found: Any, case: str, layout: str
     assert difference(theirs["last"], theirs["logits"]) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma2", "starcoder2"])
+def test_models_with_windows_and_scaled_embeddings(tmp_path: Path, name: str) -> None:
+    model: Any = random_model(name, num_hidden_layers=2, vocab_size=VOCAB)
+    model.save_pretrained(tmp_path / "model")
+    configs = [prompt_of(tmp_path, case) for case in ("prompt", "prefix")]
+    payload = {"home": tmp_path, "world_size": 1, "layout": {}, "settings": {}, "documents": None, "run": None}
+    (found,) = run_ranks(1, on_rank, payload | {"configs": configs})
+    for config, ours in zip(configs, found, strict=True):
+        theirs = peft_steps(tmp_path, config)
+        apart = differences(ours, theirs, ("logits", "loss", "grad_norm", "last"))
+        assert {what: value for what, value in apart.items() if not value <= 1e-5} == {}, config.kind
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_same_run(found: Any, case: str) -> None:
     for weights, state, resumed in found("cut over two")[case]["each"]:
@@ -101,3 +114,36 @@ def test_peft_loads_what_is_exported(home: Path, found: Any, tmp_path: Path, cas
     with torch.no_grad():
         logits = Behind(peft)(steps_of()[0][0][0]).logits.numpy()
     assert difference(logits, result["last"]) <= 1e-5
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_a_start_of_real_tokens_is_peft_s(home: Path, count: int) -> None:
+    """A text that is cut, and one that is repeated; tokens that are drawn."""
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from mswift.converters.layout import Region
+    from mswift.converters.reader import WeightReader
+    from mswift.train.prompt_start import token_start
+    from tests.support.tiny import tiny_tokenizer
+
+    tiny_tokenizer(home / "model")
+    reader = WeightReader(home / "model")
+    text = {"num_virtual_tokens": count, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}
+    base = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32)
+    peft: Any = get_peft_model(
+        base, PromptTuningConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=str(home / "model"), **text)
+    )
+    start = token_start(prompt_of(home, "prompt", **text), reader)
+    assert start is not None
+    wanted = peft.prompt_encoder["default"].embedding.weight.detach()
+    start.check({"prompt_embeddings": tuple(wanted.shape)})
+    assert torch.equal(start.read("prompt_embeddings", Region.full(tuple(wanted.shape))), wanted)
+    drawn = prompt_of(home, "prompt", num_virtual_tokens=count, prompt_tuning_init="SAMPLE_VOCAB")
+    sampled = token_start(drawn, reader)
+    assert sampled is not None
+    rows = sampled.read("prompt_embeddings", Region.full(tuple(wanted.shape)))
+    table = base.get_input_embeddings().weight
+    assert (rows[:, None] == table[None]).all(-1).any(-1).all()
+    assert len(rows.unique(dim=0)) == count
+    assert token_start(prompt_of(home, "prompt"), reader) is None

@@ -147,7 +147,7 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path) -> None:
         (TunerConfig("lorra"), "'lorra' is no method of PEFT; near: .*lora"),
         (TunerConfig("lora", fields={"rr": 4}), "LoraConfig has no field 'rr'; near: r"),
         (TunerConfig("lora", ("q_prj",)), "target_modules 'q_prj': no linear .* near: q_proj"),
-        (TunerConfig("lora", fields={"init_lora_weights": "lora_ga"}), "'lora_ga' is plain LoRA without a pass"),
+        (TunerConfig("lora", fields={"init_lora_weights": "lora_ga"}), "'lora_ga' starts from data"),
         (TunerConfig("boft", fields={"boft_block_size": 4, "boft_block_num": 4}), "BOFTConfig: "),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -174,3 +174,68 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "example.py").write_text(code)
     runpy.run_path(str(tmp_path / "example.py"))
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga", "eva"])
+def test_what_starts_as_a_part_of_the_base_is_saved_for_the_untouched_one(init: str, tmp_path: Path) -> None:
+    from peft import EvaConfig, PeftModel
+
+    base, batch = tiny(), {"input_ids": TOKENS, "labels": TOKENS}
+    fields: dict[str, Any] = {"r": 4, "init_lora_weights": init}
+    fields |= {"eva_config": EvaConfig(rho=1.0)} if init == "eva" else {}
+    batches = [batch] if init in ("eva", "lora_ga") else None
+    model = prepare_model(deepcopy(base), TunerConfig("lora", ("q_proj", "up_proj"), fields), batches=batches)
+    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-4)
+    matrices = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
+    assert any(bool(p.any()) for name, p in matrices.items() if "lora_B" in name) == (init != "eva")
+    randomised(model)
+    model.save(tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-4)
+    assert float((logits(model) - logits(base)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_virtual_tokens_in_a_loop_of_one_s_own(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = tiny()
+    before = logits(base)
+    model = prepare_model(deepcopy(base), TunerConfig(kind, fields={"num_virtual_tokens": 4}))
+    optimizer = torch.optim.AdamW(model.trained_parameters(), lr=5e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    trained = logits(model)
+    model.save(tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-5)
+    model.deactivate()
+    assert model.active == ()
+    assert torch.equal(logits(model), before)
+    model.activate("default")
+    assert torch.equal(logits(model), trained)
+    with pytest.raises(ConfigError, match="virtual tokens change no weight of the model, and are not merged"):
+        model.merge()
+    assert torch.equal(logits(model.unload()), before)
+
+
+def test_starts_without_their_preparation_are_refused() -> None:
+    for fields, batches, text in (
+        ({"init_lora_weights": "eva"}, None, "'eva' starts from data, and is plain LoRA without"),
+        ({"init_lora_weights": "lora_ga"}, [], "'lora_ga' starts from data"),
+        ({"init_lora_weights": "corda"}, None, "'corda' is plain LoRA without a pass over data"),
+        ({}, [{"input_ids": TOKENS}], "batches have no effect with init_lora_weights=None"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            prepare_model(tiny(), TunerConfig("lora", fields=fields), batches=batches)
+    model = prepare_model(tiny(), TunerConfig("lora", fields={"r": 4}))
+    with pytest.raises(ConfigError, match="would take its start off the base of the other adapters"):
+        model.add(TunerConfig("lora", fields={"init_lora_weights": "pissa"}), "other")
+    with pytest.raises(ConfigError, match="prompt_tuning has virtual tokens, and no target_modules"):
+        prepare_model(tiny(), TunerConfig("prompt_tuning", ("q_proj",), {"num_virtual_tokens": 2}))

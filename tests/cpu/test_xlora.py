@@ -19,9 +19,12 @@ TOKENS = torch.arange(20).view(2, 10)
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("loras")
     for number in range(2):
-        torch.manual_seed(number)
-        settings = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(tiny(), settings).save_pretrained(str(folder / str(number)))  # type: ignore[arg-type]
+        settings = LoraConfig(
+            r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        base = tiny()
+        torch.manual_seed(number)  # the model has seeded it
+        get_peft_model(base, settings).save_pretrained(str(folder / str(number)))  # type: ignore[arg-type]
     return [str(folder / str(number)) for number in range(2)]
 
 

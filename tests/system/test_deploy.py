@@ -166,3 +166,44 @@ def test_mistakes_are_one_line_and_status_2(
         captured = capsys.readouterr()
         assert message in captured.err, (argv, captured.err)
         assert captured.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.environ.get("MSWIFT_ALL_FAULTS"), reason="tests/cpu/test_infer_prompts.py has the engine")
+def test_adapters_of_several_methods_are_deployed_side_by_side(tmp_path: Path) -> None:
+    """Each by its name, all at a time; what PEFT answers with it alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.support.methods import method_of, random_peft
+    from tests.support.prompts import Behind, peft_model, prompt_of
+
+    tiny_tokenizer(tmp_path / "model")
+    tiny_model(tmp_path / "model", "qwen3", vocab_size=259)
+    for method in ("ia3", "loha", "vera"):
+        random_peft(tmp_path, method_of(tmp_path, method), 0.3)
+    peft_model(tmp_path, prompt_of(tmp_path, "prompt")).save_pretrained(tmp_path / "prompt")
+    names = ["ia3", "loha", "vera", "prompt"]
+    adapters = [f"{name}={tmp_path / name}" for name in names]
+    server = Running(
+        "deploy", "--model", str(tmp_path / "model"), "--served_model_name", "base", "--adapters", *adapters
+    )
+    with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client, ThreadPoolExecutor(5) as pool:
+
+        def ask(name: str) -> str:
+            return client.completions.create(model=name, prompt="say it", max_tokens=6, temperature=0).choices[0].text
+
+        answers = dict(zip(["base", *names], pool.map(ask, ["base", *names]), strict=True))
+    assert server.stop()[0] == 0
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for name, answer in answers.items():
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        if name != "base":
+            model = PeftModel.from_pretrained(model, str(tmp_path / name))
+        tokens, count = torch.tensor([tokenizer("say it")["input_ids"]]), 0
+        with torch.no_grad():
+            while count < 6 and int(tokens[0, -1]) != tokenizer.eos_token_id:
+                tokens = torch.cat([tokens, Behind(model.eval())(tokens).logits[:, -1:].argmax(-1)], dim=1)
+                count += 1
+        assert answer == tokenizer.decode(tokens[0, -count:], skip_special_tokens=True), name
+    assert len(set(answers.values())) >= 4

@@ -16,18 +16,22 @@ PRO = ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]
 LISA = ["--lisa_activated_layers", "1", "--lisa_step_interval", "2"]
 BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
 TEXT = '{"num_virtual_tokens": 8, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}'
+FASTER = ["--lr", "0.3"]
 PROJECTED = ["--tuner_config", '{"num_virtual_tokens": 8, "prefix_projection": true}']
 CASES: dict[str, tuple[str, list[str]]] = {
     "llamapro": ("sft", [*FSDP, *PRO]),
     "lisa, packed, bfloat16": ("sft", [*FSDP, *LISA, *BFLOAT]),
     "adapter": ("sft", [*FSDP, "--tuner_type", "adapter", "--adapter_length", "8", "--torch_dtype", "bfloat16"]),
     "reft": ("sft", [*DDP, "--tuner_type", "reft", "--packing", "--save_hf_steps", "6"]),
-    "prompt, packed": ("sft", [*FSDP, "--tuner_type", "prompt", "--tuner_config", TEXT, "--packing", "--lr", "0.3"]),
     "prefix": ("sft", [*DDP, "--tuner_type", "prefix", "--save_hf_steps", "6", *PROJECTED, *BFLOAT[1:]]),
     "longlora": ("sft", [*DDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
 }  # fmt: skip
 if os.environ.get("MSWIFT_ALL_FAULTS"):
     CASES |= {
+        "prompt, packed": (
+            "sft",
+            [*FSDP, "--tuner_type", "prompt", "--tuner_config", TEXT, "--packing", "--lr", "0.3"],
+        ),
         "llamapro, packed, bfloat16": ("sft", [*DDP, *PRO, *BFLOAT]),
         "lisa": ("sft", [*DDP, *LISA]),
         "longlora, cut": ("sft", [*FSDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
@@ -166,3 +170,28 @@ def test_what_changes_hidden_states_is_exported_and_used_and_not_merged(
         "infer", "--model", home / "model", "--adapters", adapter, "--prompt", "say 3", "--max_new_tokens", "4"
     )
     assert answer.strip()
+
+
+def test_virtual_tokens_are_exported_and_used_and_not_merged(home: Path, tmp_path: Path, whole: Any) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = tmp_path / "adapter"
+    mswift("export", "--model", whole("prefix"), "--output_dir", adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (whole("prefix") / "hf-6" / name).read_bytes() == (adapter / name).read_bytes()
+    refused = run([*PROGRAM, "merge", "--model", str(home / "model"), "--adapters", str(adapter), "--output_dir",
+                   str(tmp_path / "merged")], status=2)  # fmt: skip
+    assert "PREFIX_TUNING puts virtual tokens before every sequence, and changes no weight of the model" in refused
+    asked = ["--prompt", "say 3", "--max_new_tokens", "4", "--temperature", "0"]
+    answer = mswift("infer", "--model", home / "model", "--adapters", adapter, *asked)
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    chat = [{"role": "user", "content": "say 3"}]
+    tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "model"), str(adapter)).eval()
+    ids, given = tokens["input_ids"], tokens["input_ids"].shape[1]
+    with torch.no_grad():
+        while ids.shape[1] < given + 4 and int(ids[0, -1]) != tokenizer.eos_token_id:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert answer.strip().endswith(tokenizer.decode(ids[0, given:], skip_special_tokens=True).strip())

@@ -1,5 +1,6 @@
 """What other engines' servers are told, and what is refused before anything starts."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,28 +21,47 @@ def _config(**changes: Any) -> EngineConfig:
     return EngineConfig(**{"model": MODEL, "torch_dtype": "bfloat16", "max_num_seqs": 8, **changes})
 
 
-def test_sglang_is_told_in_its_own_words() -> None:
+def _adapters(folder: Path, *names: str, peft_type: str = "LORA") -> dict[str, Path]:
+    """Directories that say what kind of adapter they hold."""
+    for name in names:
+        (folder / name).mkdir()
+        said = {"peft_type": peft_type, "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(said))
+    return {name: folder / name for name in names}
+
+
+def test_sglang_is_told_in_its_own_words(tmp_path: Path) -> None:
     """SGLang 0.5.23's own parser took this command line and read it so (a check by hand, not part of the tests)."""
     options = engine_args("sglang", ["tp_size=2", "mem_fraction_static=0.8", "disable-radix-cache=true"])
-    config = _config(adapters={"a": Path("/x/a"), "b": Path("/x/b")}, max_model_len=300, device="cpu", options=options)
+    config = _config(adapters=_adapters(tmp_path, "a", "b"), max_model_len=300, device="cpu", options=options)
     assert sglang_argv("python", config, ServerOptions(), 5) == [
         "python", "-m", "sglang.launch_server", "--model-path", "/models/m", "--host", "127.0.0.1", "--port", "5",
         "--served-model-name", "m", "--dtype", "bfloat16", "--max-running-requests", "8", "--context-length", "300",
-        "--device", "cpu", "--max-loras-per-batch", "3", "--lora-paths", "a=/x/a", "b=/x/b", "--tp-size", "2",
+        "--device", "cpu", "--max-loras-per-batch", "3", "--lora-paths", f"a={tmp_path}/a", f"b={tmp_path}/b",
+        "--tp-size", "2",
         "--mem-fraction-static", "0.8", "--disable-radix-cache",
     ]  # fmt: skip
 
 
-def test_lmdeploy_is_told_in_its_own_words() -> None:
+@pytest.mark.parametrize("peft_type", ["IA3", "PREFIX_TUNING"])
+def test_adapters_that_are_no_lora_are_refused(tmp_path: Path, peft_type: str) -> None:
+    config = _config(adapters=_adapters(tmp_path, "a", peft_type=peft_type))
+    with pytest.raises(ConfigError, match=f"'{peft_type}'.* this takes LORA only.*--infer_backend transformers"):
+        sglang_argv("python", config, ServerOptions(), 5)
+    with pytest.raises(ConfigError, match=f"'{peft_type}'.* this takes LORA only"):
+        lmdeploy_argv("python", config, ServerOptions(), 5, "http://127.0.0.1:5")
+
+
+def test_lmdeploy_is_told_in_its_own_words(tmp_path: Path) -> None:
     """LMDeploy 0.18.0's own parser took this command line and read it so (a check by hand, not part of the tests)."""
     options = engine_args("lmdeploy", ["tp=2", "cache_max_entry_count=0.5", "eager_mode=false"])
-    config = _config(adapters={"a": Path("/x/a")}, max_model_len=300, options=options)
+    config = _config(adapters=_adapters(tmp_path, "a"), max_model_len=300, options=options)
     argv = lmdeploy_argv("python", config, ServerOptions(served_model_name="n"), 5, "http://127.0.0.1:5")
     assert argv[:2] == ["python", "-c"]
     assert argv[3:] == [
         "serve", "api_server", "/models/m", "--server-name", "127.0.0.1", "--server-port", "5", "--model-name", "n",
         "--dtype", "bfloat16", "--max-batch-size", "8", "--allow-origins", "http://127.0.0.1:5", "--session-len", "300",
-        "--adapters", "a=/x/a", "--tp", "2", "--cache-max-entry-count", "0.5", "--backend", "pytorch",
+        "--adapters", f"a={tmp_path}/a", "--tp", "2", "--cache-max-entry-count", "0.5", "--backend", "pytorch",
     ]  # fmt: skip
 
 

@@ -43,13 +43,13 @@ TUNERS: Mapping[str, tuple[str, list[str]]] = {
     "ReFT": (SMALL, ["--tuner_type", "reft"]),
     "LLaMA-Pro": (WHOLE, ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]),
     "GaLore": (WHOLE, ["--optimizer", "galore", "--galore_rank", "32"]),
-    "Q-GaLore": (WHOLE, ["--optimizer", "qgalore", "--galore_rank", "32"]),
+    "Q-GaLore": (WHOLE, ["--optimizer", "galore", "--galore_quantization", "true", "--galore_rank", "32"]),
     "LISA": (WHOLE, ["--lisa_activated_layers", "1", "--lisa_step_interval", "5"]),
     "NEFTune": (WHOLE, ["--neftune_noise_alpha", "5"]),
 }
 """Name -> (learning rate, flags)."""
 
-NEEDS = {"GaLore": "galore_torch"}
+NEEDS = {"GaLore": "galore_torch", "Q-GaLore": "bitsandbytes"}
 """Name -> the library that it needs (pip install 'mswift[optim]')."""
 
 NOT_PACKED = ("LongLoRA",)

@@ -220,6 +220,22 @@ class TrainConfig:
     """galore, apollo: steps with the same projection."""
     galore_scale: float | None = None
     """galore, apollo: factor of the update (apollo: its square). Default: 0.25, apollo 1."""
+    galore_quantization: bool = False
+    """galore becomes Q-GaLore: projections in few bits, found anew ever less often where they change little, moments in
+    8 bits, those of the rest of the model too, embedding and vectors excepted. Weights stay fp32."""
+    galore_proj_quant: bool = True
+    """galore_quantization: projections in galore_proj_bits; false: in fp32."""
+    galore_proj_bits: Literal[4, 8] = 4
+    """galore_quantization: bits of an element of a projection."""
+    galore_proj_group_size: int = 256
+    """galore_quantization: elements of a projection with one scale."""
+    galore_cos_threshold: float = 0.4
+    """galore_quantization: |cosine| of successive projections' first directions, on average over galore_queue_size of
+    them, from which on galore_update_proj_gap is multiplied by galore_gamma_proj; above 1: never."""
+    galore_gamma_proj: int = 2
+    """galore_quantization: factor of the gap."""
+    galore_queue_size: int = 5
+    """galore_quantization: cosines that are averaged."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from dataclasses import MISSING, replace
 from importlib.util import find_spec
 
-from mswift.config.optimizers import ELEMENTWISE, LIBRARIES, LOW_RANK, OF_LAYERS, OF_MEGATRON
+from mswift.config.optimizers import (
+    ELEMENTWISE,
+    LIBRARIES,
+    LOW_RANK,
+    OF_LAYERS,
+    OF_MEGATRON,
+    OF_QUANTIZED,
+    QUANTIZED,
+)
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
@@ -129,6 +137,7 @@ def _costs(config: TrainConfig) -> Iterator[ConfigError]:
 _OF_OPTIMIZERS = {
     "muon_momentum": ("muon",),
     **dict.fromkeys(("galore_rank", "galore_update_proj_gap", "galore_scale"), LOW_RANK),
+    "galore_quantization": ("galore",),
 }
 
 
@@ -141,6 +150,7 @@ def _optimizer_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--galore_rank {config.galore_rank}, --galore_update_proj_gap {config.galore_update_proj_gap}: at least 1"
         )
+    yield from _quantized_refusals(config)
     if config.backend == "megatron" and chosen not in OF_MEGATRON:
         yield ConfigError(
             f"--optimizer {chosen} is not for --backend megatron: use {' or '.join(OF_MEGATRON)}, or --backend fsdp"
@@ -160,12 +170,25 @@ def _optimizer_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             f"--optimizer {chosen} with --lisa_activated_layers {config.lisa_activated_layers}: state that is dropped "
             f"with its layer is that of {', '.join(ELEMENTWISE)}: use one of these"
         )
-    package = LIBRARIES.get(chosen)
+    package = LIBRARIES.get(QUANTIZED if chosen == "galore" and config.galore_quantization else chosen)
     if package is not None and find_spec(package) is None:
         yield ConfigError(
             f"--optimizer {chosen} needs {package.replace('_', '-')}, which is not installed: "
             "pip install 'mswift[optim]', or use adam"
         )
+
+
+def _quantized_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    for name in OF_QUANTIZED:
+        if _is_given(config, name) and not config.galore_quantization:
+            yield ConfigError(f"--{name} belongs to --galore_quantization true: leave it out")
+    for name in ("galore_gamma_proj", "galore_queue_size"):
+        if getattr(config, name) < 1:
+            yield ConfigError(f"--{name} {getattr(config, name)}: at least 1")
+    if config.galore_proj_group_size < 2 or config.galore_proj_group_size % 2:
+        yield ConfigError(f"--galore_proj_group_size {config.galore_proj_group_size}: an even number, at least 2")
+    if config.galore_cos_threshold < 0:
+        yield ConfigError(f"--galore_cos_threshold {config.galore_cos_threshold:g}: at least 0; above 1 is never")
 
 
 def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> None:

@@ -124,6 +124,13 @@ def _fsdp_engine(
         galore_rank=config.galore_rank,
         galore_update_proj_gap=config.galore_update_proj_gap,
         galore_scale=config.galore_scale,
+        galore_quantization=config.galore_quantization,
+        galore_proj_quant=config.galore_proj_quant,
+        galore_proj_bits=config.galore_proj_bits,
+        galore_proj_group_size=config.galore_proj_group_size,
+        galore_cos_threshold=config.galore_cos_threshold,
+        galore_gamma_proj=config.galore_gamma_proj,
+        galore_queue_size=config.galore_queue_size,
         four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
     )
     return FsdpEngine(reader.table, dims, own, device)

@@ -11,6 +11,7 @@ import torch
 
 from mswift import rundir
 from mswift.config.loader import dump, to_dict
+from mswift.config.optimizers import LOW_RANK_STATE
 from mswift.data.chat_template import with_chat_template
 from mswift.data.dataset import write_rejected
 from mswift.data.packed import Stored, samples_of
@@ -55,7 +56,7 @@ from mswift.train.untrained import warn_of_untrained_tokens
 from mswift.tuners.peft_config import CONFIG_FILE
 
 # What decides the samples of a step, or the meaning of the saved tensors: a resumed run must have the same.
-_FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", "galore_rank", "lora_rank",
+_FIXED = ("seed", "global_batch_size", "max_length", "tuner_type", "optimizer", *LOW_RANK_STATE, "lora_rank",
           "lora_alpha", "quant_method", "bnb_4bit_quant_type", "target_modules", "tuner_config", "modules_to_save",
           "rope_scaling", "max_model_len", "mtp_num_layers", *FREEZING, "lisa_activated_layers", "lisa_step_interval",
           "llamapro_num_new_blocks", "llamapro_num_groups", "adapter_length", "adapter_act", "reft_rank", "reft_layers",

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from mswift.config.optimizers import ELEMENTWISE, rule_of, state_bytes
+from mswift.config.optimizers import ELEMENTWISE, LowRank, rule_of, state_bytes
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.plan import ModelTable
@@ -46,13 +46,13 @@ def optimizer_bytes(config: TrainConfig, table: ModelTable) -> int:
     if config.optimizer in ELEMENTWISE:
         return trained * 4 * len(ELEMENTWISE[config.optimizer])
     shapes = _adapter_shapes(config, table) if config.trains_adapter else table.without_mtp().hf
-    rank, total = config.galore_rank, 0
+    low_rank, total = LowRank.of(config), 0
     for name, shape in shapes.items():
         is_embedding = name in table.hf_embeddings
         rule = rule_of(
-            config.optimizer, shape, in_layer=name in table.hf_in_layers, is_embedding=is_embedding, rank=rank
+            config.optimizer, shape, in_layer=name in table.hf_in_layers, is_embedding=is_embedding, low_rank=low_rank
         )
-        total += state_bytes(rule, shape, rank)
+        total += state_bytes(rule, shape, low_rank)
     return math.ceil(total * trained / sum(map(math.prod, shapes.values())))
 
 

@@ -31,6 +31,13 @@ class HfSettings(EngineSettings):
     galore_rank: int = 128
     galore_update_proj_gap: int = 200
     galore_scale: float | None = None
+    galore_quantization: bool = False
+    galore_proj_quant: bool = True
+    galore_proj_bits: Literal[4, 8] = 4
+    galore_proj_group_size: int = 256
+    galore_cos_threshold: float = 0.4
+    galore_gamma_proj: int = 2
+    galore_queue_size: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,12 +163,3 @@ class Apollo(GaLore):
         for _ in range((step - 1) // self.config.galore_update_proj_gap + 1):
             seed = next_seed(seed)
         return GradientProjector(**self._low_rank(), seed=seed)
-
-
-LIBRARIES: dict[str, type[Library]] = {
-    "adafactor": Adafactor,
-    "muon": Muon,
-    "adamw_8bit": AdamW8bit,
-    "galore": GaLore,
-    "apollo": Apollo,
-}

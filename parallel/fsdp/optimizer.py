@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mswift.config.optimizers import ELEMENTWISE, rule_of
+from mswift.config.optimizers import ELEMENTWISE, LowRank, rule_of
 from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.methods import decays
@@ -20,6 +20,7 @@ from mswift.parallel.fsdp.whole import WholeRule
 def update_groups(tuned: TunedModel, table: ModelTable, config: HfSettings) -> list[Group]:
     """What is trained, by update rule, decay and learning rate."""
     found: dict[tuple[bool, float, str], list[str]] = {}
+    low_rank = LowRank.of(config)
     for name, mapped in tuned.trained.items():
         is_b = ".lora_A." not in mapped.name and ".lora_" in mapped.name
         factor = config.lora_b_lr_ratio if is_b else 1.0
@@ -29,7 +30,7 @@ def update_groups(tuned: TunedModel, table: ModelTable, config: HfSettings) -> l
             mapped.shape,
             in_layer=mapped.name in table.hf_in_layers,
             is_embedding=mapped.name in table.hf_embeddings,
-            rank=config.galore_rank,
+            low_rank=low_rank,
         )
         found.setdefault((matrix, factor, rule), []).append(name)
     return [Group(tuple(names), decay, factor, rule) for (decay, factor, rule), names in found.items()]

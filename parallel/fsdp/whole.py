@@ -11,12 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mswift.config.optimizers import state_bytes, state_of
+from mswift.config.optimizers import QUANTIZED, LowRank, state_bytes, state_of
 from mswift.parallel.fsdp.config import HfSettings
-from mswift.parallel.fsdp.libraries import LIBRARIES
+from mswift.parallel.fsdp.libraries import Adafactor, AdamW8bit, Apollo, GaLore, Library, Muon
+from mswift.parallel.fsdp.q_galore import QGaLore
 from mswift.parallel.fsdp.rules import Group, optimizer_settings
 
 _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
+_LIBRARIES: dict[str, type[Library]] = {
+    "adafactor": Adafactor,
+    "muon": Muon,
+    "adamw_8bit": AdamW8bit,
+    "galore": GaLore,
+    QUANTIZED: QGaLore,
+    "apollo": Apollo,
+}
 
 
 class WholeRule:
@@ -54,7 +63,7 @@ class WholeRule:
         if self._groups:
             settings = optimizer_settings(self._groups, self._stand_ins, config.weight_decay)
             seeds = [names.index(name) + 1 for each in self._groups for name in each.names]
-            self._library = LIBRARIES[rule](config, settings, seeds)
+            self._library = _LIBRARIES[rule](config, settings, seeds)
 
     # -- updates
 
@@ -137,7 +146,7 @@ class WholeRule:
 
     def empty_states(self, name: str) -> dict[str, Tensor]:
         """Memory for the state of an owned parameter."""
-        wanted = state_of(self._kind, self._shapes[name], self._config.galore_rank)
+        wanted = state_of(self._kind, self._shapes[name], LowRank.of(self._config))
         return {key: torch.empty(shape, dtype=_DTYPES[of], device=self._device) for key, (shape, of) in wanted.items()}
 
     def restore(self, name: str, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -148,5 +157,5 @@ class WholeRule:
     def state_bytes(self, idle: Set[str] = frozenset()) -> int:
         """Of this rank, counted from the start; all parameters have theirs."""
         assert not idle
-        rank = self._config.galore_rank
-        return sum(state_bytes(self._kind, self._shapes[name], rank) for name in self._stand_ins)
+        low_rank = LowRank.of(self._config)
+        return sum(state_bytes(self._kind, self._shapes[name], low_rank) for name in self._stand_ins)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mswift import rundir
+from mswift.config.optimizers import LIBRARIES
 from tests.support.commands import command, make_home, mswift, run, run_program
 from tests.support.runs import log, tensors
 from tests.support.server import ENVIRON
@@ -59,23 +60,26 @@ def test_runs_that_change_their_engine_go_on_as_if_they_had_not(home: Path, tmp_
 
 
 ACROSS = [pytest.param(name, marks=pytest.mark.whole if name != "muon" else ())
-          for name in ("muon", "adafactor", "adamw_8bit", "galore", "apollo", "lion")]  # fmt: skip
+          for name in ("muon", "adafactor", "adamw_8bit", "galore", "q_galore", "apollo", "lion")]  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", ACROSS)
 def test_state_goes_on_at_another_number_of_ranks(home: Path, tmp_path: Path, optimizer: str) -> None:
     """State of whole matrices and of rows: two ranks begin, one goes on, as two would have."""
-    flags = ["--backend", "fsdp", "--optimizer", optimizer, "--lr", "3e-3"]
-    if optimizer in ("galore", "apollo"):
-        pytest.importorskip(f"{optimizer}_torch", reason="pip install 'mswift[optim]'")
+    flags = ["--backend", "fsdp", "--optimizer", optimizer.removeprefix("q_"), "--lr", "3e-3"]
+    if optimizer in LIBRARIES:
+        pytest.importorskip(LIBRARIES[optimizer], reason="pip install 'mswift[optim]'")
+    if optimizer in ("galore", "q_galore", "apollo"):
         flags += ["--galore_rank", "8", "--galore_update_proj_gap", "4"]
+    if optimizer == "q_galore":
+        flags += ["--galore_quantization", "true"]
     losses = {}
     for name, second in (("stays", ["--nproc_per_node", "2"]), ("alone", [])):
         run(command(home, "sft", tmp_path / name, "--train_iters", "3", *flags, "--nproc_per_node", "2"))
         run(command(home, "sft", tmp_path / name, "--train_iters", "6", *flags, *second))
         losses[name] = [row["loss"] for row in rundir.read_metrics(tmp_path / name)]
     # muon multiplies in bfloat16, adamw_8bit rounds its state: what differs by rounding may differ by a whole step
-    loose = {"muon": 1e-4, "adamw_8bit": 1e-4}
+    loose = {"muon": 1e-4, "adamw_8bit": 1e-4, "q_galore": 1e-4}
     assert losses["alone"] == pytest.approx(losses["stays"], rel=loose.get(optimizer, 1e-5))
     assert losses["alone"][5] < losses["alone"][0]
 

@@ -315,6 +315,9 @@ def test_tensor_parallel_sizes_that_a_message_names_all_work(
 _MOE = dataclasses.replace(SPEC, moe=MoeSpec(num_experts=4, top_k=2, ffn_hidden_size=32))
 
 
+_QUANTIZED = {"backend": "fsdp", "optimizer": "galore", "galore_quantization": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "spec", "words"),
     [
@@ -336,6 +339,12 @@ _MOE = dataclasses.replace(SPEC, moe=MoeSpec(num_experts=4, top_k=2, ffn_hidden_
         ({"backend": "fsdp", "galore_rank": 4}, SPEC, "--galore_rank belongs to --optimizer galore and apollo"),
         ({"backend": "fsdp", "optimizer": "adamw_8bit"}, SPEC, "needs bitsandbytes, which is not installed"),
         ({"backend": "fsdp", "optimizer": "galore"}, SPEC, "pip install 'mswift"),
+        (_QUANTIZED, SPEC, "--optimizer galore needs bitsandbytes, which is not installed"),
+        ({"backend": "fsdp", "galore_quantization": True}, SPEC, "--galore_quantization belongs to --optimizer galore"),
+        ({"backend": "fsdp", "optimizer": "galore", "galore_proj_bits": 8}, SPEC, "to --galore_quantization true"),
+        ({**_QUANTIZED, "galore_proj_group_size": 3}, SPEC, "--galore_proj_group_size 3: an even number"),
+        ({**_QUANTIZED, "galore_queue_size": 0}, SPEC, "--galore_queue_size 0: at least 1"),
+        ({**_QUANTIZED, "galore_cos_threshold": -1.0}, SPEC, "--galore_cos_threshold -1: at least 0"),
     ],
 )
 def test_optimizers_that_would_be_wrong_are_refused(

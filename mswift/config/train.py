@@ -284,6 +284,9 @@ class TrainConfig:
     """fsdp: let a layer's gathered parameters go after its forward pass, and gather them again for the backward one."""
     fsdp_cpu_offload: bool = False
     """fsdp: parameters, gradients and optimizer state in host memory, where updates are computed too."""
+    use_liger_kernel: bool = False
+    """fsdp, ddp, on GPUs: norms, rotation and activations by Liger's Triton kernels (pip install 'mswift[liger]'). The
+    loss stays mswift's, fused or not (--cross_entropy_loss_fusion)."""
     torch_compile: bool = False
     """fsdp, ddp: compile what is inside of each layer, attention left out; a minute or more before the first step."""
     recompute_granularity: Literal["full", "selective"] | None = None

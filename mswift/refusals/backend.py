@@ -34,8 +34,14 @@ FREEZING = (
     *("freeze_parameters_ratio", "freeze_parameters", "freeze_parameters_regex"),
     *("trainable_parameters", "trainable_parameters_regex"),
 )
+LIGER_TYPES = (
+    *("gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2"),
+    "qwen3",
+)
+"""Kinds of models whose kernels of Liger's were compared with transformers' (tests/system/test_liger.py)."""
 _FSDP_ONLY = (
     *("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile"),
+    "use_liger_kernel",
     *(*FREEZING, "neftune_noise_alpha"),
 )
 
@@ -116,6 +122,13 @@ def _costs(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "--recompute_granularity selective chooses among single operators, which --torch_compile joins: use full, "
             "or leave one out"
+        )
+    if config.torch_compile and config.use_liger_kernel:
+        yield ConfigError("--torch_compile with --use_liger_kernel: kernels of both: leave one out")
+    if config.use_liger_kernel and find_spec("liger_kernel") is None:
+        yield ConfigError(
+            "--use_liger_kernel needs liger-kernel, which is not installed: pip install 'mswift[liger]', or leave it "
+            "out (output layer and loss are fused without it: --cross_entropy_loss_fusion)"
         )
     if config.fsdp_cpu_offload and config.trains_adapter and not config.trains_lora:
         yield ConfigError(
@@ -199,6 +212,10 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
         raise ConfigError(
             f"--optimizer {config.optimizer}: transformers keeps the experts of a layer in one tensor, which is no "
             "matrix: use adam, lion, adafactor or adamw_8bit"
+        )
+    if config.use_liger_kernel and spec.model_type not in LIGER_TYPES:
+        raise ConfigError(
+            f"--use_liger_kernel: not compared for {spec.model_type}, but for {', '.join(LIGER_TYPES)}: leave it out"
         )
     size = config.fsdp_shard_size
     if size is not None and dims.world_size % size:

@@ -116,6 +116,7 @@ def _fsdp_engine(
         recompute_keeps_products=config.recompute_granularity == "selective",
         cpu_offload=config.fsdp_cpu_offload,
         compile_layers=config.torch_compile,
+        liger_kernels=config.use_liger_kernel,
         part=part_of(config, reader.table),
         lisa=lisa_of(config, reader.table),
         shifted_attention=config.tuner_type == "longlora",

@@ -22,6 +22,7 @@ class HfSettings(EngineSettings):
     recompute_blocks: int = 0
     recompute_keeps_products: bool = False
     compile_layers: bool = False
+    liger_kernels: bool = False
     part: Part | None = None
     neftune_alpha: float = 0.0
     four_bit_base: Literal["nf4", "fp4"] | None = None

@@ -15,6 +15,7 @@ from mswift.parallel.engine import DTYPES
 from mswift.parallel.fsdp.adapters import add_lora, base_name, map_adapters, unwrapped
 from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.hidden import adapters_in
+from mswift.parallel.fsdp.liger import check_liger, use_liger
 from mswift.parallel.fsdp.methods import MethodAdapters
 from mswift.parallel.fsdp.model import (
     TrainedModel,
@@ -72,7 +73,11 @@ def tuned_model(table: ModelTable, config: HfSettings, device: torch.device) -> 
     """
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.dtype] if config.trains_adapter else torch.float32
+    if config.liger_kernels:
+        check_liger(device)
     inner = empty_model(table, dtype)
+    if config.liger_kernels:
+        use_liger(inner, table.spec.model_type)
     kept = saved_buffers(inner)
     places = map_parameters({name: tuple(t.shape) for name, t in (*inner.named_parameters(), *kept.items())}, table)
     if config.lora is not None:

@@ -29,25 +29,33 @@ class PackedWeight:
         self._state: Any = None
 
     @property
+    def elements(self) -> int:
+        """Of the weight, those that codes here stand for."""
+        return self._parameter.numel()
+
+    @property
     def nbytes(self) -> int:
-        """Of codes and scales; 0 before the weight was read."""
+        """Of codes and scales here; 0 before the weight was read."""
         if self._codes is None:
             return 0
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._codes, self._state.absmax))
 
     @contextmanager
-    def filled(self) -> Iterator[None]:
+    def filled(self) -> Iterator[Tensor]:
         """While inside, the parameter has memory to read values into; at the end they become four bits each."""
         values = self._parameter.data
         storage = values.untyped_storage()
         storage.resize_(values.numel() * values.element_size())
         try:
-            yield
-            self._codes, self._state = library().quantize_4bit(
-                values, blocksize=BLOCK, compress_statistics=False, quant_type=self._kind
-            )
+            yield values
+            self._keep(values)
         finally:
             storage.resize_(0)
+
+    def _keep(self, values: Tensor) -> None:
+        self._codes, self._state = library().quantize_4bit(
+            values, blocksize=BLOCK, compress_statistics=False, quant_type=self._kind
+        )
 
     def whole(self) -> Tensor:
         """[o, i] in the dtype of the model."""
@@ -59,7 +67,11 @@ class PackedWeight:
 
 def pack(parameter: nn.Parameter, kind: Kind) -> PackedWeight:
     """Let four bits stand for a weight, which has memory from now on only while it is used."""
-    own = PackedWeight(parameter, kind)
+    return stand_for(parameter, PackedWeight(parameter, kind))
+
+
+def stand_for(parameter: nn.Parameter, own: PackedWeight) -> PackedWeight:
+    """Let `own` be found by the parameter, which loses its memory."""
     setattr(parameter, _PACKED, own)
     parameter.data.untyped_storage().resize_(0)
     return own

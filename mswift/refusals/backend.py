@@ -92,10 +92,11 @@ def _of_transformers(config: TrainConfig) -> Iterator[ConfigError]:
             value = getattr(config, name)
             what = f"--mcore.{next(iter(value))}" if name == "mcore" else f"--{name} {_shown(value)}"
             yield ConfigError(f"{what} is not for --backend {config.backend}: leave it out, or use --backend megatron")
-    if config.backend == "fsdp" and config.quant_method is not None:
+    if config.backend == "fsdp" and config.quant_method and (config.fsdp_cpu_offload or config.torch_compile):
+        flag = "--fsdp_cpu_offload" if config.fsdp_cpu_offload else "--torch_compile"
         yield ConfigError(
-            "--quant_method bnb with --backend fsdp: bitsandbytes keeps a weight's codes as one tensor, which is not "
-            "cut over ranks: use --backend ddp, which keeps them whole on each, or --backend megatron"
+            f"--quant_method bnb with {flag}: the codes of the base lie where it computes, and are unpacked outside of "
+            f"what torch knows: leave {flag} out"
         )
     freezing = [name for name in FREEZING if _is_given(config, name)]
     if freezing and config.tuner_type != "full":

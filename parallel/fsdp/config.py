@@ -16,7 +16,7 @@ class HfSettings(EngineSettings):
     of `model.KEPT`. part: what of a full run is trained (None: everything). lisa: which of its layers are trained at a
     time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
     shifted_attention: training attends within groups (`mswift.parallel.shifted`). galore_scale None: the library's.
-    four_bit_base: how bitsandbytes keeps the linears of the layers, whole on every rank.
+    four_bit_base: how bitsandbytes keeps the linears of the layers, cut or whole as the rest.
     """
 
     recompute_blocks: int = 0

@@ -191,5 +191,6 @@ class FsdpEngine:
 def _size(parameters: Sequence[Tensor]) -> tuple[int, int]:
     """(elements, bytes) of them on this rank."""
     mine = [local(parameter) for parameter in parameters]
-    sizes = (each.numel() * each.element_size() if not (four := packed(each)) else four.nbytes for each in mine)
-    return sum(each.numel() for each in mine), sum(sizes)
+    sizes = [(each.numel(), each.numel() * each.element_size()) for each in mine if not packed(each)]
+    sizes += [(four.elements, four.nbytes) for each in mine if (four := packed(each))]
+    return sum(elements for elements, _ in sizes), sum(num_bytes for _, num_bytes in sizes)

@@ -1,17 +1,22 @@
-"""Linears of a transformers model on four bits a weight: whole on every rank, since bitsandbytes' codes are one tensor.
+"""Linears of a transformers model on four bits a weight: whole on every rank, or their rows cut over ranks.
 
-Shapes: i, o features of a linear.
+Blocks of codes with one scale lie in a row, so that a row's codes are those that it has in the whole weight. Codes and
+scales of cut ones are gathered as they are used, once forward, once backward, and forgotten. Shapes: i, o features.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mswift.errors import ConfigError, LayoutError
-from mswift.parallel.four_bit import BLOCK, Kind, PackedWeight, library, pack
+from mswift.parallel.four_bit import BLOCK, Kind, PackedWeight, library, pack, stand_for
 
 
 class _Product(torch.autograd.Function):
@@ -29,9 +34,52 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.packed.whole(), None, None
 
 
-def pack_linears(layers: list[nn.Module], kind: Kind, device: torch.device) -> list[nn.Parameter]:
+class PackedRows(PackedWeight):
+    """A frozen weight [o, i] whose rows are cut over the ranks of a group: the first `count` from `first` are here."""
+
+    def __init__(self, parameter: nn.Parameter, kind: Kind, group: dist.ProcessGroup) -> None:
+        super().__init__(parameter, kind)
+        self._group, rows = group, parameter.shape[0]
+        self._padded = -(-rows // group.size())
+        self.first = min(self._padded * group.rank(), rows)
+        self.count = min(self._padded, rows - self.first)
+
+    @property
+    def elements(self) -> int:
+        """Of this rank's rows."""
+        return self.count * self._parameter.shape[1]
+
+    @contextmanager
+    def filled(self) -> Iterator[Tensor]:
+        """Memory [count, i] to read this rank's rows into; at the end they become four bits each."""
+        values = self._parameter.new_zeros(self._padded, self._parameter.shape[1])
+        yield values[: self.count]
+        self._keep(values)
+
+    def whole(self) -> Tensor:
+        """[o, i] in the dtype of the model; to be called by all ranks of the group."""
+        if self._codes is None:
+            raise RuntimeError("a 4-bit weight is used before it was read")
+        rows, inputs = self._parameter.shape
+        state = copy(self._state)
+        state.absmax, state.shape = self._gathered(self._state.absmax)[: rows * inputs // BLOCK], self._parameter.shape
+        codes = self._gathered(self._codes)[: rows * inputs // 2]
+        values: Tensor = library().dequantize_4bit(codes, state)
+        return values
+
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """That of all ranks, one behind the other."""
+        every = mine.new_empty(self._group.size() * len(mine), *mine.shape[1:])
+        dist.all_gather_into_tensor(every, mine, group=self._group)
+        return every
+
+
+def pack_linears(
+    layers: list[nn.Module], kind: Kind, device: torch.device, group: dist.ProcessGroup | None
+) -> list[nn.Parameter]:
     """Let the linears of these layers, without memory yet, keep four bits a weight; their weights.
 
+    group: ranks that share the rows; None: each keeps all of them.
     LayoutError for rows that are no whole blocks, ConfigError where bitsandbytes is missing.
     """
     library()
@@ -47,7 +95,8 @@ def pack_linears(layers: list[nn.Module], kind: Kind, device: torch.device) -> l
                 )
             values = torch.empty_like(module.weight, device=device)
             module.weight = nn.Parameter(values, requires_grad=False)
-            _multiply_by(module, pack(module.weight, kind))
+            rows = None if group is None else stand_for(module.weight, PackedRows(module.weight, kind, group))
+            _multiply_by(module, rows or pack(module.weight, kind))
             found.append(module.weight)
     if not found:
         raise ConfigError("--quant_method bnb: the model has no linears in its layers: use --backend megatron")

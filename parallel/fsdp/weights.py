@@ -16,6 +16,7 @@ from mswift.parallel.engine import DTYPES, SOURCE_DTYPES, AdapterSource, Read, S
 from mswift.parallel.four_bit import packed
 from mswift.parallel.fsdp.adapters import adapters_of, first_values
 from mswift.parallel.fsdp.config import HfSettings
+from mswift.parallel.fsdp.four_bit import PackedRows
 from mswift.parallel.fsdp.lora_start import MARK, from_weights, start_in_weights
 from mswift.parallel.fsdp.pieces import Mapped, local, read_rows, row_regions, shards
 from mswift.parallel.fsdp.tuned import TunedModel
@@ -37,7 +38,9 @@ class RankWeights:
     def rows(self, name: str) -> Region:
         """The rows of a parameter that this rank holds."""
         parameter = self.parameters[name]
-        shape = tuple(parameter.shape)
+        shape, four_bits = tuple(parameter.shape), packed(parameter)
+        if isinstance(four_bits, PackedRows):
+            return row_regions(shape, four_bits.first if four_bits.count else 0, four_bits.count)
         if not isinstance(parameter, DTensor):
             return Region.full(shape)
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -115,9 +118,9 @@ class RankWeights:
         for name, mapped in parameters.items():
             rows = self.rows(name)
             four_bits = packed(self.parameters[name])
-            if rows.sizes[0]:
-                with four_bits.filled() if four_bits else nullcontext():
-                    read_rows(mapped, rows, local(self.parameters[name]), read, dtype=stored(mapped))
+            with four_bits.filled() if four_bits else nullcontext(local(self.parameters[name])) as values:
+                if rows.sizes[0]:
+                    read_rows(mapped, rows, values, read, dtype=stored(mapped))
 
     def read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """What the model keeps beside its parameters, whole on every rank: a router's correction."""

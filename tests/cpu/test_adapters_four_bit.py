@@ -16,6 +16,7 @@ from mswift.refusals.engine import check_four_bit_base
 from tests.support.adapters import load_peft, random_adapter
 from tests.support.lora_parity import mswift_run, peft_steps
 from tests.support.parity import BASE, differences, model_of
+from tests.support.ranks import join, run_ranks
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'mswift[quant]'")
 
@@ -68,15 +69,41 @@ def test_three_steps_equal_peft(nf4: dict[str, Any], layout: str) -> None:
     assert sum(held.weights for held in frozen) == packed * (0.5 + 4 / 64) + other * 4
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_transformers_model_equals_peft(nf4: dict[str, Any], world_size: int) -> None:
-    """Whole on each rank."""
-    settings = {"backend": "fsdp", "shard_size": 1, "four_bit_base": "nf4", "recompute_blocks": 1}
+@pytest.mark.parametrize(("world_size", "shard_size"), [(1, 1), (2, 1), (2, 2)])
+def test_transformers_model_equals_peft(nf4: dict[str, Any], world_size: int, shard_size: int) -> None:
+    """Codes whole on each rank, and cut over two."""
+    settings = {"backend": "fsdp", "shard_size": shard_size, "four_bit_base": "nf4", "recompute_blocks": 1}
     found = mswift_run(nf4["home"], world_size, {}, settings=settings)
     assert {n: d for n, d in differences(found, nf4, ALL).items() if not d <= TOLERANCE} == {}
     frozen = found["ranks"][0]["held"][0]
-    packed = MODEL["num_hidden_layers"] * 3 * (128 * 128 + 256 * 128)
+    packed = MODEL["num_hidden_layers"] * 3 * (128 * 128 + 256 * 128) // shard_size
     assert frozen.weights == packed * (0.5 + 4 / 64) + (frozen.elements - packed) * 4
+
+
+def test_rows_that_ranks_do_not_share_evenly_have_the_codes_of_the_whole() -> None:
+    """Of 5 rows over four ranks: two, two, one, none."""
+    found = run_ranks(4, unpacked)
+    assert [rank["count"] for rank in found] == [2, 2, 1, 0]
+    assert all(torch.equal(rank["found"], rank["wanted"]) for rank in found)
+    assert found[0]["bytes"] == 2 * 128 * (0.5 + 4 / 64)
+
+
+def unpacked(_: Any) -> dict[str, Any]:
+    """On a rank: a weight cut over all, and bitsandbytes' of the whole."""
+    join(4)
+    import torch.distributed as dist
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from mswift.parallel.fsdp.four_bit import PackedRows
+
+    group = dist.group.WORLD
+    assert group is not None
+    values = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    own = PackedRows(torch.nn.Parameter(torch.empty(5, 128), requires_grad=False), "nf4", group)
+    with own.filled() as mine:
+        mine.copy_(values[own.first : own.first + own.count])
+    wanted = dequantize_4bit(*quantize_4bit(values, blocksize=64, quant_type="nf4"))
+    return {"count": own.count, "bytes": own.nbytes, "found": own.whole(), "wanted": wanted}
 
 
 def test_fp4_is_another_function(nf4: dict[str, Any], tmp_path: Path) -> None:

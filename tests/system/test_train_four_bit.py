@@ -35,12 +35,13 @@ def test_a_resumed_run_is_the_same_run_and_its_adapter_loads(home: Path) -> None
     assert log(home / "half") == log(home / "full")
     other = [*FLAGS[:2], *layout, "--train_iters", "6"]
     assert "--quant_method: the run of this --output_dir has bnb" in run(command(home, "sft", home / "half", *other), 2)
-    # the other engine, whose codes are whole on each rank, goes on with it
-    ddp = ["--nproc_per_node", "2", "--backend", "ddp"]
-    said = run(command(home, "sft", home / "half", *FLAGS, *ddp, "--train_iters", "5"))
-    assert "frozen 0." in said or "frozen 1." in said, said
-    run(command(home, "sft", home / "full", *FLAGS, *layout, "--train_iters", "5"))
-    losses = [rundir.read_metrics(home / name)[-1]["loss"] for name in ("half", "full")]
+    # the other engine, whose codes are whole on each rank, then cut over both, goes on with it
+    for step, backend in ((5, "ddp"), (6, "fsdp")):
+        other = ["--nproc_per_node", "2", "--backend", backend, "--train_iters", str(step)]
+        said = run(command(home, "sft", home / "half", *FLAGS, *other))
+        assert "frozen 0." in said or "frozen 1." in said, said
+    run(command(home, "sft", home / "full", *FLAGS, *layout, "--train_iters", "6"))
+    losses = [[row["loss"] for row in rundir.read_metrics(home / name)[-2:]] for name in ("half", "full")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     # on one rank, from weights alone: the first loss is that of the exported adapter
     more = ["--load_weights_only", "--resume_from_checkpoint", str(home / "full"), "--train_iters", "1"]

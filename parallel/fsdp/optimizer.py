@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mswift.config.optimizers import ELEMENTWISE, LowRank, rule_of
-from mswift.converters.plan import ModelTable
+from mswift.converters.plan import EMBEDDING, ModelTable
 from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.methods import decays
 from mswift.parallel.fsdp.pieces import local
@@ -25,13 +25,10 @@ def update_groups(tuned: TunedModel, table: ModelTable, config: HfSettings) -> l
         is_b = ".lora_A." not in mapped.name and ".lora_" in mapped.name
         factor = config.lora_b_lr_ratio if is_b else 1.0
         matrix = len(mapped.shape) > 1 if tuned.method is None else decays(mapped)
-        rule = rule_of(
-            config.optimizer,
-            mapped.shape,
-            in_layer=mapped.name in table.hf_in_layers,
-            is_embedding=mapped.name in table.hf_embeddings,
-            low_rank=low_rank,
-        )
+        place = table.megatron.get(mapped.key)
+        in_layer = mapped.name in table.hf_in_layers if place is None else place.rule.in_layer
+        is_embedding = mapped.name in table.hf_embeddings if place is None else mapped.key == EMBEDDING
+        rule = rule_of(config.optimizer, mapped.shape, in_layer=in_layer, is_embedding=is_embedding, low_rank=low_rank)
         found.setdefault((matrix, factor, rule), []).append(name)
     return [Group(tuple(names), decay, factor, rule) for (decay, factor, rule), names in found.items()]
 

@@ -18,11 +18,15 @@ from mswift.converters.plan import ModelTable
 from mswift.errors import CheckpointError, ConfigError
 from mswift.parallel.engine import Read, StateShard, bytes_of
 
-_STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-_OF_EXPERT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+_STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)")
+_OF_EXPERT = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 """Of an expert's tensors in files: as most models call them, and as Mixtral does."""
-_IN_FILES = (("", ""), (".mlp.", ".block_sparse_moe."))
-"""What transformers calls otherwise than files do: Mixtral."""
+_IN_FILES = ((r"^", ""), (r"\.mlp\.", ".block_sparse_moe."), (r"^model\.", "backbone."))
+"""What transformers calls otherwise than files do, as pattern and words: Mixtral, Nemotron-H."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def map_parameters(shapes: Mapping[str, tuple[int, ...]], table: ModelTable) -> 
 def _sources(name: str, shape: tuple[int, ...], table: ModelTable) -> list[tuple[str, tuple[int, ...]]]:
     """(tensor as files have it, where it begins in the parameter); transformers stacks the experts of a layer."""
     for ours, theirs in _IN_FILES:
-        stored = name.replace(ours, theirs) if ours else name
+        stored = re.sub(ours, theirs, name)
         if table.hf.get(stored) == shape:
             return [(stored, (0,) * len(shape))]
         if parts := _experts(stored, shape, table):

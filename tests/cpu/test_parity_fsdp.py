@@ -92,10 +92,7 @@ def test_every_dense_model(name: str) -> None:
     assert worst(run(name, 2, {}), truth(name), 1e-5) == {}
 
 
-REFUSED = {"nemotron_h"}
-
-
-@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS.keys() - REMOTE_CODE - REFUSED - {*MODELS}))
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS.keys() - REMOTE_CODE - {*MODELS}))
 def test_every_other_family(family: str) -> None:
     model = model_of(family_config(family, vocab_size=VOCAB))
     weights = {name: weight.copy() for name, weight in weights_of(model).items()}
@@ -118,17 +115,30 @@ def test_mixtral_as_its_files_name_it(tmp_path: Path) -> None:
     assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 
 
-@pytest.mark.parametrize("family", sorted(REFUSED))
-def test_what_transformers_models_do_not_hold_is_refused(family: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model.layers.0.mixer.extra": (4,)},
+            "parameter model.layers.0.mixer.extra .* is no tensor of the checkpoint",
+        ),
+        ({"model.norm_f.weight": (31,)}, r"model.norm_f.weight \[31\] is no tensor of the checkpoint"),
+        ({"lm_head.weight": (VOCAB, 31)}, r"lm_head.weight .* is \[1003, 32\] in the checkpoint"),
+        ({"model.layers.3.mixer.experts.up_proj": None}, "no parameter for .*experts.0.up_proj.weight"),
+    ],
+)
+def test_what_transformers_models_hold_otherwise_is_refused(changes: dict[str, Any], words: str) -> None:
     from mswift.converters.plan import table_for
     from mswift.errors import ConfigError
-    from mswift.parallel.fsdp.model import empty_model
+    from mswift.parallel.fsdp.model import empty_model, saved_buffers
     from mswift.parallel.fsdp.pieces import map_parameters
 
-    model = model_of(family_config(family, vocab_size=VOCAB))
-    table = table_for(model.config.to_dict(), set(weights_of(model)))
-    shapes = {name: tuple(p.shape) for name, p in empty_model(table, torch.float32).named_parameters()}
-    with pytest.raises(ConfigError, match="--backend fsdp: transformers.* use --backend megatron"):
+    table = table_for(family_config("nemotron_h", vocab_size=VOCAB))
+    model = empty_model(table, torch.float32)
+    held = {name: tuple(p.shape) for name, p in (*model.named_parameters(), *saved_buffers(model).items())}
+    assert set(map_parameters(held, table)) == set(held)
+    shapes = {name: shape for name, shape in (held | changes).items() if shape is not None}
+    with pytest.raises(ConfigError, match=f"--backend fsdp: transformers.*{words}.* use --backend megatron"):
         map_parameters(shapes, table)
 
 

@@ -18,6 +18,7 @@ from tests.support.server import ENVIRON, ROOT
 
 pytest.importorskip("liger_kernel", reason="pip install 'mswift[liger]'")
 
+TOLD = ("--backend", "ddp", "--use_liger_kernel", "true")
 INTERPRETED = (sys.executable, "-m", "tests.support.liger")
 
 
@@ -50,19 +51,23 @@ def test_what_is_changed_is_changed_in_one_model(compared: dict[str, Any], kind:
 
 
 def test_a_run_is_the_run_without(tmp_path: Path) -> None:
-    home, losses = make_home(tmp_path), []
-    flags = ["--backend", "fsdp", "--tuner_type", "lora", "--train_iters", "2", "--max_length", "24", "--packing",
-             "--micro_batch_size", "8"]  # fmt: skip
+    home, steps = make_home(tmp_path), []
+    flags = ["--backend", "fsdp", "--tuner_type", "lora", "--train_iters", "2", "--max_length", "40", "--packing",
+             "--global_batch_size", "1"]  # fmt: skip
     for name in ("without", "with"):
-        words = command(home, "sft", tmp_path / name, *flags)[len(PROGRAM) :]
-        _output("run", *words, *(["--use_liger_kernel", "true"] if name == "with" else []))
-        losses.append([row["loss"] for row in rundir.read_metrics(tmp_path / name)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[1] != losses[0]
+        words = command(home, "sft", tmp_path / name, *flags)
+        if name == "with":
+            _output("run", *words[len(PROGRAM) :], "--use_liger_kernel", "true")
+        else:
+            run(words)
+        rows = rundir.read_metrics(tmp_path / name)
+        steps.append([row[key] for row in rows for key in ("loss", "grad_norm")])
+    assert steps[1] == pytest.approx(steps[0], rel=1e-5)
+    assert steps[1] != steps[0]
 
 
 def test_a_cpu_is_told_in_one_line(tmp_path: Path) -> None:
-    words = command(make_home(tmp_path), "sft", tmp_path / "run", "--backend", "ddp", "--use_liger_kernel", "true")
+    words = command(make_home(tmp_path), "sft", tmp_path / "run", "--train_iters", "1", *TOLD)
     said = run(words, status=2)
     assert "--use_liger_kernel: Liger's kernels are Triton programs for a GPU, and this rank computes on cpu" in said
     assert "--cross_entropy_loss_fusion" in said

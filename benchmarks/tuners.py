@@ -277,6 +277,15 @@ def orderings(results: Results) -> list[str]:
         found.append(
             ("GaLore's optimizer state is below half of full's", galore < full / 2, f"{galore:.2f} and {full:.2f} MiB")
         )
+    if {"Q-GaLore", "GaLore"} <= results.keys():
+        ours, galore = (results[name][0].optimizer_bytes / MIB for name in ("Q-GaLore", "GaLore"))
+        found.append(
+            (
+                "Q-GaLore's optimizer state is below half of GaLore's",
+                ours < galore / 2,
+                f"{ours:.2f} and {galore:.2f} MiB",
+            )
+        )
     return [f"- {what}: {'holds' if holds else 'DOES NOT HOLD here'} ({numbers})" for what, holds, numbers in found]
 
 

@@ -218,7 +218,9 @@ def test_three_updates_are_those_of_the_library(optimizer: str, layout: str) -> 
     moved = {name: np.abs(wanted[name] - start()[1][name]).max() for name in wanted}
     assert min(moved.values()) > 1e-4
     noise = 1e-4 if optimizer == "muon" else 1e-5  # torch's Muon multiplies in bfloat16
-    assert found["losses"][:6] == pytest.approx(run(optimizer, "cut over two")["losses"][:6], rel=noise)
+    # weights that differ by 1e-7 give galore losses that differ by 6e-5 once old moments meet a new projection
+    count = GAP + 1 if optimizer == "galore" else 6
+    assert found["losses"][:count] == pytest.approx(run(optimizer, "cut over two")["losses"][:count], rel=noise)
 
 
 @pytest.mark.parametrize(("optimizer", "layout"), CASES)

@@ -102,6 +102,15 @@ def expected(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     return config, start, {n: rename(a) if isinstance(a, dict) else a for n, a in truth.items()}
 
 
+@pytest.mark.parametrize("name", ["nemotron_h", "nemotron_h-experts"])
+def test_transformers_model_cut_over_ranks_equals_itself(name: str) -> None:
+    """By the engine of transformers models, from the names that files have."""
+    config, start, truth = expected(name)
+    found = megatron_run(config, start, random_steps(), SGD | {"backend": "fsdp", "shard_size": 2}, 2, {})
+    apart = differences(found, truth, (*FIRST, "weights", "momentum_buffer"))
+    assert {n: d for n, d in apart.items() if not d <= TOLERANCE} == {}
+
+
 def run(name: str, layout: str, broken: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(Megatron's results, transformers' results) of three steps."""
     config, start, truth = expected(name)

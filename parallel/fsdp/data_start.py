@@ -17,16 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mswift.errors import ConfigError
-from mswift.parallel.batch import Microbatch, rank_batches
+from mswift.parallel.attention.share import Share, natural_rows
+from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
 from mswift.parallel.fsdp.lora_start import drawn_from, linears, place, start_in_weights
 from mswift.parallel.fsdp.passes import Passes
 from mswift.parallel.fsdp.weights import RankWeights
-from mswift.topology import ParallelDims
+from mswift.topology import Coordinate, ParallelDims
 from mswift.tuners.data_start import DataStart, Directions, gradient_factors
 from mswift.tuners.lora import Adapted
 
 MOST_MICROBATCHES = 1000
 """After so many EVA gives up."""
+
+_ROW_BITS = 16
+"""Rows of a microbatch are fewer."""
 
 Steps = Sequence[Sequence[Microbatch]]
 """Of each step the microbatches of this data-parallel rank."""
@@ -71,6 +75,7 @@ class _Inputs:
         self._last: tuple[Tensor, str] | None = None
         self._mask: Tensor | None = None
         self._sizes: list[int] = []
+        self._order = torch.empty(0)
 
     def hook(self, name: str) -> Callable[..., None]:
         """A forward hook of the layer with this name."""
@@ -95,13 +100,23 @@ class _Inputs:
         own = [name for name in self.open if self._owner[name] == self._rank]
         self._directions = {name: Directions(self._ranks[name], self._tau) for name in own}
 
-    def expect(self, mask: Tensor) -> None:
-        """mask [b, s]: which positions of this rank count in the next forward pass."""
+    def expect(self, mask: Tensor, places: Tensor) -> None:
+        """mask [b, s]: which positions of this rank count in the next forward pass; places [b, s]: their order."""
         self._mask = mask.flatten().to(self._device)
-        size = torch.tensor([int(self._mask.sum())], device=self._device)
+        mine = places.flatten().to(self._device)[self._mask]
+        size = torch.tensor([len(mine)], device=self._device)
         sizes = [torch.empty_like(size) for _ in range(self._world)]
         dist.all_gather(sizes, size)
         self._sizes = [int(each) for each in sizes]
+        padded = mine.new_zeros(max(self._sizes))
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in self._sizes]
+        dist.all_gather(parts, padded)
+        self._order = self._cut(parts).argsort()
+
+    def _cut(self, parts: Sequence[Tensor]) -> Tensor:
+        """What all ranks sent, without its padding."""
+        return torch.cat([part[:size] for part, size in zip(parts, self._sizes, strict=True)])
 
     def _add(self, name: str, rows: Tensor) -> None:
         """rows [n, i] of this rank to the owner."""
@@ -111,7 +126,7 @@ class _Inputs:
         parts = [torch.empty_like(padded) for _ in self._sizes] if owner == self._rank else None
         dist.gather(padded, parts, dst=owner)
         if parts is not None:
-            self._directions[name].add(torch.cat([p[:size] for p, size in zip(parts, self._sizes, strict=True)]))
+            self._directions[name].add(self._cut(parts)[self._order])
 
     def close_found(self) -> None:
         """All ranks forget the linears whose directions are found."""
@@ -141,9 +156,9 @@ def _eva(
     steps: Steps,
     tau: float,
 ) -> int:
-    cp, device = dims.coordinate(dist.get_rank()).cp, next(iter(weights.parameters.values())).device
+    here, device = dims.coordinate(dist.get_rank()), next(iter(weights.parameters.values())).device
     inputs = _Inputs(of, tau, device)
-    batches = [part for step in steps for part in rank_batches([_as_targets(m) for m in step], dims, cp)]
+    batches = [part for step in steps for part in rank_batches([_as_targets(m) for m in step], dims, here.cp)]
     count = 0
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -151,7 +166,7 @@ def _eva(
         passes.forward(batches[0], 0)
         inputs.begin()
         for batch in islice(cycle(batches), MOST_MICROBATCHES):
-            inputs.expect(batch.loss_weights > 0)
+            inputs.expect(batch.loss_weights > 0, _places(batch, dims, here))
             passes.forward(batch, 0)
             count += 1
             inputs.close_found()
@@ -167,6 +182,13 @@ def _eva(
         a = inputs.matrix(adapted.name, (adapted.rank, adapted.in_features))
         place(weights.parameters, adapted, a, a.new_zeros(adapted.out_features, adapted.rank))
     return count
+
+
+def _places(batch: RankBatch, dims: ParallelDims, here: Coordinate) -> Tensor:
+    """int64 [b, s]: in which order the positions of all ranks come, whoever shares sequences."""
+    share = Share(batch.documents or (batch.seq_length,), (here.cp,), dims.cp)
+    rows = torch.arange(len(batch.tokens))[:, None] + (here.dp << _ROW_BITS)
+    return (rows << 32) + natural_rows(share, torch.device("cpu"))
 
 
 def _as_targets(batch: Microbatch) -> Microbatch:

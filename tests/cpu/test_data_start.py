@@ -1,6 +1,6 @@
 """EVA and LoRA-GA against PEFT's own preparation from the same batches: A and B, the model's function, files.
 
-One rank, cut over two with recomputation, whole on two. Directions are told up to their sign.
+One rank, cut over two with recomputation, whole on two, sequences shared by two. Directions are told up to their sign.
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,11 @@ CASES: dict[str, tuple[DataStart, int]] = {
 """Name -> (how, rank); at rank 16 LoRA-GA's decomposition of 64 rows or columns is exact, not drawn."""
 TOLERANCES = {"eva": 1e-5, "lora_ga": 2e-4}
 """max|a - b| / max|b|; a singular vector of a gradient moves by rounding over the gap to its neighbours."""
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "cut over two": (2, {"shard_size": 2, "recompute_blocks": 2}),
-    "whole on two": (2, {"shard_size": 1}),
+LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
+    "one": (1, {}, {}),
+    "cut over two": (2, {}, {"shard_size": 2, "recompute_blocks": 2}),
+    "whole on two": (2, {}, {"shard_size": 1}),
+    "sequences shared by two": (2, {"cp": 2}, {"shard_size": 2}),
 }
 
 
@@ -115,8 +116,8 @@ def wanted(home: Path) -> Any:
 def found(home: Path) -> Any:
     @cache
     def results(layout: str) -> dict[str, Any]:
-        world_size, settings = LAYOUTS[layout]
-        payload = {"home": home, "world_size": world_size, "settings": settings}
+        world_size, dims, settings = LAYOUTS[layout]
+        payload = {"home": home, "world_size": world_size, "dims": dims, "settings": settings}
         payload["run"] = home / "runs" if layout == "cut over two" else None
         ranks = run_ranks(world_size, on_rank, payload)
         return {case: [rank[case] for rank in ranks] for case in CASES}
@@ -131,7 +132,7 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     from tests.support.engines import make_engine
     from tests.support.methods import _save
 
-    dims, device = join(payload["world_size"])
+    dims, device = join(payload["world_size"], **payload["dims"])
     reader, found = WeightReader(payload["home"] / "model"), {}
     steps = [[Microbatch(*batch) for batch in step] for step in steps_of()]
     for case, (how, rank) in CASES.items():
@@ -159,7 +160,10 @@ def apart(ours: NDArray[Any], theirs: NDArray[Any], axis: int) -> float:
     return difference(ours * np.where(signs == 0, 1, signs), theirs)
 
 
-SAMPLED = [pytest.param(name, marks=pytest.mark.whole) if name == "whole on two" else name for name in LAYOUTS]
+SAMPLED = [
+    pytest.param(name, marks=pytest.mark.whole) if name in ("whole on two", "sequences shared by two") else name
+    for name in LAYOUTS
+]
 
 
 @pytest.mark.parametrize("layout", SAMPLED)
@@ -167,7 +171,8 @@ SAMPLED = [pytest.param(name, marks=pytest.mark.whole) if name == "whole on two"
 def test_a_and_b_are_peft_s(home: Path, wanted: Any, found: Any, case: str, layout: str) -> None:
     ranks, (how, _) = found(layout)[case], CASES[case]
     arrays = {n.removeprefix("adapter."): a for n, a in assemble([rank["start"] for rank in ranks]).items()}
-    theirs = wanted(case, LAYOUTS[layout][0] if how.kind == "eva" else 1)
+    world_size, dims, _ = LAYOUTS[layout]
+    theirs = wanted(case, world_size // dims.get("cp", 1) if how.kind == "eva" else 1)
     ours = {name: array for name, array in arrays.items() if not name.endswith(".start")}
     assert ours.keys() == theirs.keys()
     worst = {n: apart(ours[n], theirs[n], 1 if ".lora_A." in n else 0) for n in ours}

@@ -160,10 +160,7 @@ def apart(ours: NDArray[Any], theirs: NDArray[Any], axis: int) -> float:
     return difference(ours * np.where(signs == 0, 1, signs), theirs)
 
 
-SAMPLED = [
-    pytest.param(name, marks=pytest.mark.whole) if name in ("whole on two", "sequences shared by two") else name
-    for name in LAYOUTS
-]
+SAMPLED = [name if name == "cut over two" else pytest.param(name, marks=pytest.mark.whole) for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("layout", SAMPLED)

@@ -65,7 +65,7 @@ def found(home: Path) -> Any:
     return results
 
 
-SAMPLED = [pytest.param(name, marks=pytest.mark.whole) if name == "packed" else name for name in LAYOUTS]
+SAMPLED = [pytest.param(name, marks=pytest.mark.whole) if name in ("one", "packed") else name for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("layout", SAMPLED)

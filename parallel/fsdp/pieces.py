@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,6 +199,17 @@ def read_rows(
         count += found.numel()
     if count != values.numel():
         raise CheckpointError(f"{prefix}{mapped.name}: {count} elements read for {values.numel()} of this rank")
+
+
+class Box(NamedTuple):
+    """A box of a parameter that a rank has, and where its elements begin among all that the rank has of it."""
+
+    region: Region
+    offset: int = 0
+
+    def of(self, values: Tensor) -> Tensor:
+        """[region.sizes], a view of what the rank has."""
+        return values.view(-1)[self.offset : self.offset + self.region.num_elements].view(self.region.sizes)
 
 
 def row_regions(shape: Sequence[int], first: int, count: int) -> Region:

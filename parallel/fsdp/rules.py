@@ -53,20 +53,22 @@ def optimizer_settings(groups: Sequence[Group], of: Mapping[str, Any], weight_de
     ]
 
 
+def torch_rule(rule: str, settings: list[dict[str, Any]], config: HfSettings) -> torch.optim.Optimizer:
+    """An elementwise rule over parameter groups."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    if rule == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.sgd_momentum)
+    if rule == "lion":
+        return Lion(settings, config.lr, betas)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+
+
 class LocalRule:
     """An elementwise rule of some parameters, over `shards`: the fp32 rows of this rank, by name."""
 
     def __init__(self, rule: str, groups: Sequence[Group], shards: Mapping[str, Tensor], config: HfSettings) -> None:
         self._kind, self._groups, self._shards = rule, groups, shards
-        settings = optimizer_settings(groups, shards, config.weight_decay)
-        betas = (config.adam_beta1, config.adam_beta2)
-        self._rule: torch.optim.Optimizer
-        if rule == "sgd":
-            self._rule = torch.optim.SGD(settings, lr=config.lr, momentum=config.sgd_momentum)
-        elif rule == "lion":
-            self._rule = Lion(settings, config.lr, betas)
-        else:
-            self._rule = torch.optim.AdamW(settings, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+        self._rule = torch_rule(rule, optimizer_settings(groups, shards, config.weight_decay), config)
 
     @property
     def names(self) -> Iterator[str]:

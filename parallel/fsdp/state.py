@@ -1,16 +1,28 @@
 """Optimizer state of a transformers model on this rank, with the weights it belongs to, as boxes of global tensors."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mswift.converters.layout import Region
 from mswift.parallel.engine import DTYPES, Read, StateShard, bytes_of
 from mswift.parallel.fsdp.config import HfSettings
-from mswift.parallel.fsdp.optimizer import ShardedOptimizer
 from mswift.parallel.fsdp.pieces import read_rows, shards
 from mswift.parallel.fsdp.sampled import SampledLayers
 from mswift.parallel.fsdp.weights import RankWeights
+from mswift.parallel.fsdp.whole import WholeRule
+
+
+class Updates(Protocol):
+    """What a rank updates of the trained parameters, and what it keeps for that (`ShardedOptimizer`)."""
+
+    @property
+    def whole(self) -> Sequence[WholeRule]: ...
+    def shard(self, name: str) -> Tensor: ...
+    def states(self, name: str) -> Iterator[tuple[str, Tensor]]: ...
+    def make_states(self, name: str, step: int) -> None: ...
 
 
 class RankState:
@@ -22,7 +34,7 @@ class RankState:
     def __init__(
         self,
         weights: RankWeights,
-        optimizer: ShardedOptimizer,
+        optimizer: Updates,
         config: HfSettings,
         rank: int,
         copy: int,
@@ -45,19 +57,23 @@ class RankState:
             tuned.method.load(read)
             tuned.method.load_state(read)
         for name, mapped in tuned.trained.items():
-            rows, shard = self._weights.rows(name), self._optimizer.shard(name)
-            if not rows.sizes[0]:
+            boxes = self._weights.boxes(name)
+            if not boxes:
                 continue
-            if self._config.dtype == "F32":
-                read_rows(mapped, rows, shard, read)
-            else:  # the weights are what the masters are rounded to; both are asked for, as a strict reader wants
-                read_rows(mapped, rows, torch.empty(rows.sizes, dtype=dtype), read)
-                read_rows(tuned.state_of[name], rows, shard, read, "optimizer.master.")
             seen = optimizer_step if self._sampled is None else self._sampled.updates_of(name, optimizer_step)
             if seen:
                 self._optimizer.make_states(name, seen)
-                for key, values in self._optimizer.states(name):
-                    read_rows(tuned.state_of[name], rows, values, read, f"optimizer.{key}.")
+            state = self._optimizer.states(name) if seen else ()
+            kept = {f"optimizer.{key}.": values for key, values in state}
+            if self._config.dtype != "F32":
+                kept["optimizer.master."] = self._optimizer.shard(name)
+            for box in boxes:
+                # with masters the weights are what these are rounded to; a strict reader wants both to be asked for
+                weights = self._optimizer.shard(name) if self._config.dtype == "F32" else None
+                into = torch.empty(box.region.sizes, dtype=dtype) if weights is None else box.of(weights)
+                read_rows(mapped, box.region, into, read)
+                for prefix, values in kept.items():
+                    read_rows(tuned.state_of[name], box.region, box.of(values), read, prefix)
         frozen = {name: mapped for name, mapped in tuned.saved.items() if name not in tuned.trained}
         self._weights.read(frozen, read, lambda _: dtype)
         if optimizer_step:
@@ -82,11 +98,11 @@ class RankState:
 
         What a rule of whole matrices keeps is as it has it: `optimizer.<state>.of.<transformers' name>`.
         """
-        for name, mapped, rows in self._weights.answered(self._tuned.state_of):
+        for name, mapped, box in self._weights.answered(self._tuned.state_of):
             if self._config.dtype != "F32":
-                yield from shards(mapped, rows, self._optimizer.shard(name), "optimizer.master.")
+                yield from shards(mapped, box.region, box.of(self._optimizer.shard(name)), "optimizer.master.")
             for key, values in self._optimizer.states(name):
-                yield from shards(mapped, rows, values, f"optimizer.{key}.")
+                yield from shards(mapped, box.region, box.of(values), f"optimizer.{key}.")
         for rule in self._optimizer.whole if self._copy == 0 else ():
             for name in rule.owned:
                 for key, values in rule.states(name):
@@ -97,10 +113,10 @@ class RankState:
 
     def gradients(self) -> Iterator[StateShard]:
         """fp32 gradients of the newest step, as clipped: `gradient.<key>`, each element on one rank."""
-        for name, mapped, rows in self._weights.answered(self._tuned.trained):
+        for name, mapped, box in self._weights.answered(self._tuned.trained):
             gradient = self._optimizer.shard(name).grad
             if gradient is not None:
-                yield from shards(mapped, rows, gradient, "gradient.")
+                yield from shards(mapped, box.region, box.of(gradient), "gradient.")
 
 
 def _at_least_1d(shape: Sequence[int]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mswift.converters.adapters import expand_modules_to_save
@@ -18,16 +19,17 @@ from mswift.parallel.fsdp.adapters import adapters_of, first_values
 from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.four_bit import PackedRows
 from mswift.parallel.fsdp.lora_start import MARK, from_weights, start_in_weights
-from mswift.parallel.fsdp.pieces import Mapped, local, read_rows, row_regions, shards
+from mswift.parallel.fsdp.pieces import Box, Mapped, local, read_rows, row_regions, shards
 from mswift.parallel.fsdp.tuned import TunedModel
 from mswift.tuners.settings import FROM_DATA
 from mswift.tuners.shapes import promised_shapes
 
 
 class RankWeights:
-    """The weights of `tuned` on this rank, which have their memory and their cut.
+    """The weights of `tuned` on this rank, which have their memory and their cut: rows of every parameter.
 
     rank: of the job; copy: number of its group among those that hold all rows, of which the first answers.
+    Where ranks have something else than rows, `boxes`, `values` and `answers` say so.
     """
 
     def __init__(self, tuned: TunedModel, table: ModelTable, config: HfSettings, rank: int, copy: int) -> None:
@@ -35,8 +37,24 @@ class RankWeights:
         self.parameters = tuned.parameters()
         self._buffers = tuned.kept_buffers()
 
-    def rows(self, name: str) -> Region:
-        """The rows of a parameter that this rank holds."""
+    def boxes(self, name: str) -> list[Box]:
+        """What this rank has of a parameter, in the order of `values`; nothing where it has none."""
+        rows = self._rows(name)
+        return [Box(rows)] if rows.sizes[0] else []
+
+    def values(self, name: str) -> Tensor:
+        """This rank's elements of a parameter, in memory; what is trained is fp32."""
+        return local(self.parameters[name]).detach()
+
+    def answers(self, name: str) -> bool:
+        """Whether this rank, and no other, answers for what it has of a parameter."""
+        return self._copy == 0 and (self._rank == 0 or isinstance(self.parameters[name], DTensor))
+
+    def _weight_rows(self, name: str, first: int, count: int) -> Tensor:
+        """Rows of a matrix, of which this rank has the magnitudes."""
+        return self.values(name)
+
+    def _rows(self, name: str) -> Region:
         parameter = self.parameters[name]
         shape, four_bits = tuple(parameter.shape), packed(parameter)
         if isinstance(four_bits, PackedRows):
@@ -78,14 +96,18 @@ class RankWeights:
                 local(self.parameters[name]).zero_()
         weights = {mapped.name: name for name, mapped in self.tuned.base.items()}
         for name, mapped in self.tuned.trained.items():
-            rows = self.rows(name)
-            if mapped.name not in of or not rows.sizes[0]:  # a module in full
+            adapted = of.get(mapped.name)
+            if adapted is None:  # a module in full
                 continue
-            weight = None
-            if of[mapped.name].dora:
-                weight = local(self.parameters[weights[f"{of[mapped.name].name}.weight"]])
-            start = first_values(mapped.name, of[mapped.name], weight, rows.offsets[0], rows.sizes[0], lora.seed)
-            local(self.parameters[name]).copy_(start)
+            for box in self.boxes(name):
+                (first, *columns), (count, *widths) = box.region.offsets, box.region.sizes
+                weight = None
+                if adapted.dora:
+                    weight = self._weight_rows(weights[f"{adapted.name}.weight"], first, count)
+                start = first_values(mapped.name, adapted, weight, first, count, lora.seed)
+                for axis, (begin, width) in enumerate(zip(columns, widths, strict=True), 1):
+                    start = start.narrow(axis, begin, width)
+                box.of(self.values(name)).copy_(start)
 
     @torch.no_grad()
     def load_adapter(self, source: AdapterSource) -> None:
@@ -100,9 +122,8 @@ class RankWeights:
         for name, tensor in {} if self.tuned.method is None else self.tuned.method.constants().items():
             tensor.copy_(source.read(name, Region.full(tuple(tensor.shape))))
         for name, mapped in self.tuned.trained.items():
-            rows = self.rows(name)
-            if rows.sizes[0]:
-                local(self.parameters[name]).copy_(source.read(mapped.name, rows))
+            for box in self.boxes(name):
+                box.of(self.values(name)).copy_(source.read(mapped.name, box.region))
 
     @torch.no_grad()
     def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
@@ -114,13 +135,13 @@ class RankWeights:
             self.tuned.method.load(read)
 
     def read(self, parameters: Mapping[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
-        """Fill this rank's rows of these parameters."""
+        """Fill what this rank has of these parameters."""
         for name, mapped in parameters.items():
-            rows = self.rows(name)
             four_bits = packed(self.parameters[name])
-            with four_bits.filled() if four_bits else nullcontext(local(self.parameters[name])) as values:
-                if rows.sizes[0]:
-                    read_rows(mapped, rows, values, read, dtype=stored(mapped))
+            with four_bits.filled() if four_bits else nullcontext() as filled:
+                for box in self.boxes(name):
+                    values = self.values(name) if filled is None else filled
+                    read_rows(mapped, box.region, box.of(values), read, dtype=stored(mapped))
 
     def read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """What the model keeps beside its parameters, whole on every rank: a router's correction."""
@@ -135,20 +156,17 @@ class RankWeights:
         A run with adapters yields those alone (and the modules trained in full), keys `adapter.<PEFT name>`.
         """
         dtype = DTYPES[self._config.dtype]
-        for name, mapped, rows in self.answered(self.tuned.saved):
-            values = local(self.parameters[name]).detach()
-            yield from shards(mapped, rows, values.to(dtype))
+        for name, mapped, box in self.answered(self.tuned.saved):
+            yield from shards(mapped, box.region, box.of(self.values(name)).to(dtype))
         if not self._config.trains_adapter and self._rank == 0:
             for name, mapped in self.tuned.buffers.items():
                 yield from shards(mapped, Region.full(mapped.shape), self._buffers[name])
         if self.tuned.method is not None and self._rank == 0:
             yield from self.tuned.method.shards()
 
-    def answered(self, parameters: Mapping[str, Mapped]) -> Iterator[tuple[str, Mapped, Region]]:
-        """Of these the rows that this rank, and no other, answers for."""
-        if self._copy:
-            return
+    def answered(self, parameters: Mapping[str, Mapped]) -> Iterator[tuple[str, Mapped, Box]]:
+        """Of these what this rank, and no other, answers for."""
         for name, mapped in parameters.items():
-            rows = self.rows(name)
-            if rows.sizes[0] and (self._rank == 0 or isinstance(self.parameters[name], DTensor)):
-                yield name, mapped, rows
+            if self.answers(name):
+                for box in self.boxes(name):
+                    yield name, mapped, box

@@ -42,9 +42,10 @@ class TrainConfig:
     new_special_tokens: tuple[str, ...] = ()
     """Control tokens to add to the tokenizer, or a .txt file with one a line. Their rows start as the mean of the
     others; LoRA then trains embed_tokens and lm_head in full."""
-    backend: Literal["megatron", "fsdp", "ddp"] = "megatron"
+    backend: Literal["megatron", "fsdp", "deepspeed", "ddp"] = "megatron"
     """Training engine: megatron-core's layers in any layout; or transformers' own model, its parameters cut over ranks
-    (fsdp: PyTorch's FSDP2) or whole on each (ddp). Checkpoints are the same: a run may go on with another."""
+    (fsdp: PyTorch's FSDP2; deepspeed: ZeRO) or whole on each (ddp). Checkpoints are the same: a run may go on with
+    another."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
 
@@ -94,20 +95,20 @@ class TrainConfig:
     target_parameters: tuple[str, ...] = ()
     """Parameters that get one: stacked experts (experts.gate_up_proj, experts.down_proj) and routers (gate.weight)."""
     modules_to_save: tuple[str, ...] = ()
-    """HF modules trained in full beside the adapters: embed_tokens, lm_head; norm (fsdp, ddp): all norms."""
+    """HF modules trained in full beside the adapters: embed_tokens, lm_head; norm (not megatron): all norms."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory to continue from (one)."""
 
     freeze_parameters_ratio: float = 0.0
-    """full (fsdp, ddp): freeze the first parameters of the model, as many as have this share of its elements."""
+    """full (not megatron): freeze the first parameters of the model, as many as have this share of its elements."""
     freeze_parameters: tuple[str, ...] = ()
-    """full (fsdp, ddp): freeze the parameters whose names begin so."""
+    """full (not megatron): freeze the parameters whose names begin so."""
     freeze_parameters_regex: str | None = None
-    """full (fsdp, ddp): freeze the parameters whose names this expression finds."""
+    """full (not megatron): freeze the parameters whose names this expression finds."""
     trainable_parameters: tuple[str, ...] = ()
-    """full (fsdp, ddp): train the parameters whose names begin so, whatever else is frozen."""
+    """full (not megatron): train the parameters whose names begin so, whatever else is frozen."""
     trainable_parameters_regex: str | None = None
-    """full (fsdp, ddp): train the parameters whose names this expression finds, whatever else is frozen."""
+    """full (not megatron): train the parameters whose names this expression finds, whatever else is frozen."""
     adapter_length: int = 128
     """adapter: width of the bottleneck behind attention and MLP of every layer."""
     adapter_act: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
@@ -125,7 +126,7 @@ class TrainConfig:
     llamapro_num_groups: int | None = None
     """llamapro: groups of layers, behind each of which equally many blocks are added. Default: as many as blocks."""
     neftune_noise_alpha: float = 0.0
-    """NEFTune (fsdp, ddp): noise on the embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
+    """NEFTune (not megatron): noise on embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
 
     # -- data
     dataset: tuple[str, ...] = ()
@@ -186,8 +187,9 @@ class TrainConfig:
 
     # -- optimizer
     optimizer: OptimizerName = "adam"
-    """adam is AdamW (decoupled weight decay); sgd has momentum. fsdp, ddp: lion; adafactor; adamw_8bit (bitsandbytes);
-    and for the matrices of layers, with adam for the rest: muon, galore, apollo (pip install 'mswift[optim]')."""
+    """adam is AdamW (decoupled weight decay); sgd has momentum. Not megatron: lion. fsdp, ddp: adafactor; adamw_8bit
+    (bitsandbytes); and for the matrices of layers, with adam for the rest: muon, galore, apollo (pip install
+    'mswift[optim]')."""
     lr: Annotated[float, _alias(aliases=["--learning_rate"])] = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -284,14 +286,18 @@ class TrainConfig:
     """fsdp: let a layer's gathered parameters go after its forward pass, and gather them again for the backward one."""
     fsdp_cpu_offload: bool = False
     """fsdp: parameters, gradients and optimizer state in host memory, where updates are computed too."""
+    deepspeed: str = "zero2"
+    """deepspeed: zero1 (optimizer state and fp32 masters cut over ranks), zero2 (gradients too), zero3 (parameters
+    too), zero2_offload (state in host memory), zero3_offload (parameters too); or FILE.json, DeepSpeed's own
+    configuration, in which "auto" is whatever the flags say."""
     use_liger_kernel: bool = False
     """fsdp, ddp, on GPUs: norms, rotation and activations by Liger's Triton kernels (pip install 'mswift[liger]'). The
     loss stays mswift's, fused or not (--cross_entropy_loss_fusion)."""
     torch_compile: bool = False
     """fsdp, ddp: compile what is inside of each layer, attention left out; a minute or more before the first step."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer (fsdp,
-    ddp: all of each layer but products of matrices and attention)."""
+    """What is computed again in the backward pass instead of kept: whole layers, or some modules of each layer (not
+    megatron: all of each layer but products of matrices and attention)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """full: uniform keeps the input of every recompute_num_layers-th layer, block recomputes that many layers."""
     recompute_num_layers: int | None = None

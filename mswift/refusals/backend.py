@@ -1,4 +1,4 @@
-"""What the engine of transformers models (--backend fsdp, ddp) does not do, and the flags that are its alone."""
+"""What engines of transformers models (--backend fsdp, ddp, deepspeed) do not do, and the flags that are theirs."""
 
 import math
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from mswift.config.optimizers import (
 from mswift.config.train import TrainConfig
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError, LayoutError
+from mswift.refusals.deepspeed import check_accumulation, deepspeed_refusals, zero_of
 from mswift.topology import ParallelDims, divisors
 
 _MEGATRON_ONLY = (
@@ -72,6 +73,10 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                     f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
                 )
     yield from _optimizer_refusals(config)
+    if config.backend == "deepspeed":
+        yield from deepspeed_refusals(config)
+    elif _is_given(config, "deepspeed"):
+        yield ConfigError(f"--deepspeed {config.deepspeed} belongs to --backend deepspeed: add it, or leave this out")
     yield from _of_megatron(config) if config.backend == "megatron" else _of_transformers(config)
 
 
@@ -209,6 +214,8 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
     """ConfigError for a model or a number of ranks that the engine cannot lay out."""
     if config.backend == "megatron":
         return
+    if config.backend == "deepspeed":
+        check_accumulation(config, dims)
     if config.optimizer in OF_LAYERS and spec.moe is not None:
         raise ConfigError(
             f"--optimizer {config.optimizer}: transformers keeps the experts of a layer in one tensor, which is no "
@@ -250,17 +257,23 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
 
 
 def shard_size(config: TrainConfig, world_size: int) -> int:
-    """Ranks that share the parameters (--backend fsdp, ddp)."""
-    return 1 if config.backend == "ddp" else config.fsdp_shard_size or world_size
+    """Ranks that share the parameters (not --backend megatron)."""
+    zero = zero_of(config)
+    whole = config.backend == "ddp" or (zero is not None and zero.stage < 3)
+    return 1 if whole else config.fsdp_shard_size or world_size
 
 
 def describe_layout(config: TrainConfig, dims: ParallelDims) -> str:
     """One line; of transformers models: 8 ranks = CP 2 x DP 4, parameters cut over 4 ranks, 2 copies."""
     if config.backend == "megatron":
         return dims.describe()
+    zero = zero_of(config)
     size = shard_size(config, dims.world_size)
     context = f"CP {dims.cp} x " if dims.cp > 1 else ""
     cut = "parameters whole on each" if size == 1 else f"parameters cut over {size} ranks"
+    if zero is not None:
+        offloaded = {"none": "", "optimizer": ", its state in host memory", "all": ", all of it in host memory"}
+        cut += f", DeepSpeed ZeRO-{zero.stage}{offloaded[zero.offload]}"
     copies = f", {dims.world_size // size} copies" if 1 < size < dims.world_size else ""
     return f"{dims.world_size} ranks = {context}DP {dims.dp}, transformers' model, {cut}{copies}"
 

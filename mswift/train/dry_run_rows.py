@@ -24,6 +24,7 @@ from mswift.train.memory import (
 from mswift.train.prediction import prediction_line
 from mswift.train.sent import sent_line
 from mswift.train.tuning import tuner_line
+from mswift.train.zero_memory import ZERO_WEIGHTS, zero_host_bytes, zero_memory
 from mswift.tuners.methods import METHODS
 
 Row = tuple[str, str]
@@ -150,6 +151,13 @@ def memory_rows(config: TrainConfig, table: ModelTable, stored: str, dims: Paral
     """Memory of a rank, estimated, and what it sends."""
     dtype = train_dtype(config, stored)
     dtype_bytes = DTYPE_BYTES[dtype]
+    if config.backend == "deepspeed":
+        yield "memory", f"{dtype}, of one rank, estimated:\n{_table([zero_memory(config, table, dims, dtype_bytes)])}"
+        yield "  weights", ZERO_WEIGHTS
+        if in_host := zero_host_bytes(config, table, dims, dtype_bytes):
+            yield "  host", f"{_size(in_host)} of a rank (--deepspeed {config.deepspeed})"
+        yield "  activations", ACTIVATIONS
+        return
     if config.backend != "megatron":
         yield "memory", f"{dtype}, of one rank, estimated:\n{_table([fsdp_memory(config, table, dims, dtype_bytes)])}"
         yield "  weights", FSDP_WEIGHTS

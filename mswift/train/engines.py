@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mswift.config.deepspeed import read_zero
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import NORM, expand_modules_to_save
 from mswift.converters.plan import ModelTable
@@ -44,7 +45,7 @@ def built_engine(
     num_steps: of the run. Closed when the block ends.
     """
     adapter, start = _adapter(config, reader, num_steps)
-    make = _megatron_engine if config.backend == "megatron" else _fsdp_engine
+    make = {"megatron": _megatron_engine, "deepspeed": _deepspeed_engine}.get(config.backend, _fsdp_engine)
     engine = make(config, reader, dims, device, _shared(config, reader) | adapter)
     with ended_by(engine.close, dims):
         if not resumed or config.trains_adapter:
@@ -55,7 +56,7 @@ def built_engine(
 
 
 def _shared(config: TrainConfig, reader: WeightReader) -> dict[str, Any]:
-    """What both engines take, under the same names."""
+    """What all engines take, under the same names."""
     return {
         "dtype": train_dtype(config, reader.dtype),
         "cp_comm_type": config.cp_comm_type,
@@ -102,39 +103,56 @@ def _fsdp_engine(
     from mswift.parallel.fsdp.config import FsdpConfig
     from mswift.parallel.fsdp.engine import FsdpEngine
 
+    own = FsdpConfig(
+        **shared,
+        **_of_transformers(config, reader.table),
+        shard_size=shard_size(config, dims.world_size),
+        reshard_after_forward=config.fsdp_reshard_after_forward,
+        cpu_offload=config.fsdp_cpu_offload,
+    )
+    return FsdpEngine(reader.table, dims, own, device)
+
+
+def _deepspeed_engine(
+    config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, shared: dict[str, Any]
+) -> Engine:
+    from mswift.parallel.deepspeed.config import DeepspeedConfig
+    from mswift.parallel.deepspeed.engine import DeepspeedEngine
+
+    own = DeepspeedConfig(**shared, **_of_transformers(config, reader.table), zero=read_zero(config.deepspeed))
+    return DeepspeedEngine(reader.table, dims, own, device)
+
+
+def _of_transformers(config: TrainConfig, table: ModelTable) -> dict[str, Any]:
+    """What engines of transformers models take (`mswift.parallel.fsdp.config.HfSettings`)."""
     again = 0
     if config.recompute_granularity == "full":
         every = config.recompute_method == "uniform"
-        again = reader.table.spec.num_layers if every else config.recompute_num_layers or 0
+        again = table.spec.num_layers if every else config.recompute_num_layers or 0
     elif config.recompute_granularity == "selective":
-        again = reader.table.spec.num_layers
-    own = FsdpConfig(
-        **shared,
-        shard_size=shard_size(config, dims.world_size),
-        reshard_after_forward=config.fsdp_reshard_after_forward,
-        recompute_blocks=again,
-        recompute_keeps_products=config.recompute_granularity == "selective",
-        cpu_offload=config.fsdp_cpu_offload,
-        compile_layers=config.torch_compile,
-        liger_kernels=config.use_liger_kernel,
-        part=part_of(config, reader.table),
-        lisa=lisa_of(config, reader.table),
-        shifted_attention=config.tuner_type == "longlora",
-        neftune_alpha=config.neftune_noise_alpha,
-        muon_momentum=config.muon_momentum,
-        galore_rank=config.galore_rank,
-        galore_update_proj_gap=config.galore_update_proj_gap,
-        galore_scale=config.galore_scale,
-        galore_quantization=config.galore_quantization,
-        galore_proj_quant=config.galore_proj_quant,
-        galore_proj_bits=config.galore_proj_bits,
-        galore_proj_group_size=config.galore_proj_group_size,
-        galore_cos_threshold=config.galore_cos_threshold,
-        galore_gamma_proj=config.galore_gamma_proj,
-        galore_queue_size=config.galore_queue_size,
-        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
-    )
-    return FsdpEngine(reader.table, dims, own, device)
+        again = table.spec.num_layers
+    return {
+        "recompute_blocks": again,
+        "recompute_keeps_products": config.recompute_granularity == "selective",
+        "compile_layers": config.torch_compile,
+        "liger_kernels": config.use_liger_kernel,
+        "part": part_of(config, table),
+        "lisa": lisa_of(config, table),
+        "shifted_attention": config.tuner_type == "longlora",
+        "neftune_alpha": config.neftune_noise_alpha,
+        "muon_momentum": config.muon_momentum,
+        "galore_rank": config.galore_rank,
+        "galore_update_proj_gap": config.galore_update_proj_gap,
+        "galore_scale": config.galore_scale,
+        "galore_quantization": config.galore_quantization,
+        "galore_proj_quant": config.galore_proj_quant,
+        "galore_proj_bits": config.galore_proj_bits,
+        "galore_proj_group_size": config.galore_proj_group_size,
+        "galore_cos_threshold": config.galore_cos_threshold,
+        "galore_gamma_proj": config.galore_gamma_proj,
+        "galore_queue_size": config.galore_queue_size,
+        "four_bit_base": config.bnb_4bit_quant_type if config.quant_method else None,
+    }
 
 
 def lisa_of(config: TrainConfig, table: ModelTable) -> LayerSampling | None:

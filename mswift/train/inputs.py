@@ -19,6 +19,7 @@ from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
+from mswift.refusals.deepspeed import check_adapter_stage, check_precision
 from mswift.refusals.engine import check_four_bit_base
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
@@ -37,7 +38,7 @@ from mswift.tuners.shapes import promised_shapes
 def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) -> list[MswiftError]:
     """Every reason not to start that the model's table and the directories tell. `stored_dtype`: as "BF16"."""
     checks: list[Callable[[], object]] = [
-        lambda: train_dtype(config, stored_dtype),
+        lambda: check_precision(config, train_dtype(config, stored_dtype)),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         lambda: read_chat_template(config.chat_template),
@@ -144,6 +145,7 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)
+    check_adapter_stage(config, str(path), dora=settings.dora)
     if config.quant_method:
         check_four_bit_base(lora=True, dora=settings.dora)
     own = {

@@ -130,7 +130,7 @@ def stage_memory(
         weights_bytes=math.ceil((parameters - packed) * dtype_bytes + packed * FOUR_BIT_BYTES),
         gradients_bytes=trained * _GRAD_BYTES,
         optimizer_bytes=math.ceil((trained - experts) * state / (dims.dp * dims.cp) + experts * state / dims.edp),
-        activations_bytes=_activations(config, table, dims, dtype_bytes, pp_rank),
+        activations_bytes=activations(config, table, dims, dtype_bytes, pp_rank),
     )
 
 
@@ -140,9 +140,9 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     total = stage_parameters(table, ParallelDims(), 0)
     lora = config.trains_adapter
     trained = trained_parameters(config, table)
-    per_layer = (total - _ends(table)) / table.spec.num_layers
+    per_layer = (total - end_parameters(table)) / table.spec.num_layers
     copied = parts > 1 or dtype_bytes < _GRAD_BYTES or config.fsdp_cpu_offload
-    gathered = 2 * per_layer + _ends(table) if copied else 0.0
+    gathered = 2 * per_layer + end_parameters(table) if copied else 0.0
     on_device = not config.fsdp_cpu_offload
     held, learning, state = _held_by_all(config, table, dtype_bytes)
     if config.quant_method:
@@ -156,7 +156,7 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
         weights_bytes=math.ceil(on_device * weights + gathered * dtype_bytes),
         gradients_bytes=math.ceil(on_device * learning * _GRAD_BYTES / holders),
         optimizer_bytes=math.ceil(on_device * state / holders),
-        activations_bytes=_activations(config, table, dims, dtype_bytes, 0),
+        activations_bytes=activations(config, table, dims, dtype_bytes, 0),
     )
 
 
@@ -167,7 +167,7 @@ def _held_by_all(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> tu
     held = trained * _GRAD_BYTES + frozen * dtype_bytes
     if not config.lisa_activated_layers:
         return held, trained, optimizer_bytes(config, table)
-    ends = _ends(table)
+    ends = end_parameters(table)
     learning = math.ceil(ends + config.lisa_activated_layers * (total - ends) / table.spec.num_layers)  # at a time
     return held, learning, learning * 4 * len(ELEMENTWISE[config.optimizer])
 
@@ -178,12 +178,13 @@ def host_bytes(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype
     return math.ceil((held + learning * _GRAD_BYTES + state) / shard_size(config, dims.world_size))
 
 
-def _ends(table: ModelTable) -> int:
+def end_parameters(table: ModelTable) -> int:
     """Elements of what is in no layer: embedding, last norm, output layer."""
     return sum(math.prod(t.shape) for t in table.megatron.values() if not (t.rule.in_layer or t.rule.in_mtp))
 
 
-def _activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
+def activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
+    """Bytes of what a rank of a stage keeps for the backward pass."""
     spec = table.spec
     tokens = -(-config.micro_batch_size * config.row_length // dims.cp)
     in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)

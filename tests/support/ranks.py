@@ -239,7 +239,8 @@ def _settings() -> dict[str, Any]:
     """What a function could leave changed for the next one."""
     import torch
 
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}  # megatron-core's
+    of_libraries = ("NVTE_", "PYTORCH_NVML_")  # set by megatron-core, and by the import of deepspeed
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(of_libraries)}
     variables = {f"environment variable {name}": value for name, value in variables.items()}
     return variables | {
         "directory": os.getcwd(),

@@ -5,6 +5,7 @@ Rows are aligned at their last token; what stands before a shorter row is paddin
 
 # Shapes: B rows, H heads, T tokens of the longest row, K kept tokens (T; in a sliding layer min(T, window - 1)), D dim.
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def join(cache: DynamicCache, other: DynamicCache, length: int, other_length: in
     layer: Any
     added: Any
     for layer, added in zip(cache.layers, other.layers, strict=True):
-        if hasattr(layer, "keys") and layer.is_initialized:
+        if isinstance(layer, RoomyLayer):
+            layer.join(added)
+        elif hasattr(layer, "keys") and layer.is_initialized:
             kept = max(layer.keys.shape[-2], added.keys.shape[-2])
             layer.keys = torch.cat([_pad(layer.keys, kept), _pad(added.keys, kept)])  # [B, H, K, D]
             layer.values = torch.cat([_pad(layer.values, kept), _pad(added.values, kept)])
@@ -77,14 +80,35 @@ def _pad(states: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def pick(cache: DynamicCache, rows: torch.Tensor) -> None:
-    """Keep the rows of these indices (int64), in this order; one may come several times."""
+    """Copies of the rows of these indices (int64), in this order; one may come several times."""
     cache.reorder_cache(rows)  # type: ignore[arg-type]
+
+
+def keep(cache: DynamicCache, rows: Sequence[int], device: torch.device) -> list[int]:
+    """Keep these rows, of which there are fewer than before; returns them in their new order.
+
+    The last ones come in the places of those that go, so that the others need not be copied.
+    """
+    stay = {row for row in rows if row < len(rows)}
+    movers = [row for row in rows if row >= len(rows)]
+    order = [place if place in stay else movers.pop() for place in range(len(rows))]
+    indices = torch.tensor(order, device=device)
+    layer: Any
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep(order)
+        else:
+            layer.reorder_cache(indices)
+    return order
 
 
 def trim(cache: DynamicCache, length: int) -> None:
     """Cut off what is padding in every row; `length`: tokens of the longest row that is left."""
     layer: Any
     for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.trim(length)
+            continue
         if not hasattr(layer, "keys") or not layer.is_initialized:
             continue
         kept = length

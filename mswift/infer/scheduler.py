@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mswift.errors import ConfigError
 from mswift.infer.answer import Answer
-from mswift.infer.batch_cache import join, new_cache, pick, trim
+from mswift.infer.batch_cache import join, keep, new_cache, pick, trim
 from mswift.infer.request import TokenLogprob
 from mswift.infer.rows import stream_seed
 from mswift.infer.sampler import RowSampler, choose_tokens, token_logprobs
@@ -210,13 +210,13 @@ class _Batch:
         """Go on with these rows only."""
         if len(rows) == len(self.answers):
             return
+        if rows:
+            rows = keep(self._cache, rows, self._forward.device)
         self.answers = [self.answers[row] for row in rows]
         self._samplers = [self._samplers[row] for row in rows]
         if not rows:
             return
-        indices = torch.tensor(rows, device=self._forward.device)
-        pick(self._cache, indices)
-        self._mask = self._mask[indices]
+        self._mask = self._mask[torch.tensor(rows, device=self._forward.device)]
         length = int(self._mask.sum(-1).max())
         if length < self._mask.shape[-1]:
             self._mask = self._mask[:, -length:]

@@ -1,15 +1,18 @@
 """Answers that come and go in one batch, log-probabilities and adapters, against transformers and PEFT."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 from mswift.errors import ConfigError, DataError
+from mswift.infer.batch_cache import join, keep, new_cache, trim
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import BASE_MODEL, Request, Sampling, Score
 from mswift.infer.roomy_layer import ROOM, RoomyLayer
@@ -73,8 +76,9 @@ def test_answers_that_come_and_go_are_those_of_transformers_generate(tmp_path: P
         for text, count in [("abc", 9), ("A prompt of more tokens", 3), ("xy", 24), ("What now?", 12), ("Q", 5)]
     ]
     answers = engine.generate(requests)
+    oracle = load_model(tmp_path, None, torch.device("cpu"))
     for request, answer in zip(requests, answers, strict=True):
-        expected = _generate(engine.model, engine.prompt_tokens(request), request.sampling.max_new_tokens)
+        expected = _generate(oracle, engine.prompt_tokens(request), request.sampling.max_new_tokens)
         assert list(answer.token_ids) == expected, request.prompt
 
 
@@ -195,3 +199,47 @@ def test_a_layer_with_room_holds_what_one_that_is_copied_holds() -> None:
         layer.keys, layer.values = layer.keys[..., 30:, :], layer.values[..., 30:, :]
     append(2, ROOM + 1)
     append(2, 1)
+
+
+def test_rows_that_come_and_go_are_those_of_a_layer_that_is_copied() -> None:
+    """Shorter and longer ones, more than there is room for, in a cache that was cut and one that was not."""
+    generator = torch.Generator().manual_seed(3)
+    chosen = random.Random(4)
+    config = AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+    model = AutoModelForCausalLM.from_config(config)
+    cache, plain = new_cache(model), DynamicLayer()
+    layer = cache.layers[0]
+    assert isinstance(layer, RoomyLayer)
+    spaces = set()
+
+    def states(rows: int, count: int) -> Any:
+        return torch.randn(2, rows, 2, count, 8, generator=generator)
+
+    first = states(1, 6)
+    layer.update(*first)
+    plain.update(*first)
+    for number in range(120):
+        length = layer.get_seq_length()
+        if plain.keys.shape[0] < 3 or (number % 4 and plain.keys.shape[0] < 20):
+            other_length = chosen.randint(1, length + (40 if number % 10 == 0 else 0))
+            other, added = new_cache(model), states(chosen.randint(1, 3), other_length)
+            other.layers[0].update(*added)
+            join(cache, other, length, other_length)
+            longest = max(length, other_length)
+            plain.keys, plain.values = (
+                torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in pair])
+                for pair in ((plain.keys, added[0]), (plain.values, added[1]))
+            )
+        else:
+            rows = sorted(chosen.sample(range(plain.keys.shape[0]), chosen.randint(2, plain.keys.shape[0] - 1)))
+            order = keep(cache, rows, torch.device("cpu"))
+            assert sorted(order) == rows
+            plain.reorder_cache(torch.tensor(order))
+            if number % 3 == 0 and length > 5:
+                trim(cache, length - 4)
+                plain.keys, plain.values = plain.keys[..., 4:, :], plain.values[..., 4:, :]
+        new = states(plain.keys.shape[0], 1)
+        for one, other_one in zip(layer.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(one, other_one), number
+        spaces.add(id(layer._spaces))
+    assert len(spaces) < 40  # most came and went in place

@@ -15,6 +15,7 @@ from mswift.converters.without_effect import WITHOUT_EFFECT
 from mswift.data.chat_template import own_template
 from mswift.data.tokenizer import check_tokenizer_files
 from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.vllm_options import other_model_in_vllm
 from mswift.tuners.verify import verify_adapters
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -41,6 +42,7 @@ def _fields(model: Path, run: Path | None) -> Iterator[str]:
         return
     for name, value in missing_for_vllm(config).items():
         yield f"config.json lacks {name}, which vLLM reads and would take otherwise: it must be {json.dumps(value)}"
+    yield from other_model_in_vllm(config)
     if run is None or not (run / rundir.HF_FILES / "config.json").is_file():
         return
     trained: Mapping[str, Any] = read_config(run / rundir.HF_FILES)

@@ -13,6 +13,9 @@ Each way round is one function here, or named where it must stand elsewhere:
 - DELTA_NETS: a build for the CPU computes those of Qwen3-Next in bfloat16 only; another dtype is refused before.
 - SWIGLU_LIMIT: the field of gpt-oss is not read, 7.0 is taken, silently; another value is refused before.
 - RELOAD (`vllm_worker`): `load_weights` on a live model fails half-way; `reload_weights` is the way.
+- TIME_STEPS: `time_step_limit` of Mamba-2 is not read, silently; a limit is refused before.
+- MAMBA_GROUPS: a Mamba-2 mixer of several groups normalises each of them by itself, as mamba_ssm does; transformers
+  and mswift normalise all together. Such a model is right in one or the other; the gate does not let it pass.
 - TIED_HEAD (`vllm_worker`): on a CPU a reload leaves the packed copy of a tied head as it was; it is packed again.
 - HALF_RELOADED (`weight_sync`): a reload that fails half-way leaves tensors without memory; the engine is given up.
 - AFTER_ERRORS (`vllm_engine`): after an exception in a step, the next one may hang; the engine is given up.
@@ -44,6 +47,8 @@ _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GIB = 1 << 30
 _CPU_CACHE_BYTES = _GIB
 _SWIGLU_LIMIT = 7.0
+_MAMBA_GROUPS = 8
+"""What an absent n_groups means to transformers."""
 
 
 def vllm_version() -> str | None:
@@ -93,7 +98,7 @@ def vllm_options(config: EngineConfig, installed: str) -> dict[str, Any]:
 
 
 def _refuse_what_differs(model: Path, fields: Mapping[str, Any], dtype: str, *, on_cpu: bool) -> None:
-    """ConfigError for SWIGLU_LIMIT, and for DELTA_NETS, which would end with an AssertionError while it answers."""
+    """ConfigError for SWIGLU_LIMIT, TIME_STEPS and DELTA_NETS (which would end with an AssertionError)."""
     family, limit = fields.get("model_type"), fields.get("swiglu_limit", _SWIGLU_LIMIT)
     if family == "gpt_oss" and limit != _SWIGLU_LIMIT:
         raise ConfigError(
@@ -105,6 +110,30 @@ def _refuse_what_differs(model: Path, fields: Mapping[str, Any], dtype: str, *, 
             f"--model {model}: gated delta nets in {dtype}: builds of vLLM for the CPU compute them in bfloat16 only; "
             "use --torch_dtype bfloat16 or --infer_backend transformers"
         )
+
+    if (limits := _time_steps(fields)) is not None:
+        raise ConfigError(
+            f"--model {model}: time_step_limit is {limits}, and vLLM does not read it: it takes time steps of any "
+            "size; use --infer_backend transformers"
+        )
+
+
+def _time_steps(fields: Mapping[str, Any]) -> Any:
+    """TIME_STEPS: the limits where Mamba-2 has any."""
+    limits = fields.get("time_step_limit")
+    unlimited = (None, [0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
+    return limits if fields.get("model_type") == "mamba2" and limits not in unlimited else None
+
+
+def other_model_in_vllm(fields: Mapping[str, Any]) -> list[str]:
+    """MAMBA_GROUPS: why vLLM computes another model than the one that was trained here; [] where it does not."""
+    groups = fields.get("n_groups", _MAMBA_GROUPS)
+    if fields.get("model_type") != "mamba2" or groups == 1:
+        return []
+    return [
+        f"config.json: n_groups is {groups}: vLLM (as mamba_ssm) normalises each group of a Mamba-2 mixer by itself, "
+        "transformers and mswift all of them together; serve it with --infer_backend transformers"
+    ]
 
 
 def _mla_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:

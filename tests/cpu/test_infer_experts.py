@@ -124,3 +124,29 @@ def test_a_limit_that_vllm_does_not_read_is_refused(tmp_path: Path) -> None:
                 vllm_options(config, "0.32.0")
         else:
             assert vllm_options(config, "0.32.0")["dtype"] == "float32"
+
+
+def test_limits_of_time_steps_are_refused_for_vllm(tmp_path: Path) -> None:
+    from mswift.infer.vllm_options import vllm_options
+
+    config = EngineConfig(tmp_path, torch_dtype="float32")
+    no_limit = [{}, *({"time_step_limit": [0.0, end]} for end in (float("inf"), {"__float__": "Infinity"}))]
+    for fields in no_limit:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2"} | fields))
+        assert vllm_options(config, "0.32.0")["dtype"] == "float32"
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "time_step_limit": [0.0, 0.05]}')
+    with pytest.raises(ConfigError, match=r"time_step_limit is \[0.0, 0.05\], and vLLM does not read it"):
+        vllm_options(config, "0.32.0")
+
+
+def test_groups_that_vllm_normalises_by_themselves_do_not_pass_the_gate(tmp_path: Path) -> None:
+    """tests/system/test_vllm_families.py: they differ by 1.4, and a model of one group does not."""
+    from mswift.handover.files import file_problems
+
+    for fields, refused in (({"n_groups": 4}, 4), ({}, 8), ({"n_groups": 1}, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2"} | fields))
+        found = [problem for problem in file_problems(tmp_path, None, chats=False) if "n_groups" in problem]
+        if refused is None:
+            assert found == []
+        else:
+            assert found[0].startswith(f"config.json: n_groups is {refused}: vLLM (as mamba_ssm) normalises each group")

@@ -11,37 +11,6 @@ from tests.support import page
 
 pytestmark = page.needs_node
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    "**<iframe srcdoc='<script>1</script>'>**",
-    "[a](javascript:alert(1))",
-    "[a](JaVaScRiPt:alert(1))",
-    "[a](java\tscript:alert(1))",
-    "[a](&#106;avascript:alert(1))",
-    "[a]( javascript:alert(1))",
-    "[a](data:text/html,<script>1</script>)",
-    "[a](vbscript:x)",
-    "[a](file:///etc/passwd)",
-    "[a](//evil.example/x)",
-    "[a](https:javascript:alert(1))",
-    '[a](https://x.example/" onmouseover="alert(1))',
-    "![a](https://evil.example/steal?x)",
-    "![a](x)",
-    '<a href="javascript:1">x</a>',
-    "```html\n</code></pre><script>1</script>\n```",
-    "`</code><script>1</script>`",
-    "| <b>a</b> | b |\n|---|---|\n| <script>1</script> | [x](javascript:1) |",
-    "> <script>1</script>\n- <style>*{display:none}</style>",
-    "# <h1 onclick=x>",
-    "https://a.example/<script>",
-    "[__proto__](https://a.example)",
-    "<!--<script>-->\u2028\u202e",
-    "{{constructor.constructor('alert(1)')()}}",
-    "\x00<\x00script>",
-]
-
 
 def _elements(tree: Any) -> Iterator[Any]:
     if isinstance(tree, list):
@@ -62,9 +31,9 @@ def _check(tags: list[str], found: Any) -> None:
 
 
 def test_hostile_text_stays_text() -> None:
-    told = page.run("render.mjs", HOSTILE)
+    told = page.run("render.mjs", page.HOSTILE)
     assert set(told["tags"]).isdisjoint({"script", "style", "img", "iframe", "svg", "object", "form", "input", "base"})
-    for text, found in zip(HOSTILE, told["found"], strict=True):
+    for text, found in zip(page.HOSTILE, told["found"], strict=True):
         _check(told["tags"], found)
         for markup in re.findall(r"<[^>]*>", text):
             assert markup in found["text"]  # shown, as it was written

@@ -15,8 +15,8 @@ import pytest
 
 from mswift.cli.main import main
 from mswift.errors import ConfigError
-from mswift.handover.gate import _run
 from mswift.handover.report import Comparison, compare
+from mswift.handover.scoring import _engine
 from mswift.infer.backends import EngineConfig, open_engine
 from tests.support.commands import command, run
 from tests.support.family_configs import family_config
@@ -46,6 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     | {"intermediate_size": 64, "swiglu_limit": 7.0, "rope_scaling": {"rope_type": "yarn", "truncate": False} | YARN},
     "granite": WIDE,
     "mixtral": WIDE,
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "olmo2": WIDE,
     "olmoe": WIDE | {"num_key_value_heads": 4},
     "phi3": WIDE | {"rope_scaling": None, "original_max_position_embeddings": 256},
@@ -57,6 +58,7 @@ SOME = ("qwen3_moe", "deepseek_v3")
 MORE = (
     "mixtral", "deepseek_v2", "qwen2_moe", "olmoe", "glm4_moe", "gpt_oss", "gemma", "gemma2", "gemma3_text", "glm",
     "glm4", "granite", "mistral", "qwen2", "phi3", "starcoder2", "olmo2",
+    "mamba2",
 )  # fmt: skip
 """Beside Llama and Qwen3, which other tests of vLLM have."""
 
@@ -69,21 +71,21 @@ def build(path: Path, family: str, **changes: Any) -> Path:
     return path
 
 
-def compared(models: dict[str, Path], home: Path, num_rows: int = 4, length: int = 200) -> list[Comparison]:
-    """transformers and vLLM on the same random tokens of each model, as the gate asks them."""
+def compared(models: dict[str, Path], num_rows: int = 4, length: int = 200) -> list[Comparison]:
+    """transformers and vLLM on the same random tokens of each model, as the gate's processes ask them."""
     subjects = {name: {"model": str(path), "trained": str(path), "adapter": None} for name, path in models.items()}
     rows = np.random.default_rng(0).integers(0, 320, (num_rows, length)).tolist()
     scores = {}
     for engine in ("transformers", "vllm"):
         job = {"engine": engine, "device": "auto", "rows": rows, "subjects": subjects}
-        found = _run(engine, job, home, 1)
+        found = _engine(job)
         scores |= {(name, engine): (found[f"{name} logprobs"], found[f"{name} argmax"]) for name in subjects}
     return compare(dict(sorted(scores.items(), key=lambda entry: list(models).index(entry[0][0]))))
 
 
 @pytest.mark.parametrize("families", [SOME, pytest.param(MORE, marks=everything)], ids=["some", "more"])
 def test_vllm_computes_what_transformers_does(tmp_path: Path, families: Sequence[str]) -> None:
-    found = compared({family: build(tmp_path / family, family) for family in families}, tmp_path)
+    found = compared({family: build(tmp_path / family, family) for family in families})
     for each in found:
         print(f"{each.subject}: mean {each.mean:.1e}, max {each.max:.1e}, the same argmax {each.agreement:.2%}")
     assert [each.subject for each in found] == [*families]

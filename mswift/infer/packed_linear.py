@@ -57,7 +57,19 @@ def pack_linears(model: nn.Module) -> int:
             packed[module] = PackedLinear(module)
         if module in packed:
             model.set_submodule(name, packed[module])
+    if packed:
+        _leave_files(model)
     return len(packed)
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy what is not packed: while one tensor is a part of a mapped file, all that was read of it stays in memory."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for parameter in model.parameters():
+        place = (parameter.data_ptr(), parameter.shape, parameter.stride())
+        if place not in copies:
+            copies[place] = parameter.data.clone()
+        parameter.data = copies[place]
 
 
 def _packed_dtypes() -> tuple[torch.dtype, ...]:

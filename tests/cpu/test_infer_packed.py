@@ -1,5 +1,6 @@
 """Linears in oneDNN's blocks: the same model, in no more memory."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,13 @@ def test_a_tied_head_and_other_kinds_of_linears_stay() -> None:
     model["sixteen"] = nn.Linear(8, 8, dtype=torch.float16)
     model["head"].weight = model["embed"].weight
     model["one"] = model["two"] = nn.Linear(8, 8)
+    model["shared"], model["sharing"] = nn.Linear(8, 8), nn.Linear(8, 8)
+    model["sharing"].weight = nn.Parameter(model["shared"].weight.data)
     assert pack_linears(model) == 1
     assert model["one"] is model["two"]
     assert isinstance(model["one"], PackedLinear)
+    assert model["head"].weight is model["embed"].weight
+    assert model["shared"].weight.data_ptr() == model["sharing"].weight.data_ptr()
     assert [type(model[name]) for name in ("head", "other", "sixteen")] == [nn.Linear, Other, nn.Linear]
 
 
@@ -65,3 +70,8 @@ def test_an_engine_packs_a_model_and_its_logits_are_those_of_transformers(tmp_pa
     with torch.inference_mode():
         logits = engine.model(ids).logits
     assert float((logits - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+    maps = Path("/proc/self/maps")
+    if maps.exists() and str(tmp_path) in maps.read_text():  # the plain one's
+        del plain
+        gc.collect()
+        assert str(tmp_path) not in maps.read_text(), "the file is in memory beside the packed weights"

@@ -2,11 +2,11 @@
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +22,29 @@ _FLAGS = (
     "--disable-dev-shm-usage", "--no-proxy-server", "--window-size=1100,720",
 )  # fmt: skip
 
+_AT_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser reads commands from file 3 and writes to file 4."""
+
 
 class Browser(contextlib.AbstractContextManager["Browser"]):
     """One page of a browser with an empty profile in `home`."""
 
     def __init__(self, home: Path) -> None:
         assert BROWSER is not None
-        commands, answers = [tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in os.pipe()) for _ in range(2)]
+        commands, answers = os.pipe(), os.pipe()
         own = ["--no-sandbox"] if os.getuid() == 0 else []
         argv = [BROWSER, *_FLAGS, *own, f"--user-data-dir={home}", "about:blank"]
-        script = f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}'
+        ends = (str(commands[0]), str(answers[1]))
         self._process = subprocess.Popen(
-            ["sh", "-c", script, "sh", *argv], pass_fds=(commands[0], answers[1]), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": str(home)},
-            start_new_session=True,
+            [sys.executable, "-c", _AT_3_AND_4, *ends, *argv], pass_fds=(commands[0], answers[1]),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "HOME": str(home)}, start_new_session=True,
         )  # fmt: skip
         os.close(commands[0])
         os.close(answers[1])
@@ -96,8 +105,10 @@ class Browser(contextlib.AbstractContextManager["Browser"]):
 
     def click(self, selector: str) -> None:
         """With the mouse, in the middle of the element."""
-        place = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        x, y = self.value(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({place})")
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.value(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
+        x, y = self.value(f"({middle})({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -22,16 +22,17 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("hostile")
-    words = ["<unk>", *page.HOSTILE]
+    words = ["<unk>", *(text for text in page.HOSTILE if "```" not in text)]  # a fence would take in all the rest
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     tokenizer.save_pretrained(path)
     no_end: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     tiny_model(path, vocab_size=len(words), num_hidden_layers=2, max_position_embeddings=100_000, **no_end)
-    found = Running("app", "--model", str(path), "--system", "Be hostile.")
+    server = Running("deploy", "--model", str(path), "--max_new_tokens", "90000")
+    found = Running("app", "--url", server.url, "--system", "Be hostile.")
     yield found
-    assert found.stop()[0] == 0
+    assert (found.stop()[0], server.stop()[0]) == (0, 0)
 
 
 TAGS = "p br hr h1 h2 h3 h4 h5 h6 strong em del code pre blockquote ul ol li a table thead tbody tr th td"
@@ -53,8 +54,8 @@ def test_a_conversation_in_a_browser(app: Running, tmp_path: Path) -> None:
     with Browser(tmp_path) as browser:
         browser.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
         browser.open(app.url + "/")
-        browser.until("document.querySelector('#model').options.length === 1")
-        assert browser.value("document.querySelector('#system').value") == "Be hostile."
+        browser.until("document.querySelector('#system').value === 'Be hostile.'")
+        assert browser.value("document.querySelector('#model').options.length") == 1
         browser.write("#max_tokens", "300")
         browser.write("#temperature", "100")
         browser.write("#seed", "3")
@@ -62,21 +63,21 @@ def test_a_conversation_in_a_browser(app: Running, tmp_path: Path) -> None:
         browser.press_enter()
         browser.until("document.querySelector('#status').textContent === 'cut: max_tokens'")
         assert browser.value("document.querySelector('#log article.user div').innerHTML") == "&lt;b&gt;Hello&lt;/b&gt;"
-        _stayed_text(browser)
-        assert browser.value("seen.lengths.size") > 3  # it came in pieces
         if place := os.environ.get("MSWIFT_SCREENSHOTS"):
             Path(place, "hostile.png").write_bytes(browser.screenshot())
+        _stayed_text(browser)
+        assert browser.value("seen.lengths.size") > 3  # it came in pieces
 
         browser.write("#max_tokens", "90000")
         browser.write("#prompt", "More")
         browser.click("#send")
-        browser.until(f"document.querySelectorAll('#log article').length === 4 && {ANSWER}.textContent.length > 200")
+        browser.until(f"document.querySelectorAll('#log article').length === 4 && {ANSWER}.textContent.length > 1500")
         browser.click("#stop")
         browser.until("document.querySelector('#status').textContent === 'stopped'")
         assert not browser.value("document.querySelector('#send').disabled")
         _stayed_text(browser)
         browser.click("#clear")
-        assert browser.value("document.querySelectorAll('#log article').length") == 0
+        browser.until("document.querySelectorAll('#log article').length === 0")
 
         assert browser.value("[seen.violations, seen.errors]") == [[], []]
         asked = {
@@ -95,7 +96,7 @@ def _stayed_text(browser: Browser) -> None:
     script = """[...ANSWER.querySelectorAll("*")].map((one) => [one.localName, ...one.getAttributeNames(),
         one.localName === "a" ? new URL(one.href).protocol : ""])"""
     found = browser.value(script.replace("ANSWER", ANSWER))
-    assert len(found) > 20
+    assert len(found) > 3
     for tag, *attributes, protocol in found:
         assert tag in TAGS.split()
         if tag == "a":
@@ -104,4 +105,4 @@ def _stayed_text(browser: Browser) -> None:
         else:
             assert attributes == []
     text = browser.value(f"{ANSWER}.textContent")
-    assert sum(text.count(markup) for markup in ("<script>", "onerror=", "<style>", "<iframe")) > 10
+    assert sum(text.count(markup) for markup in ("<script>", "onerror=", "<style>", "<iframe")) > 3

@@ -15,6 +15,7 @@ from mswift.eval.task import Settings
 from mswift.infer.url_engine import KEY
 
 COMMAND = "MSWIFT_OPENCOMPASS"
+_DATA = "COMPASS_DATA_CACHE"
 _MODEL = "mswift_server"
 _OUT_TOKENS = 1024
 _SEQUENCE_TOKENS = 32768
@@ -26,12 +27,18 @@ def evaluate(config: EvalConfig, settings: Settings) -> tuple[list[TaskResult], 
     command, server = _command(), server_of(config)
     folder = (Path(config.eval_output_dir) / "opencompass").absolute()
     argv = [command, *arguments(config, server, folder)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    job = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False, env=environment)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **_data_place()}
+    job = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False, env=environment, cwd=folder)  # it writes ./tmp
     summaries = sorted((folder / "work").glob("*/summary/summary_*.csv"))
     if job.returncode != 0 or not summaries:
         raise ConfigError(f"--eval_backend opencompass ended with {job.returncode}; its logs are in {folder / 'work'}")
     return read_summary(summaries[-1]), dict(server.about)
+
+
+def _data_place() -> dict[str, str]:
+    """Its variable for the folder above `data`, which it would look for where it runs."""
+    given = os.environ.get(_DATA, "")
+    return {_DATA: str(Path(given).absolute())} if given or Path("data").is_dir() else {}
 
 
 def _check(config: EvalConfig) -> None:
@@ -98,7 +105,7 @@ def read_summary(path: Path) -> list[TaskResult]:
             if row[_MODEL] not in ("-", ""):
                 scores.setdefault(row["dataset"], {})[row["metric"]] = float(row[_MODEL])
     if not scores:
-        raise ConfigError(f"{path}: OpenCompass scored nothing")
+        raise ConfigError(f"{path}: OpenCompass scored nothing; why is in {path.parents[1] / 'logs'}")
     return [
         TaskResult(name, f"OpenCompass's {name}", "", 0, "", 0, metrics=(), samples=[], reported=found)
         for name, found in scores.items()
@@ -112,4 +119,4 @@ def _command() -> str:
             "--eval_backend opencompass: no command opencompass; install it into an environment of its own (python -m "
             f"venv oc; oc/bin/pip install opencompass) and name the command: {COMMAND}=oc/bin/opencompass"
         )
-    return named
+    return str(Path(named).absolute())

@@ -89,7 +89,10 @@ def lmdeploy_argv(python: str, config: EngineConfig, options: ServerOptions, por
 
 
 def _check_loras(config: EngineConfig) -> None:
-    """ConfigError for adapters that are no LoRA, which these servers do not load."""
+    """ConfigError for adapters that are no LoRA, and for fields beyond `PeftSettings`.
+
+    These servers read r, lora_alpha and target_modules, so that such a field would be lost without a word.
+    """
     for path in config.adapters.values():
         read_peft_config(path)
 

@@ -27,7 +27,7 @@ from mswift.tuners.library_start import (
     inputs_behind,
     write,
 )
-from mswift.tuners.peft_config import check_adapter_dir
+from mswift.tuners.peft_config import CONFIG_FILE, check_adapter_dir, refuse_changed_base
 
 META = torch.device("meta")
 
@@ -72,6 +72,13 @@ class TunedModel(nn.Module):
     def _has_prompts(self) -> bool:
         return any(config.is_prompt_learning for config in self.peft.peft_config.values())
 
+    def _refuse_reduced_base(self, what: str) -> None:
+        for name in self._initial:
+            raise ConfigError(
+                f"adapter {name!r} ({self.peft.peft_config[name].init_lora_weights}) has taken its start off the base, "
+                f"and no other is {what} on what is left: save it, and load it on an untouched base beside the others"
+            )
+
     def _refuse_prompts(self, what: str) -> None:
         if self._has_prompts:
             raise ConfigError(f"virtual tokens change no weight of the model, and are not {what}")
@@ -95,7 +102,8 @@ class TunedModel(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def add(self, config: TunerConfig, name: str) -> None:
-        """One more adapter of the same method; not active."""
+        """One more adapter of the same method; neither active nor trained."""
+        self._refuse_reduced_base("added")
         if name in self.adapters:
             raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
         check_targets(self.peft, config)
@@ -112,6 +120,7 @@ class TunedModel(nn.Module):
                 self.peft.add_adapter(name, wanted)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"adapter {name!r}: PEFT: {error}") from error
+        self._train_one_prompt()
 
     def activate(self, *names: str) -> None:
         """These adapters compute from now on, their sum where there are several, and are trained; no other."""
@@ -123,12 +132,14 @@ class TunedModel(nn.Module):
             if len(names) != 1:
                 raise ConfigError(f"{len(names)} adapters of virtual tokens at a time: PEFT computes one")
             self._no_prompts = False
-            return self.peft.set_adapter(names[0])  # type: ignore[no-any-return]
+            self.peft.set_adapter(names[0])
+            self._train_one_prompt()
+            return
         self.peft.base_model.enable_adapter_layers()
         self.peft.base_model.set_adapter(list(names))
 
     def deactivate(self) -> None:
-        """The base alone computes from now on."""
+        """The base alone computes from now on, without the start of an adapter that was taken off it."""
         if self._has_prompts:
             self._no_prompts = True
             return
@@ -137,6 +148,7 @@ class TunedModel(nn.Module):
     def combine(self, names: Sequence[str], weights: Sequence[float], name: str, how: str = "linear") -> None:
         """A new LoRA out of others, by PEFT's `add_weighted_adapter`; how: linear, svd, cat, ties, dare_ties, ..."""
         self._refuse_prompts("combined")
+        self._refuse_reduced_base("combined")
         for each in names:
             self._require(each)
         if not hasattr(self.peft.base_model, "add_weighted_adapter"):
@@ -146,13 +158,13 @@ class TunedModel(nn.Module):
     def set_aside(self, name: str, place: str | Path = "cpu") -> None:
         """Move an adapter that is not active to a device; or write it to a directory and keep no memory of it."""
         self._refuse_prompts("set aside")
-        self._require(name)
+        self._require_here(name)
         if name in self.active:
             raise ConfigError(f"adapter {name!r} is active: activate another one, or deactivate")
         if isinstance(place, str) and place.partition(":")[0] in ("cpu", "cuda"):
             self._move(name, torch.device(place))
             return
-        self.save(Path(place), name)
+        write(self.peft, Path(place), name)  # as it is, for this base
         self._move(name, META)
         self._kept[name] = Path(place)
 
@@ -171,14 +183,13 @@ class TunedModel(nn.Module):
 
     def save(self, folder: Path, name: str = NAME) -> None:
         """As a PEFT directory, which `load`, PEFT and `mswift infer --adapters` take."""
-        self._require(name)
-        if name in self._kept:
-            raise ConfigError(f"adapter {name!r} lies in {self._kept[name]}: bring_back first")
+        self._require_here(name)
         write(self.peft, folder, name, self._initial.get(name))
 
     def load(self, folder: Path, name: str) -> None:
         """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
-        check_adapter_dir(folder)
+        self._refuse_reduced_base("loaded")
+        refuse_changed_base(check_adapter_dir(folder), folder / CONFIG_FILE)
         try:
             self.peft.load_adapter(str(folder), name)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -187,6 +198,7 @@ class TunedModel(nn.Module):
         wrong = sorted(there.keys() ^ self._stored(name).keys())
         if wrong:
             raise CheckpointError(f"{folder}: {wrong[0]} is missing or has no place ({len(wrong)} such tensors)")
+        self._train_one_prompt()
 
     def merge(self, *names: str) -> nn.Module:
         """The base with these adapters in its weights (those active, where none is named), without PEFT's layers."""
@@ -215,6 +227,17 @@ class TunedModel(nn.Module):
         if name not in self.adapters:
             near = ", ".join(get_close_matches(name, self.adapters, 3, 0.0))
             raise ConfigError(f"there is no adapter {name!r}; near: {near}")
+
+    def _require_here(self, name: str) -> None:
+        self._require(name)
+        if name in self._kept:
+            raise ConfigError(f"adapter {name!r} lies in {self._kept[name]}: bring_back first")
+
+    def _train_one_prompt(self) -> None:
+        """Of virtual tokens those that are active alone: PEFT freezes none."""
+        if self._has_prompts:
+            for name, encoder in self.peft.prompt_encoder.items():
+                encoder.requires_grad_(name in self.peft.active_adapters)
 
     def _layers(self) -> Iterator[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer

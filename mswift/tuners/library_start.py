@@ -3,6 +3,7 @@
 What PiSSA, OLoRA and LoRA-GA start from is kept beside the model, so that what is saved is for the untouched base.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mswift.errors import ConfigError
+from mswift.tuners.peft_config import CONFIG_FILE
 from mswift.tuners.settings import FROM_DATA
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -88,3 +90,12 @@ def write(peft: Any, folder: Path, name: str, initial: Initial | None = None) ->
         file.rename(folder / file.name)
     if nested.is_dir():
         nested.rmdir()
+    if initial is not None:
+        _forget_start(folder / CONFIG_FILE)
+
+
+def _forget_start(file: Path) -> None:
+    """A plain LoRA has no gradients to start from; PEFT leaves their settings there."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["lora_ga_config"] = None
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -173,11 +173,8 @@ def read_peft_config(adapter: Path, *, trained_here: bool = False) -> PeftSettin
 def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool = False) -> PeftSettings:
     """The content of an adapter_config.json; `path` is its name in errors, which are those of `read_peft_config`."""
     init = data.get("init_lora_weights", True)
-    if not trained_here and init not in _PLAIN_INITS:
-        raise ConfigError(
-            f"{path}: init_lora_weights={init!r} has changed the base weights as well; save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, or mswift export, which turns it into a plain LoRA"
-        )
+    if not trained_here:
+        refuse_changed_base(data, path)
     _refuse_unsupported(data, path)
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if not is_rank(rank) or not is_number(alpha):
@@ -202,6 +199,16 @@ def parse_peft_config(data: Mapping[str, Any], path: Path, *, trained_here: bool
         target_parameters=tuple(sorted(data.get("target_parameters") or ())),
         init="true" if init in _PLAIN_INITS else str(init),
     )
+
+
+def refuse_changed_base(data: Mapping[str, Any], path: Path) -> None:
+    """ConfigError for an adapter_config.json whose adapter belongs to a base without its start; `path` is its name."""
+    init = data.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ConfigError(
+            f"{path}: init_lora_weights={init!r} has changed the base weights as well; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, or mswift export, which turns it into a plain LoRA"
+        )
 
 
 def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:

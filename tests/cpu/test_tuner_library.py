@@ -13,6 +13,7 @@ from torch import nn
 
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.library import TunedModel, TunerConfig, prepare_model
+from mswift.tuners.peft_config import read_peft_config
 from tests.support.methods import tiny
 
 TOKENS = torch.arange(24).view(2, 12) % 17
@@ -193,6 +194,34 @@ def test_what_starts_as_a_part_of_the_base_is_saved_for_the_untouched_one(init: 
     again: Any = PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-4)
     assert float((logits(model) - logits(base)).abs().max()) > 1e-2
+    assert read_peft_config(tmp_path / "adapter").rank == (4 if init == "eva" else 8)
+    beside = prepare_model(deepcopy(base), TunerConfig("lora", fields={"r": 2}), "first")
+    beside.load(tmp_path / "adapter", "second")
+    beside.activate("second")
+    torch.testing.assert_close(logits(beside), logits(model), rtol=0, atol=1e-4)
+    if init != "eva":
+        check_that_none_is_put_beside(model, beside, tmp_path)
+
+
+def check_that_none_is_put_beside(model: TunedModel, plain: TunedModel, folder: Path) -> None:
+    """Another adapter would compute on a base without the start; the adapter itself comes back to that base."""
+    before = logits(model)
+    config = TunerConfig("lora", fields={"r": 2})
+    with pytest.raises(ConfigError, match="has taken its start off the base, and no other is added"):
+        model.add(config, "other")
+    with pytest.raises(ConfigError, match="'default' .* no other is loaded"):
+        model.load(folder / "adapter", "other")
+    with pytest.raises(ConfigError, match="no other is combined"):
+        model.combine(["default"], [0.5], "other")
+    assert model.adapters == ("default",)
+    model.deactivate()
+    model.set_aside("default", folder / "aside")
+    with pytest.raises(ConfigError, match="'default' lies in .*bring_back first"):
+        model.set_aside("default", "cpu")
+    model.activate("default")
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ConfigError, match="has changed the base weights as well"):
+        plain.load(folder / "aside", "third")
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])
@@ -220,9 +249,24 @@ def test_virtual_tokens_in_a_loop_of_one_s_own(kind: str, tmp_path: Path) -> Non
     assert torch.equal(logits(model), before)
     model.activate("default")
     assert torch.equal(logits(model), trained)
+    check_which_prompt_is_trained(model, kind, tmp_path)
     with pytest.raises(ConfigError, match="virtual tokens change no weight of the model, and are not merged"):
         model.merge()
     assert torch.equal(logits(model.unload()), before)
+
+
+def check_which_prompt_is_trained(model: TunedModel, kind: str, folder: Path) -> None:
+    """The active virtual tokens alone, whichever way others came."""
+
+    def trained() -> set[str]:
+        return {name.split(".")[1] for name, parameter in model.peft.named_parameters() if parameter.requires_grad}
+
+    model.add(TunerConfig(kind, fields={"num_virtual_tokens": 4}, seed=1), "added")
+    model.load(folder / "adapter", "loaded")
+    assert trained() == {"default"}
+    for name in ("added", "loaded", "default"):
+        model.activate(name)
+        assert trained() == {name}
 
 
 def test_starts_without_their_preparation_are_refused() -> None:

@@ -52,6 +52,19 @@ def test_adapters_that_are_no_lora_are_refused(tmp_path: Path, peft_type: str) -
         lmdeploy_argv("python", config, ServerOptions(), 5, "http://127.0.0.1:5")
 
 
+def test_fields_that_these_servers_would_lose_are_refused(tmp_path: Path) -> None:
+    """SGLang reads r, lora_alpha and target_modules: with the others' meaning lost it would answer wrongly."""
+    config = _config(adapters=_adapters(tmp_path, "a"))
+    file = tmp_path / "a" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    for field, value in (("alora_invocation_tokens", [3]), ("init_lora_weights", "pissa")):
+        file.write_text(json.dumps({**said, field: value}))
+        with pytest.raises(ConfigError, match=field):
+            sglang_argv("python", config, ServerOptions(), 5)
+        with pytest.raises(ConfigError, match=field):
+            lmdeploy_argv("python", config, ServerOptions(), 5, "http://127.0.0.1:5")
+
+
 def test_lmdeploy_is_told_in_its_own_words(tmp_path: Path) -> None:
     """LMDeploy 0.18.0's own parser took this command line and read it so (a check by hand, not part of the tests)."""
     options = engine_args("lmdeploy", ["tp=2", "cache_max_entry_count=0.5", "eager_mode=false"])

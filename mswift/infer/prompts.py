@@ -29,8 +29,11 @@ def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:
     return list(tokenizer(text + request.opening, add_special_tokens=False)["input_ids"])
 
 
-def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None) -> None:
-    """DataError for a prompt that is empty, longer than the model (`limit` tokens) or has ids beyond its `rows`."""
+def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None, virtual: int = 0) -> None:
+    """DataError for a prompt that is empty, longer than the model (`limit` tokens) or has ids beyond its `rows`.
+
+    virtual: tokens that an adapter puts before it.
+    """
     if not prompt:
         raise DataError("an empty prompt, and the tokenizer adds no start token: nothing to continue")
     if max(prompt) >= rows or min(prompt) < 0:
@@ -40,10 +43,13 @@ def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None
             f"the prompt has token {token!r} (id {wrong}), the model has {rows} embedding rows: put "
             "the tokenizer files that the model was trained with into the directory of --model"
         )
-    if limit is not None and len(prompt) >= limit:
+    if limit is not None and virtual + len(prompt) >= limit:
+        behind = f" behind the adapter's {virtual} virtual tokens" if virtual else ""
+        longest = limit - virtual - 1
+        remedy = f"shorten it to {longest} or less" if longest > 0 else "no prompt fits: ask without this adapter"
         raise DataError(
-            f"a prompt of {len(prompt)} tokens leaves no room for an answer: "
-            f"the model's max_position_embeddings is {limit}; shorten it to {limit - 1} or less"
+            f"a prompt of {len(prompt)} tokens{behind} leaves no room for an answer: "
+            f"the model's max_position_embeddings is {limit}; {remedy}"
         )
 
 

@@ -82,7 +82,7 @@ class TransformersEngine(SteppedEngine):
 
     def check(self, prompt: list[int], adapter: str | None = None) -> None:
         """DataError for tokens that the model cannot take, or that leave no room for another."""
-        check_prompt(prompt, self.tokenizer, self._rows, self._room(adapter))
+        check_prompt(prompt, self.tokenizer, self._rows, self.max_length, self._fronts.of(adapter).length)
 
     def _room(self, adapter: str | None) -> int | None:
         """Tokens of a prompt and its answer together, behind what the adapter puts before them."""

@@ -24,7 +24,7 @@ from mswift.tuners.prompts import EMBEDDINGS, PROMPTS, PromptConfig
 
 
 class TokenStart:
-    """A source of first values (`mswift.parallel.engine.AdapterSource`): rows of the model's embedding, [n, h]."""
+    """A source of first values (`mswift.parallel.engine.AdapterSource`): what the model embeds tokens as, [n, h]."""
 
     def __init__(self, reader: WeightReader, ids: list[int]) -> None:
         (name,) = reader.table.hf_embeddings
@@ -35,6 +35,9 @@ class TokenStart:
         dtype = SOURCE_DTYPES[reader.dtype_of(mapped.key)]
         for row, token in enumerate(ids):
             read_rows(mapped, row_regions(shape, token, 1), self._values[row : row + 1], reader.read, dtype=dtype)
+        spec = reader.table.spec
+        if spec.rounded_embedding_multiplier:  # part of transformers' embedding; other factors come behind it
+            self._values = (self._values.to(dtype) * torch.tensor(spec.embedding_multiplier, dtype=dtype)).float()
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """It has exactly these tensors."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mswift.tuners.prompts import EMBEDDINGS, ENCODER, PEFT_TYPES, PromptConfig
@@ -53,6 +54,15 @@ def made_by(encoder: nn.Module, count: int) -> Tensor:
     return made
 
 
+def placed(table: Tensor, ids: Tensor) -> Tensor:
+    """table [n, w], ids int64 [b, s] -> [b, s, w]: the rows of virtual tokens where they are, zeros elsewhere.
+
+    An embedding, since the gradient of advanced indexing is summed in the order in which threads of a CPU come.
+    """
+    n = len(table)
+    return F.embedding(torch.where(ids < 0, -1 - ids, n), F.pad(table, (0, 0, 0, 1)), padding_idx=n)
+
+
 class PromptEmbeddings:
     """Hooks on the embedding: of virtual tokens the vectors that `vectors` gives, [n, h], at each forward pass."""
 
@@ -77,8 +87,7 @@ class PromptEmbeddings:
 
     def embedded(self, ids: Tensor, output: Tensor) -> Tensor:
         """ids int64 [b, s], output [b, s, h] -> the same with the vectors of virtual tokens."""
-        vectors = self._vectors().to(output.dtype)
-        return torch.where((ids < 0)[..., None], vectors[(-1 - ids).clamp(min=0)], output)
+        return torch.where((ids < 0)[..., None], placed(self._vectors().to(output.dtype), ids), output)
 
 
 Keys = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -98,12 +107,13 @@ class PrefixKeys(PromptEmbeddings):
     def embedded(self, ids: Tensor, output: Tensor) -> Tensor:
         """As it was: token 0 stands for virtual ones."""
         made = self._vectors()
-        virtual, places = (ids < 0)[:, None, :, None], (-1 - ids).clamp(min=0)
+        by_layer = made.view(len(made), self._num_layers, -1)  # [n, L, 2 g d]
+        virtual = (ids < 0)[:, None, :, None]
 
         def keys(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             heads, width = key.shape[1], key.shape[3]
-            pairs = split_prefix(made, self._num_layers, heads, width)[layer].to(key.dtype)  # [2, g, n, d]
-            own = pairs[:, :, places].transpose(1, 2)  # [2, b, g, s, d]
+            pairs = placed(by_layer[:, layer].to(key.dtype), ids).view(*ids.shape, 2, heads, width)
+            own = pairs.permute(2, 0, 3, 1, 4)  # [2, b, g, s, d]
             return torch.where(virtual, own[0], key), torch.where(virtual, own[1], value)
 
         self._note(keys)

@@ -42,8 +42,8 @@ _CHOICES = {
     "init_weights": ("", "zero"),
 }
 _BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
-_UNREAD = {"encoder_dropout": 0.0, "modules_to_save": None, "tokenizer_kwargs": None}
-"""Fields that PEFT writes too, and the values that change nothing."""
+_START = ("encoder_dropout", "tokenizer_kwargs", "tokenizer_name_or_path")
+"""Fields that PEFT writes too; they matter while training, or where it starts, and not to what a file holds."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,14 @@ def _lstm(inputs: int, hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
 def prompt_config(table: ModelTable, kind: str, given: Mapping[str, Any], seed: int = 0) -> PromptConfig:
     """given: fields of --tuner_config. ConfigError for fields, values and models that do not fit."""
     _check_model(table, kind)
-    return _of_model(table, kind, _checked(kind, given, "--tuner_config: "), seed)
+    if given.get("encoder_dropout"):
+        raise ConfigError(
+            f"--tuner_config: encoder_dropout {given['encoder_dropout']}: every rank would drop something else, and "
+            "virtual tokens are the same on all: leave it out"
+        )
+    fields = _checked(kind, given, "--tuner_config: ")
+    _check_pairs(kind, fields, given)
+    return _of_model(table, kind, fields, seed)
 
 
 def _of_model(table: ModelTable, kind: str, fields: Mapping[str, Any], seed: int) -> PromptConfig:
@@ -163,13 +170,9 @@ def _check_model(table: ModelTable, kind: str) -> None:
 
 
 def _checked(kind: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All fields, of which each is right by itself."""
     fields = dict(_FIELDS[kind])
     for name, value in given.items():
-        if name == "encoder_dropout" and value:
-            raise ConfigError(
-                f"{where}encoder_dropout {value}: every rank would drop something else, and virtual tokens are the "
-                "same on all: leave it out"
-            )
         if name not in fields:
             near = get_close_matches(name, fields, 3, 0.5)
             known = f"near: {', '.join(near)}" if near else f"known: {' '.join(fields)}"
@@ -179,11 +182,11 @@ def _checked(kind: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
             words = {int: "a whole number", bool: "true or false", str: "a text"}
             raise ConfigError(f"{where}{name} {value!r} must be {words[wanted]}")
         fields[name] = value
-    _check_values(kind, fields, where, given)
+    _check_values(fields, where)
     return fields
 
 
-def _check_values(kind: str, fields: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> None:
+def _check_values(fields: Mapping[str, Any], where: str) -> None:
     for name in ("num_virtual_tokens", "encoder_num_layers"):
         if fields.get(name, 1) < 1:
             raise ConfigError(f"{where}{name} {fields[name]} must be at least 1")
@@ -192,6 +195,11 @@ def _check_values(kind: str, fields: Mapping[str, Any], where: str, given: Mappi
     for name, known in _CHOICES.items():
         if name in fields and fields[name] not in known:
             raise ConfigError(f"{where}{name} {fields[name]!r}: known: {' '.join(filter(None, known))}")
+
+
+def _check_pairs(kind: str, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ConfigError for fields of --tuner_config that do not go together."""
+    where = "--tuner_config: "
     if kind == "prompt" and (fields["prompt_tuning_init"] == "TEXT") != bool(fields["prompt_tuning_init_text"]):
         raise ConfigError(
             f"{where}prompt_tuning_init TEXT and prompt_tuning_init_text go together: give both, or neither"
@@ -217,9 +225,9 @@ def parse_prompt(data: Mapping[str, Any], path: Path, num_layers: int, seed: int
     """
     kind = {peft_type: kind for kind, peft_type in PEFT_TYPES.items()}[data["peft_type"]]
     model = {"num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
-    known = {*_FIELDS[kind], *_BOOKKEEPING, *model, "peft_type", "tokenizer_name_or_path", *_UNREAD}
+    known = {*_FIELDS[kind], *_BOOKKEEPING, *model, "peft_type", *_START}
     for name, value in data.items():
-        if value and (name not in known or (name in _UNREAD and value != _UNREAD[name])):
+        if value and name not in known:
             raise ConfigError(f"{path}: {name}={value!r} is not supported by mswift for {data['peft_type']}")
     sizes = [data.get(name) for name in ("token_dim", "num_layers", "num_attention_heads")]
     if not all(type(size) is int and size > 0 for size in sizes):

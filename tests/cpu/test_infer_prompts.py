@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from mswift.errors import DataError
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import BASE_MODEL, Request, Sampling
 from mswift.infer.transformers_engine import TransformersEngine
@@ -81,6 +82,19 @@ def test_answers_and_scores_side_by_side_are_peft_s(home: Path) -> None:
         (score,) = engine.score([(prompt, tokens)], adapter)
         assert [entry.logprob for entry in score.tokens] == pytest.approx(logprobs, abs=2e-4), adapter
     assert len({completion.token_ids for completion in engine.generate(requests[::3])}) >= 3
+
+
+def test_a_prompt_without_room_behind_virtual_tokens_is_refused_with_the_numbers(home: Path) -> None:
+    engine = engine_of(home, "prompt", max_length=12)
+    engine.check([5] * 6, "prompt")
+    with pytest.raises(DataError, match=r"7 tokens behind the adapter's 5 virtual .* is 12; shorten it to 6 or less"):
+        engine.check([5] * 7, "prompt")
+    engine.check([5] * 11)
+    with pytest.raises(DataError, match=r"a prompt of 12 tokens leaves no room .* is 12; shorten it to 11 or less"):
+        engine.check([5] * 12)
+    engine = engine_of(home, "prompt", max_length=5)
+    with pytest.raises(DataError, match="no prompt fits: ask without this adapter"):
+        engine.check([5], "prompt")
 
 
 @pytest.fixture(scope="module")

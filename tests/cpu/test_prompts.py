@@ -4,6 +4,7 @@ fp32; at most 1e-5 from PEFT (max|a - b| / max|b| per tensor): one rank, cut ove
 on two ranks that share sequences.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mswift.tuners.export import export_adapter
+from mswift.tuners.prompt_modules import Keys, PrefixKeys, PromptEmbeddings
 from tests.support.parity import VOCAB, difference, differences, random_model
 from tests.support.prompts import CASES, DOCUMENTS, Behind, on_rank, peft_steps, prompt_of, steps_of
 from tests.support.ranks import run_ranks
@@ -95,6 +97,40 @@ def test_models_with_windows_and_scaled_embeddings(tmp_path: Path, name: str) ->
         assert {what: value for what, value in apart.items() if not value <= 1e-5} == {}, config.kind
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Several in torch's kernels, also on a machine of one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_gradients_are_the_same_bits_each_time(kind: str) -> None:
+    """On tensors that are large enough for torch to share out among threads."""
+    rows, length, hidden, count, heads = 16, 256, 64, 8, 2
+    ids = torch.randint(0, 50, (rows, length))
+    ids[:, :count] = -1 - torch.arange(count)
+    out, weight = torch.randn(rows, length, hidden), torch.randn(rows, heads, length, hidden)
+
+    def gradient() -> bytes:
+        vectors = torch.ones(count, hidden if kind == "prompt" else 2 * heads * hidden, requires_grad=True)
+        if kind == "prompt":
+            (PromptEmbeddings(lambda: vectors).embedded(ids, out) * weight[:, 0]).sum().backward()
+        else:
+            told: list[Keys] = []
+            PrefixKeys(lambda: vectors, 1, told.append).embedded(ids, out)
+            key, value = told[0](0, torch.zeros_like(weight), torch.zeros_like(weight))
+            ((key + value) * weight).sum().backward()
+        assert vectors.grad is not None
+        assert vectors.grad.abs().min() > 0
+        return vectors.grad.numpy().tobytes()
+
+    assert len({gradient() for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_same_run(found: Any, case: str) -> None:
     for weights, state, resumed in found("cut over two")[case]["each"]:
@@ -119,9 +155,19 @@ def test_peft_loads_what_is_exported(home: Path, found: Any, tmp_path: Path, cas
     assert difference(logits, result["last"]) <= 1e-5
 
 
-@pytest.mark.parametrize("count", [3, 12])
-def test_a_start_of_real_tokens_is_peft_s(home: Path, count: int) -> None:
-    """A text that is cut, and one that is repeated; tokens that are drawn."""
+@pytest.mark.parametrize(
+    ("name", "changes", "dtype", "count"),
+    [
+        ("qwen3", {}, torch.float32, 3),
+        ("qwen3", {}, torch.float32, 12),
+        ("gemma2", {}, torch.float32, 3),
+        ("gemma2", {"hidden_size": 96}, torch.bfloat16, 12),
+    ],
+)
+def test_a_start_of_real_tokens_is_peft_s(
+    tmp_path: Path, name: str, changes: dict[str, Any], dtype: torch.dtype, count: int
+) -> None:
+    """A text that is cut, and one that is repeated; tokens that are drawn; embeddings that are scaled."""
     from peft import PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -130,10 +176,13 @@ def test_a_start_of_real_tokens_is_peft_s(home: Path, count: int) -> None:
     from mswift.train.prompt_start import token_start
     from tests.support.tiny import tiny_tokenizer
 
+    home = tmp_path
+    model: Any = random_model(name, num_hidden_layers=2, vocab_size=VOCAB, **changes)
+    model.to(dtype).save_pretrained(home / "model")
     tiny_tokenizer(home / "model")
     reader = WeightReader(home / "model")
     text = {"num_virtual_tokens": count, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}
-    base = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(home / "model", dtype=dtype)
     peft: Any = get_peft_model(
         base, PromptTuningConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=str(home / "model"), **text)
     )
@@ -146,7 +195,7 @@ def test_a_start_of_real_tokens_is_peft_s(home: Path, count: int) -> None:
     sampled = token_start(drawn, reader)
     assert sampled is not None
     rows = sampled.read("prompt_embeddings", Region.full(tuple(wanted.shape)))
-    table = base.get_input_embeddings().weight
+    table = base.get_input_embeddings()(torch.arange(VOCAB)).float()
     assert (rows[:, None] == table[None]).all(-1).any(-1).all()
     assert len(rows.unique(dim=0)) == count
     assert token_start(prompt_of(home, "prompt"), reader) is None

@@ -58,6 +58,37 @@ def test_a_configuration_is_read_as_it_is_written(kind: str) -> None:
     assert parse_prompt(data, Path("f"), LAYERS, 5) == own
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("ptuning", {"encoder_num_layers": 3, "encoder_dropout": 0.1}),
+        ("ptuning", {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.1}),
+        ("prompt", {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "Say"}),
+        ("prompt", {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Say", "tokenizer_kwargs": {"a": 1}}),
+        ("prefix", {"encoder_hidden_size": 8}),
+    ],
+)
+def test_files_with_fields_that_matter_to_training_alone_are_read(kind: str, fields: dict[str, Any]) -> None:
+    data = prompt_config(TABLE, kind, {}).content("base") | fields
+    read = parse_prompt(data, Path("f"), LAYERS)
+    assert read.file_shapes(TABLE, ()) == prompt_config(TABLE, kind, {}).file_shapes(TABLE, ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"num_virtual_tokens": 0}, "f: num_virtual_tokens 0 must be at least 1"),
+        ({"num_virtual_tokens": "3"}, "f: num_virtual_tokens '3' must be a whole number"),
+        ({"prompt_tuning_init": "WORDS"}, "f: prompt_tuning_init 'WORDS': known: "),
+        ({"modules_to_save": ["lm_head"]}, "f: modules_to_save=.'lm_head'. is not supported"),
+        ({"token_dim": 0}, "token_dim, num_layers and num_attention_heads .0, 3, 8. must be numbers"),
+    ],
+)
+def test_files_that_do_not_say_what_they_hold_are_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        parse_prompt(prompt_config(TABLE, "prompt", {}).content("base") | fields, Path("f"), LAYERS)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown field": ("prompt", {"num_virtual_token": 3}, "prompt has no field 'num_virtual_token'; near: num_virtual"),
     "field of another": ("prefix", {"prompt_tuning_init": "RANDOM"}, "prefix has no field 'prompt_tuning_init'; known"),

@@ -44,7 +44,7 @@ def built_engine(
 
     num_steps: of the run. Closed when the block ends.
     """
-    adapter, start = _adapter(config, reader, num_steps)
+    adapter, start = _adapter(config, reader, num_steps, resumed=resumed)
     make = {"megatron": _megatron_engine, "deepspeed": _deepspeed_engine}.get(config.backend, _fsdp_engine)
     engine = make(config, reader, dims, device, _shared(config, reader) | adapter)
     with ended_by(engine.close, dims):
@@ -176,7 +176,7 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
 
 
 def _adapter(
-    config: TrainConfig, reader: WeightReader, num_steps: int
+    config: TrainConfig, reader: WeightReader, num_steps: int, *, resumed: bool
 ) -> tuple[dict[str, Any], PeftAdapter | OtherAdapter | TokenStart | None]:
     """(what is trained beside the frozen base, as engines take it; the adapter to continue, which keeps its own)."""
     if not config.trains_adapter:
@@ -185,7 +185,7 @@ def _adapter(
     if not config.trains_lora:
         if not config.adapters:
             method = other_config(config, reader.table, num_steps)
-            begin = token_start(method, reader) if isinstance(method, PromptConfig) else None
+            begin = token_start(method, reader) if isinstance(method, PromptConfig) and not resumed else None
             return {"method": method, "trainable_modules": saved}, begin
         start = OtherAdapter(Path(config.adapters[0]), reader.table.spec.num_layers, config.seed)
         return {"method": start.config, "trainable_modules": start.modules_to_save}, start

@@ -1,8 +1,8 @@
 """The starts of LoRA that take data (`mswift.tuners.data_start`), over all ranks of a job, whatever is cut.
 
 Linears are dealt out: one rank gets the inputs of a linear from all ranks (EVA), or the sum of its weight's gradient
-(LoRA-GA), computes A and B, and sends them to the others. Shapes: o, i features of a linear, n tokens, b rows, s
-positions.
+(LoRA-GA, `gradient_start`), computes A and B, and sends them to the others. Shapes: o, i features of a linear, n
+tokens, b rows, s positions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,12 @@ from torch import Tensor
 from mswift.errors import ConfigError
 from mswift.parallel.attention.share import Share, natural_rows
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
-from mswift.parallel.fsdp.lora_start import drawn_from, linears, place, start_in_weights
+from mswift.parallel.fsdp.gradient_start import start_from_gradients
+from mswift.parallel.fsdp.lora_start import linears, place
 from mswift.parallel.fsdp.passes import Passes
 from mswift.parallel.fsdp.weights import RankWeights
 from mswift.topology import Coordinate, ParallelDims
-from mswift.tuners.data_start import DataStart, Directions, gradient_factors
+from mswift.tuners.data_start import DataStart, Directions
 from mswift.tuners.lora import Adapted
 
 MOST_MICROBATCHES = 1000
@@ -45,21 +46,20 @@ def start_from_data(
     how: DataStart,
     seed: int,
     around: Callable[[bool], AbstractContextManager[None]],
+    device: torch.device,
 ) -> str:
-    """Fill A and B; what was done, in words. of: name of an A, in files -> its adapter.
+    """Fill A and B; what was done, in words. of: name of an A, in files -> its adapter; device: that computes.
 
-    The weights are the base's, and adapters compute nothing yet. ConfigError where EVA's directions go on turning.
+    The weights are the base's, and adapters compute nothing yet. ConfigError, on all ranks, where EVA's directions go
+    on turning, or what is seen is not finite.
     """
     inner: Any = weights.tuned.model.inner
     layers = {adapted.name: inner.get_submodule(adapted.name) for _, adapted in linears(of)}
     if how.kind == "eva":
-        count = _eva(weights, passes, of, layers, dims, steps, how.tau)
+        count = _eva(weights, passes, of, layers, dims, steps, how.tau, device)
         return f"eva: the directions of the inputs of {len(layers)} linears in {count} microbatches of each rank"
-    _lora_ga(weights, passes, of, layers, steps, how, seed, around)
+    start_from_gradients(weights, passes, of, layers, steps, how, seed, around)
     return f"lora_ga: gradients of the weights of {len(layers)} linears over {len(steps)} global batches"
-
-
-# -- EVA
 
 
 class _Inputs:
@@ -76,6 +76,7 @@ class _Inputs:
         self._mask: Tensor | None = None
         self._sizes: list[int] = []
         self._order = torch.empty(0)
+        self._not_finite = False
 
     def hook(self, name: str) -> Callable[..., None]:
         """A forward hook of the layer with this name."""
@@ -84,7 +85,7 @@ class _Inputs:
             if self._mask is None:
                 self._find_leader(name, inputs[0])
             elif name in self.open:
-                self._add(name, inputs[0].flatten(0, 1)[self._mask].float())
+                self._add(name, inputs[0].reshape(-1, inputs[0].shape[-1])[self._mask].float())
 
         return see
 
@@ -126,14 +127,25 @@ class _Inputs:
         parts = [torch.empty_like(padded) for _ in self._sizes] if owner == self._rank else None
         dist.gather(padded, parts, dst=owner)
         if parts is not None:
-            self._directions[name].add(self._cut(parts)[self._order])
+            of_all = self._cut(parts)[self._order]
+            if of_all.isfinite().all():
+                self._directions[name].add(of_all)
+            else:
+                self._not_finite = True
 
     def close_found(self) -> None:
-        """All ranks forget the linears whose directions are found."""
+        """All ranks forget the linears whose directions are found. ConfigError where an input was not finite."""
         found = [float(name in self._directions and self._directions[name].found) for name in self.open]
+        found.append(float(self._not_finite))
         everywhere = torch.tensor(found, device=self._device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
-        self.open = [name for name, is_found in zip(self.open, everywhere.tolist(), strict=True) if not is_found]
+        *closed, broken = everywhere.tolist()
+        if broken:
+            raise ConfigError(
+                "--init_weights eva: inputs of linears are not finite: the weights of --model are broken, or overflow "
+                "in this dtype (--torch_dtype)"
+            )
+        self.open = [name for name, is_found in zip(self.open, closed, strict=True) if not is_found]
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
         """A [r, i] of a linear, on every rank."""
@@ -155,8 +167,9 @@ def _eva(
     dims: ParallelDims,
     steps: Steps,
     tau: float,
+    device: torch.device,
 ) -> int:
-    here, device = dims.coordinate(dist.get_rank()), next(iter(weights.parameters.values())).device
+    here = dims.coordinate(dist.get_rank())
     inputs = _Inputs(of, tau, device)
     batches = [part for step in steps for part in rank_batches([_as_targets(m) for m in step], dims, here.cp)]
     count = 0
@@ -194,50 +207,3 @@ def _places(batch: RankBatch, dims: ParallelDims, here: Coordinate) -> Tensor:
 def _as_targets(batch: Microbatch) -> Microbatch:
     """Weights at the tokens that are learned, in place of the positions before them: what PEFT's labels mark."""
     return replace(batch, loss_weights=F.pad(batch.loss_weights[:, :-1], (1, 0)))
-
-
-# -- LoRA-GA
-
-
-def _lora_ga(
-    weights: RankWeights,
-    passes: Passes,
-    of: Mapping[str, Adapted],
-    layers: Mapping[str, Any],
-    steps: Steps,
-    how: DataStart,
-    seed: int,
-    around: Callable[[bool], AbstractContextManager[None]],
-) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owner = {adapted.name: n % world for n, (_, adapted) in enumerate(linears(of))}
-    sums: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: add(name, inputs[0].detach(), gradient))
-
-        return see
-
-    @torch.no_grad()
-    def add(name: str, x: Tensor, gradient: Tensor) -> None:
-        """x [b, s, i] and the gradient of the linear's output [b, s, o] of this rank."""
-        of_weight = gradient.flatten(0, 1).float().T @ x.flatten(0, 1).float()
-        dist.reduce(of_weight, owner[name])
-        if owner[name] == rank:
-            sums[name] = sums[name].add_(of_weight) if name in sums else of_weight
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(hook(name)).remove)
-        for step in steps:
-            passes.train(step, 0, 0, around)
-            for parameter in weights.parameters.values():
-                parameter.grad = None
-
-    def factors(name: str, adapted: Adapted, weight: Tensor) -> tuple[Tensor, Tensor]:
-        mean = sums.pop(adapted.name) / len(steps)
-        return gradient_factors(weight, mean, adapted, how, drawn_from(seed, name))
-
-    start_in_weights(weights.parameters, weights.tuned.base, of, factors)

@@ -86,7 +86,8 @@ class FsdpEngine:
         lora = self.config.lora
         assert lora is not None
         of = adapters_of(self.table, lora)
-        done = start_from_data(self._weights, self._passes, of, self.dims, steps, how, lora.seed, self._around)
+        around, device = self._around, self.device
+        done = start_from_data(self._weights, self._passes, of, self.dims, steps, how, lora.seed, around, device)
         self._optimizer.forget_gradients()
         return done
 

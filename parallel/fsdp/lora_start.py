@@ -120,7 +120,11 @@ def linears(of: Mapping[str, Adapted]) -> Iterator[tuple[str, Adapted]]:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    """The whole value where its ranks meet, which an offloaded part is not."""
+    if isinstance(parameter, DTensor):
+        here: Any = parameter.detach().to(parameter.device_mesh.device_type)
+        return here.full_tensor()  # type: ignore[no-any-return]
+    return parameter.detach()
 
 
 def _fill(parameter: Tensor, value: Tensor) -> None:

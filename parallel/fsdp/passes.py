@@ -57,21 +57,22 @@ class Passes:
         self,
         microbatches: Sequence[Microbatch],
         num_channels: int,
-        done: int,
+        done: int | None,
         around: Callable[[bool], AbstractContextManager[None]],
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> Passed:
         """Forward and backward passes of a step after `done` updates; gradients are this rank's sums of its rows'.
 
         The loss is the mean over the global batch, weighted by the tokens' loss weights. around: of each microbatch's
-        passes, told whether it is the last; backward: is given a microbatch's share of the loss.
+        passes, told whether it is the last; backward: is given a microbatch's share of the loss. done None: no update
+        is to follow, and embeddings get no noise; adapters must not have dropout then.
         """
         microbatches = self._extended(microbatches)
         batches = self._batches(microbatches)
         weight_sum = self.sum([_weight(batches)])[0]
         sums = torch.zeros(1 + num_channels, dtype=torch.float64, device=self._device)
         places: list[dropout.BatchPlace] = []
-        if self._counts_places:
+        if self._counts_places and done is not None:
             places = dropout.places(microbatches, batches, self._dims, self._coordinate, self._config.seed, done)
         for number, batch in enumerate(batches):
             where = dropout.at(places[number] if places else None)

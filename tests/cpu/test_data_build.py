@@ -4,6 +4,7 @@ import json
 import random
 import re
 import signal
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -96,10 +97,11 @@ def test_the_options_are_those_of_a_run(monkeypatch, kind, config_class):
         raise KeyError
 
     monkeypatch.setattr(train_build, "build_dataset", stop)
-    reader = SimpleNamespace(hf_files=MODEL, table=SimpleNamespace(spec=SimpleNamespace(max_position_embeddings=None)))
+    reader = SimpleNamespace(hf_files=MODEL, table=SimpleNamespace(spec=SimpleNamespace(max_position_embeddings=4096)))
     with pytest.raises(KeyError):
         train_build.build_data(kind, parse(config_class, flags), reader, RankInfo.single(), resumed=False)
-    assert seen == [data_options(kind, parse(DataConfig, ["build", "--kind", kind, *flags]))]
+    options = data_options(kind, parse(DataConfig, ["build", "--kind", kind, *flags]))
+    assert seen == [replace(options, model_positions=4096)]
 
 
 @pytest.mark.parametrize("kind", ["pt", "sft"])

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import tempfile
@@ -61,8 +62,9 @@ class _Rank:
     silent: bool = False
 
     def tail(self) -> str:
-        """What it has printed in this call."""
-        return self.output.read_text(errors="replace")[self.read :][-_TAIL_CHARACTERS:]
+        """The end of what it has printed in this call, without the names of all compiled modules, which a crash adds."""
+        said = self.output.read_text(errors="replace")[self.read :]
+        return re.sub(r"^Extension modules: .*$", "", said, flags=re.MULTILINE)[-_TAIL_CHARACTERS:]
 
 
 class RankPool:

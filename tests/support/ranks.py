@@ -62,7 +62,7 @@ class _Rank:
     silent: bool = False
 
     def tail(self) -> str:
-        """The end of what it has printed in this call, without the names of all compiled modules, which a crash adds."""
+        """The end of what it has printed in this call, without the names of compiled modules, which a crash adds."""
         said = self.output.read_text(errors="replace")[self.read :]
         return re.sub(r"^Extension modules: .*$", "", said, flags=re.MULTILINE)[-_TAIL_CHARACTERS:]
 

@@ -62,7 +62,7 @@ test-gpu: $(READY)
 
 # Every layout x model x tuner, and many random shapes: hours on two cores.
 test-whole: $(READY)
-	$(BIN)/python -m pytest tests/unit tests/cpu -m whole
+	$(BIN)/python -m pytest tests/unit tests/cpu tests/system -m whole
 
 test-all: export MSWIFT_ALL_FAULTS := 1
 test-all: test test-system test-whole test-gpu

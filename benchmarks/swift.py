@@ -75,7 +75,7 @@ def command_of(name: str, folder: Path, args: argparse.Namespace) -> list[str]:
             str(LENGTH), "--per_device_train_batch_size", str(MICRO), "--gradient_accumulation_steps",
             str(GLOBAL // MICRO), "--max_steps", steps, "--learning_rate", "1e-4", "--logging_steps", "1",
             "--save_strategy", "no", "--report_to", "none", "--split_dataset_ratio", "0", "--use_hf", "true",
-            "--dataset_num_proc", "1", "--load_from_cache_file", "false",
+            "--dataset_num_proc", "1", "--load_from_cache_file", "false", "--gradient_checkpointing", "false",
         ]  # fmt: skip
     return [
         sys.executable, "-m", "mswift.cli.main", "sft", "--model", str(folder / "model"), *data, "--torch_dtype",

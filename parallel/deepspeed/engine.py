@@ -2,23 +2,20 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from math import prod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mswift.converters.plan import ModelTable
-from mswift.converters.reader import WeightReader
 from mswift.parallel import device as devices
 from mswift.parallel import sequence
 from mswift.parallel.batch import Microbatch
 from mswift.parallel.deepspeed.config import DeepspeedConfig
 from mswift.parallel.deepspeed.weights import ZeroWeights
 from mswift.parallel.deepspeed.zero import ZeroModel
-from mswift.parallel.engine import DTYPES, AdapterSource, Held, LossPart, Read, StateShard, StepResult
+from mswift.parallel.engine import DTYPES, Held, Read, StepResult
+from mswift.parallel.fsdp.base_engine import BaseEngine
 from mswift.parallel.fsdp.context import share_sequences
 from mswift.parallel.fsdp.optimizer import update_groups
 from mswift.parallel.fsdp.passes import Passes
@@ -27,7 +24,7 @@ from mswift.parallel.fsdp.tuned import tuned_model
 from mswift.topology import ParallelDims
 
 
-class DeepspeedEngine:
+class DeepspeedEngine(BaseEngine):
     """One rank's part of a transformers model.
 
     To be made after `mswift.parallel.groups.init`. Weights hold nothing until `load_weights` or `load_state`.
@@ -52,17 +49,6 @@ class DeepspeedEngine:
 
     # -- weights and state
 
-    def load_weights(self, reader: WeightReader, *, resumed: bool = False) -> None:
-        """Fill the base from a checkpoint. Adapters get their start (not if resumed).
-
-        Raises CheckpointError for another model than the engine's.
-        """
-        self._weights.load(reader, resumed=resumed)
-
-    def load_adapter(self, source: AdapterSource) -> None:
-        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`)."""
-        self._weights.load_adapter(source)
-
     def load_state(self, read: Read, optimizer_step: int) -> None:
         """Weights (adapters only in an adapter run) and optimizer state, written by any engine at any layout.
 
@@ -71,18 +57,6 @@ class DeepspeedEngine:
         self.optimizer_step = optimizer_step
         self._state.load(read, optimizer_step)
         self._zero.publish()
-
-    def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
-        """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
-        self._weights.load_trained(read, stored)
-
-    def model_shards(self) -> Iterator[StateShard]:
-        """What a checkpoint must hold of the weights, as `RankWeights.shards`."""
-        yield from self._weights.shards()
-
-    def optimizer_shards(self) -> Iterator[StateShard]:
-        """Optimizer state and fp32 masters, as `RankState.shards`."""
-        yield from self._state.shards()
 
     # -- computing
 
@@ -99,27 +73,7 @@ class DeepspeedEngine:
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         return StepResult(done.loss, done.num_tokens, done.weight_sum, grad_norm, updated, seconds, None, done.channels)
 
-    def evaluate(
-        self, microbatches: Sequence[Microbatch], num_channels: int = 0
-    ) -> tuple[LossPart, tuple[LossPart, ...]]:
-        """Loss over the global batch, and the parts of it by channel; touches no state of the training."""
-        return self._passes.evaluate(microbatches, num_channels)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype."""
-        return self._passes.logits(tokens)
-
     # -- sizes
-
-    @cached_property
-    def num_parameters(self) -> int:
-        """Elements of the global model, adapters not counted, tied embeddings once."""
-        return sum(prod(tensor.shape) for tensor in self.table.megatron.values())
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Elements that the whole job trains."""
-        return sum(prod(mapped.shape) for mapped in self._tuned.trained.values())
 
     def held_bytes(self) -> tuple[Held, Held]:
         """What this rank holds for its (frozen, trained) parameters; masters count as optimizer."""

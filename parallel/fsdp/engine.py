@@ -2,10 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -13,13 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from mswift.converters.plan import ModelTable
-from mswift.converters.reader import WeightReader
 from mswift.parallel import device as devices
 from mswift.parallel import sequence
 from mswift.parallel.batch import Microbatch
-from mswift.parallel.engine import AdapterSource, Held, LossPart, Read, StateShard, StepResult
+from mswift.parallel.engine import Held, Read, StateShard, StepResult
 from mswift.parallel.four_bit import packed
 from mswift.parallel.fsdp.adapters import adapters_of
+from mswift.parallel.fsdp.base_engine import BaseEngine
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
 from mswift.parallel.fsdp.data_start import start_from_data
@@ -35,7 +33,7 @@ from mswift.topology import ParallelDims
 from mswift.tuners.data_start import DataStart
 
 
-class FsdpEngine:
+class FsdpEngine(BaseEngine):
     """One rank's part of a transformers model.
 
     To be made after `mswift.parallel.groups.init`. Weights hold nothing until `load_weights` or `load_state`.
@@ -67,17 +65,6 @@ class FsdpEngine:
 
     # -- weights and state
 
-    def load_weights(self, reader: WeightReader, *, resumed: bool = False) -> None:
-        """Fill the base from a checkpoint: this rank's rows and no others. Adapters get their start (not if resumed).
-
-        Raises CheckpointError for another model than the engine's.
-        """
-        self._weights.load(reader, resumed=resumed)
-
-    def load_adapter(self, source: AdapterSource) -> None:
-        """Fill the adapters from a PEFT directory (`mswift.tuners.adapter.PeftAdapter`, `MethodAdapter`)."""
-        self._weights.load_adapter(source)
-
     def start_from_data(self, steps: Sequence[Sequence[Microbatch]], how: DataStart) -> str:
         """The start of adapters that takes data (`mswift.parallel.fsdp.data_start`), in words.
 
@@ -98,18 +85,6 @@ class FsdpEngine:
         """
         self.optimizer_step = optimizer_step
         self._state.load(read, optimizer_step)
-
-    def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
-        """What is trained (of an adapter run: the adapters) and nothing else; `stored`: dtype that `read` delivers."""
-        self._weights.load_trained(read, stored)
-
-    def model_shards(self) -> Iterator[StateShard]:
-        """What a checkpoint must hold of the weights, as `RankWeights.shards`."""
-        yield from self._weights.shards()
-
-    def optimizer_shards(self) -> Iterator[StateShard]:
-        """Optimizer state and fp32 masters, as `RankState.shards`."""
-        yield from self._state.shards()
 
     def gradients(self) -> Iterator[StateShard]:
         """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
@@ -141,27 +116,7 @@ class FsdpEngine:
     def _around(self, is_last: bool) -> AbstractContextManager[None]:
         return last_microbatch(self._tuned.model, is_last)
 
-    def evaluate(
-        self, microbatches: Sequence[Microbatch], num_channels: int = 0
-    ) -> tuple[LossPart, tuple[LossPart, ...]]:
-        """Loss over the global batch, and the parts of it by channel; touches no state of the training."""
-        return self._passes.evaluate(microbatches, num_channels)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] of this data-parallel rank -> logits [b, s, V] in the model's dtype."""
-        return self._passes.logits(tokens)
-
     # -- sizes
-
-    @cached_property
-    def num_parameters(self) -> int:
-        """Elements of the global model, adapters not counted, tied embeddings once."""
-        return sum(prod(tensor.shape) for tensor in self.table.megatron.values())
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Elements that the whole job trains."""
-        return sum(prod(mapped.shape) for mapped in self._tuned.trained.values())
 
     def held_bytes(self) -> tuple[Held, Held]:
         """What this rank holds for its (frozen, trained) parameters."""

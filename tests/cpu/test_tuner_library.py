@@ -38,6 +38,19 @@ def randomised(model: TunedModel, seed: int = 0) -> TunedModel:
     return model
 
 
+def losses_of_a_loop(model: Any, lr: float) -> list[float]:
+    """Of eight steps of training, as a user writes them."""
+    optimizer = torch.optim.AdamW(model.trained_parameters(), lr=lr)
+    losses = []
+    for _ in range(8):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_of_one_s_own(kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -46,14 +59,7 @@ def test_a_loop_of_one_s_own(kind: str, tmp_path: Path) -> None:
     before = logits(base)
     model = prepare_model(deepcopy(base), KINDS[kind])
     assert model.active == ("default",)
-    optimizer = torch.optim.AdamW(model.trained_parameters(), lr=2e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
+    losses = losses_of_a_loop(model, 2e-2)
     assert losses[-1] < 0.95 * losses[0]
     trained = logits(model)
     model.save(tmp_path / "adapter")
@@ -231,14 +237,7 @@ def test_virtual_tokens_in_a_loop_of_one_s_own(kind: str, tmp_path: Path) -> Non
     base = tiny()
     before = logits(base)
     model = prepare_model(deepcopy(base), TunerConfig(kind, fields={"num_virtual_tokens": 4}))
-    optimizer = torch.optim.AdamW(model.trained_parameters(), lr=5e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
+    losses = losses_of_a_loop(model, 5e-2)
     assert losses[-1] < losses[0]
     trained = logits(model)
     model.save(tmp_path / "adapter")

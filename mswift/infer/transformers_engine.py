@@ -15,7 +15,6 @@ from mswift.infer.answer import Answer, SteppedEngine
 from mswift.infer.backends import EngineConfig
 from mswift.infer.batch_cache import new_cache
 from mswift.infer.loading import ActiveAdapter, load_adapters, load_model, load_tokenizer, pick_device
-from mswift.infer.packed_linear import pack_linears
 from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
 from mswift.infer.request import Request, Score, TokenPair, choose_adapter
 from mswift.infer.scheduler import Scheduler
@@ -62,8 +61,6 @@ class TransformersEngine(SteppedEngine):
         self.adapters = tuple(adapters or {})
         self._fronts = Fronts(model, adapters or {})
         self.model = load_adapters(model, adapters or {})
-        if not adapters:  # several kinds of them read the weight in each pass
-            pack_linears(model)
         self._active = ActiveAdapter(self.model, [name for name in self.adapters if name not in self._fronts])
         self._end_tokens = end_tokens(model.generation_config, tokenizer)
         own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0)) or None

@@ -41,6 +41,7 @@ def prepare_model(
     """
     from peft import get_peft_model
 
+    _check_name(model, name)
     wanted = config.peft_config(generates=hasattr(model, "prepare_inputs_for_generation"), batches=batches)
     check_targets(model, config)
     with torch.random.fork_rng(devices=[]):
@@ -104,8 +105,7 @@ class TunedModel(nn.Module):
     def add(self, config: TunerConfig, name: str) -> None:
         """One more adapter of the same method; neither active nor trained."""
         self._refuse_reduced_base("added")
-        if name in self.adapters:
-            raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
+        self._check_new(name)
         check_targets(self.peft, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -151,6 +151,7 @@ class TunedModel(nn.Module):
         self._refuse_reduced_base("combined")
         for each in names:
             self._require(each)
+        self._check_new(name)
         if not hasattr(self.peft.base_model, "add_weighted_adapter"):
             raise ConfigError("only LoRA (and IA3) adapters are combined; activate several of this method instead")
         self.peft.add_weighted_adapter(list(names), list(weights), name, combination_type=how)
@@ -189,6 +190,8 @@ class TunedModel(nn.Module):
     def load(self, folder: Path, name: str) -> None:
         """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
         self._refuse_reduced_base("loaded")
+        if name not in self.adapters:
+            _check_name(self.peft, name)
         refuse_changed_base(check_adapter_dir(folder), folder / CONFIG_FILE)
         try:
             self.peft.load_adapter(str(folder), name)
@@ -227,6 +230,11 @@ class TunedModel(nn.Module):
         if name not in self.adapters:
             near = ", ".join(get_close_matches(name, self.adapters, 3, 0.0))
             raise ConfigError(f"there is no adapter {name!r}; near: {near}")
+
+    def _check_new(self, name: str) -> None:
+        if name in self.adapters:
+            raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
+        _check_name(self.peft, name)
 
     def _require_here(self, name: str) -> None:
         self._require(name)
@@ -272,6 +280,15 @@ class TunedModel(nn.Module):
         for owner, key, inner in self._places(name).values():
             tensor = _get(owner, key, inner)
             _put(owner, key, inner, torch.empty_like(tensor, device=META) if device == META else tensor.to(device))
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    """PEFT tells adapters apart by their name in a tensor's: one that is there already loses tensors in a file."""
+    if not name or "." in name or any(name in module.split(".") for module, _ in model.named_modules()):
+        raise ConfigError(
+            f"adapter {name!r}: PEFT would take it for a part of the model's own names: give it a word without dots "
+            "that is no module's name or number"
+        )
 
 
 def _get(owner: Any, key: str, inner: str) -> Tensor:

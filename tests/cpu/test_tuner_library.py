@@ -164,6 +164,13 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path) -> None:
         model.activate("mien")
     with pytest.raises(ConfigError, match="'mine' is there already"):
         model.add(KINDS["lora"], "mine")
+    with pytest.raises(ConfigError, match="'mine' is there already"):
+        model.combine(["mine"], [2.0], "mine")  # PEFT does nothing then
+    for name in ("1", "self_attn", "a.b", ""):  # PEFT leaves tensors with ".1." in their names out of other files
+        with pytest.raises(ConfigError, match=f"adapter '{name}': PEFT would take it"):
+            model.add(KINDS["lora"], name)
+        with pytest.raises(ConfigError, match=f"adapter '{name}': PEFT would take it"):
+            prepare_model(tiny(), KINDS["lora"], name)
     oft = prepare_model(tiny(), KINDS["oft"])
     with pytest.raises(ConfigError, match="only LoRA .* are combined"):
         oft.combine(["default"], [1.0], "both")

@@ -3,11 +3,12 @@
     python benchmarks/tuner_offload.py [--adapters 8] [--rank 64] [--rounds 3] [--threads 1]
         [--write benchmarks/results/tuner_offload.md]
 
-One adapter computes at a time, the next in turn after every forward pass. Held: all adapters stay in memory, `activate`
-alone. Set aside: all but the active one lie in directories (`set_aside`, which leaves `meta` tensors behind), `activate`
-brings one back. PEFT: `delete_adapter` and `load_adapter` from the same directories. Every contender is a process of its
-own, in rotated order; memory is what the process holds above the base model once all adapters have had their turn. Checked:
-every adapter's logits after each switch are those of the process that holds all.
+One adapter computes at a time, the next in turn after every forward pass. Held: all adapters stay in memory,
+`activate` alone. Set aside: all but the active one lie in directories (`set_aside`, which writes the adapter and leaves
+`meta` tensors behind), `activate` brings one back. PEFT: `delete_adapter` and `load_adapter` from the same directories,
+which keeps nothing of what was trained. Every contender is a process of its own, in rotated order; memory is what the
+process holds above the base model once all adapters have had their turn. Checked: every adapter's logits after each
+switch are those of the process that holds all.
 """
 
 import argparse
@@ -152,8 +153,9 @@ def report(found: dict[str, list[tuple[int, list[float], str]]], size: int, args
         "",
         f"`python benchmarks/tuner_offload.py {command}`",
         "",
-        f"{cpu_name()}; {args.adapters} LoRA adapters of {size / 2**20:.1f} MiB on a Llama of 34 M parameters; medians of "
-        f"{args.rounds} rounds. All logits are the same bits.",
+        f"{cpu_name()}; {args.adapters} LoRA adapters of {size / 2**20:.1f} MiB on a Llama of 34 M parameters; medians "
+        f"of {args.rounds} rounds. A switch of `set aside` writes one adapter and reads another, PEFT's only reads. All "
+        "logits are the same bits.",
         "",
         "| | memory above the base | set aside / it | seconds of a switch | set aside / it |",
         "|---|---|---|---|---|",

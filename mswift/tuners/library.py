@@ -6,6 +6,7 @@
 PEFT's own objects do the work (`TunedModel.peft`); what is added here is strictness and setting adapters aside.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +31,8 @@ from mswift.tuners.library_start import (
 from mswift.tuners.peft_config import CONFIG_FILE, check_adapter_dir, refuse_changed_base
 
 META = torch.device("meta")
+Places = dict[str, tuple[Any, str, str]]
+"""Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
 
 
 def prepare_model(
@@ -61,7 +64,7 @@ class TunedModel(nn.Module):
     def __init__(self, peft: Any) -> None:
         super().__init__()
         self.peft = peft
-        self._kept: dict[str, Path] = {}  # adapters without memory -> where their values lie
+        self._kept: dict[str, tuple[Path, Places]] = {}  # adapters without memory -> where their values lie, and belong
         self._initial = {name: Initial(peft, name) for name, own in peft.peft_config.items() if changes_base(own)}
         self._no_prompts = False
 
@@ -163,22 +166,24 @@ class TunedModel(nn.Module):
         if name in self.active:
             raise ConfigError(f"adapter {name!r} is active: activate another one, or deactivate")
         if isinstance(place, str) and place.partition(":")[0] in ("cpu", "cuda"):
-            self._move(name, torch.device(place))
+            _move(self._places(name), torch.device(place))
             return
         write(self.peft, Path(place), name)  # as it is, for this base
-        self._move(name, META)
-        self._kept[name] = Path(place)
+        places = self._places(name)
+        _move(places, META)
+        _give_back_freed_memory()
+        self._kept[name] = Path(place), places
 
     def bring_back(self, name: str) -> None:
         """An adapter that was set aside to where its base is."""
         self._require(name)
         device = next(p.device for p in self.peft.parameters() if p.device != META)
         if name not in self._kept:
-            self._move(name, device)
+            _move(self._places(name), device)
             return
-        file, _ = open_adapter(self._kept[name])
-        for stored, where in self._places(name).items():
-            owner, key, inner = where
+        folder, places = self._kept[name]
+        file, _ = open_adapter(folder)
+        for stored, (owner, key, inner) in places.items():
             _put(owner, key, inner, file.get_tensor(stored).to(device))
         del self._kept[name]
 
@@ -239,7 +244,7 @@ class TunedModel(nn.Module):
     def _require_here(self, name: str) -> None:
         self._require(name)
         if name in self._kept:
-            raise ConfigError(f"adapter {name!r} lies in {self._kept[name]}: bring_back first")
+            raise ConfigError(f"adapter {name!r} lies in {self._kept[name][0]}: bring_back first")
 
     def _train_one_prompt(self) -> None:
         """Of virtual tokens those that are active alone: PEFT freezes none."""
@@ -262,10 +267,9 @@ class TunedModel(nn.Module):
         )
         return found
 
-    def _places(self, name: str) -> dict[str, tuple[Any, str, str]]:
-        """Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
+    def _places(self, name: str) -> Places:
         by_id = {id(tensor): key for key, tensor in self._stored(name).items()}
-        found: dict[str, tuple[Any, str, str]] = {}
+        found: Places = {}
         for layer in self._layers():
             for part in layer.adapter_layer_names:
                 owner = getattr(layer, part, None)
@@ -276,10 +280,17 @@ class TunedModel(nn.Module):
                         found[by_id[id(tensor)]] = (owner, name, leaf)
         return found
 
-    def _move(self, name: str, device: torch.device) -> None:
-        for owner, key, inner in self._places(name).values():
-            tensor = _get(owner, key, inner)
-            _put(owner, key, inner, torch.empty_like(tensor, device=META) if device == META else tensor.to(device))
+
+def _move(places: Places, device: torch.device) -> None:
+    for owner, key, inner in places.values():
+        tensor = _get(owner, key, inner)
+        _put(owner, key, inner, torch.empty_like(tensor, device=META) if device == META else tensor.to(device))
+
+
+def _give_back_freed_memory() -> None:
+    """To the system, where the C library keeps it for itself (glibc)."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

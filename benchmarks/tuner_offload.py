@@ -153,9 +153,9 @@ def report(found: dict[str, list[tuple[int, list[float], str]]], size: int, args
         "",
         f"`python benchmarks/tuner_offload.py {command}`",
         "",
-        f"{cpu_name()}; {args.adapters} LoRA adapters of {size / 2**20:.1f} MiB on a Llama of 34 M parameters; medians "
-        f"of {args.rounds} rounds. A switch of `set aside` writes one adapter and reads another, PEFT's only reads. All "
-        "logits are the same bits.",
+        f"{cpu_name()}; {args.adapters} LoRA adapters of {size / 2**20:.1f} MiB on a Llama of 34 M parameters; "
+        f"medians of {args.rounds} rounds. A switch of "
+        "`set aside` writes one adapter and reads another, PEFT's only reads. All logits are the same bits.",
         "",
         "| | memory above the base | set aside / it | seconds of a switch | set aside / it |",
         "|---|---|---|---|---|",

@@ -6,9 +6,15 @@ Standard library only.
 import atexit
 import gc
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def quiet_advice() -> None:
+    """bitsandbytes, which PEFT imports, advises on every start to install a kernel that nothing here uses."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager

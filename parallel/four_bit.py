@@ -4,7 +4,6 @@ Every 64 neighbours in a row of a weight share one fp32 scale, as in bitsandbyte
 Shapes: i/o features of this rank's part of a linear.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mswift.errors import ConfigError
+from mswift.startup import quiet_advice
 
 Kind = Literal["nf4", "fp4"]
 BLOCK = 64
@@ -84,7 +84,7 @@ def packed(parameter: Tensor) -> PackedWeight | None:
 
 
 def library() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install a kernel that is not used here
+    quiet_advice()
     try:
         import bitsandbytes.functional as found
     except ImportError as error:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mswift import __version__
 from mswift.cli.commands import COMMANDS, Command, load
 from mswift.errors import ConfigError, MswiftError
+from mswift.startup import quiet_advice
 
 _EXIT_STATUS = (
     "Exit status: 0 done, 1 the check or the job failed, 2 the command was wrong,\n"
@@ -64,6 +65,7 @@ def _run(argv: Sequence[str]) -> int:
         options.print_help(config_class, name, _description(command, config_class))
         return 0
     config = options.parse(config_class, rest)
+    quiet_advice()
     return int(load(command.run)(config))
 
 

@@ -62,7 +62,7 @@ def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, tuner: str) -
 def test_a_start_from_data_is_made_once(home: Path, tmp_path: Path) -> None:
     flags = ["--tuner_type", "lora", *DDP, *FROM_GRADIENTS]
     begun = run(command(home, "sft", tmp_path, "--train_iters", "1", *flags))
-    assert "\nstart      lora_ga: gradients of the weights of 28 linears over 2 global batches\n" in begun
+    assert "start      lora_ga: gradients of the weights of 28 linears over 2 global batches\n" in begun
     continued = run(command(home, "sft", tmp_path, "--train_iters", "2", *flags))
     assert "continuing after step 1" in continued
     assert "\nstart      " not in continued

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from mswift.converters.decode import HasShape, dequantised
+from mswift.converters.decode import HasShape
+from mswift.converters.dequantise import dequantised
 from mswift.converters.io.megatron_lm import strip_prefix
 from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.stored import StoredTensor
@@ -28,7 +29,7 @@ class NamedSource(Source):
         """Takes the stored tensors in: dequantises, drops, checks."""
         quantization = quantization_of(self.config)
         if quantization is not None:
-            made = dequantised(stored, quantization, self.options.dtype or "BF16")
+            made = dequantised(stored, quantization, self.options.dtype)
             if not made:
                 raise CheckpointError(
                     f"{self.path}: config.json has a {FIELD} ({quantization.method}), but no tensor is quantised; "
@@ -45,11 +46,26 @@ class NamedSource(Source):
         self.table = table_for(self.config, logical)
         drops = {name: self.table.dropped[name] for name in logical if name in self.table.dropped}
         self.dropped = {name: drop.reason for name, drop in drops.items()}
+        self.dropped |= self._biases_of_nothing(logical)
         self.repeats = {name: self._original(drop.same_as) for name, drop in drops.items() if drop.same_as}
         kept = {name: tensor for name, tensor in logical.items() if name not in self.dropped}
         check_shapes(str(self.path), {n: t.shape for n, t in kept.items()}, self.table.hf)
         self._cast_all(self.table.has_own_dtype)
         self.dtype = self._one_dtype(self.table.has_own_dtype)
+
+    def _biases_of_nothing(self, logical: Mapping[str, HasShape]) -> dict[str, str]:
+        """Biases of zeros that AutoGPTQ gives linears which have none in the model; CheckpointError for others."""
+        found = {}
+        for name, tensor in logical.items():
+            base, _, kind = name.rpartition(".")
+            if kind != "bias" or name in self.table.hf or base + ".weight" not in self._decodings:
+                continue
+            size = Region.full(tensor.shape).num_elements * DTYPE_BYTES[tensor.dtype]
+            tile, values = memoryview(bytearray(1 << 16)), memoryview(bytearray(size))
+            if any(self.stream(name, tile)(0, size, values)):
+                raise CheckpointError(f"{self.path}: {name} is not zero, and the model's {base} has no bias")
+            found[name] = "zeros: the bias of a quantised linear that has none in the model"
+        return found
 
     def _original(self, name: str) -> str:
         """The tensor behind a name that may itself be a copy (a tied head)."""

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mswift.converters.group_quantization import FIELD, GroupedCodes, grouped_codes
 from mswift.errors import ConfigError
 
-FIELD = "quantization_config"
+__all__ = ["FIELD", "GroupedCodes", "Quantization", "quantization_of"]
 _WITHOUT_EFFECT = {"quant_method", "modules_to_not_convert", "ignored_layers", "dequantize"}
 _FP8 = {"fmt": ("e4m3", None), "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
 
@@ -21,7 +22,7 @@ class Quantization:
     block: tuple[int, int] = (0, 0)
 
 
-def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+def quantization_of(config: Mapping[str, Any]) -> Quantization | GroupedCodes | None:
     """What a config.json says about quantised weights; ConfigError if it is not a kind that can be dequantised."""
     value = config.get(FIELD)
     if value is None:
@@ -29,11 +30,13 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if not isinstance(value, dict):
         raise ConfigError(f"config.json: field {FIELD!r} is a JSON {type(value).__name__}, not an object")
     method = value.get("quant_method")
+    if method in ("gptq", "awq"):
+        return grouped_codes(value)
     known = _WITHOUT_EFFECT | ({*_FP8, "weight_block_size"} if method == "fp8" else set())
     if method not in ("fp8", "mxfp4"):
         raise ConfigError(
-            f"config.json: field {FIELD!r}: quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3) and mxfp4 "
-            "are dequantised, others are not: give the checkpoint from before quantisation"
+            f"config.json: field {FIELD!r}: quant_method is {method!r}; fp8 (block-scaled, as DeepSeek-V3), mxfp4, "
+            "gptq and awq are dequantised, others are not: give the checkpoint from before quantisation"
         )
     for name in value:
         if name not in known:

@@ -24,8 +24,8 @@ WITHOUT_EFFECT = frozenset(
         "output_router_logits", "output_scores", "return_dict", "return_dict_in_generate", "use_cache",
         "use_return_dict",
         # tokens and the tokenizer
-        "bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "mask_token_id", "pad_token_id",
-        "prefix", "sep_token_id", "tokenizer_class", "unk_token_id",
+        "bos_token", "bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token", "eos_token_id",
+        "mask_token_id", "pad_token", "pad_token_id", "prefix", "sep_token_id", "tokenizer_class", "unk_token_id",
         # generation, which transformers 4 wrote into config.json too
         "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
         "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",

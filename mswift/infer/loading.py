@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mswift.converters.catalog import read_config
 from mswift.converters.plan import table_for
 from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.dequantised import from_codes, is_dequantised
 from mswift.infer.model_dir import check_model_dir
 from mswift.tuners.adapter import open_adapter
 from mswift.tuners.hidden import HiddenConfig, is_hidden, layer_prefix
@@ -56,7 +57,8 @@ def load_model(model_dir: Path, dtype: str | None, device: torch.device) -> PreT
     """
     check_model_dir(model_dir)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        load: Any = from_codes if is_dequantised(model_dir) else AutoModelForCausalLM.from_pretrained
+        loaded: Any = load(
             model_dir,
             dtype=_DTYPES[dtype] if dtype else "auto",
             local_files_only=True,

@@ -7,7 +7,7 @@ from mswift.converters.io.dcp_metadata import METADATA
 from mswift.converters.io.safetensors import SAFETENSORS
 from mswift.converters.io.torch_bin import TORCH_BIN
 from mswift.converters.plan import ModelTable, table_for
-from mswift.converters.quantization import FIELD
+from mswift.converters.quantization import Quantization, quantization_of
 from mswift.data.indexed import open_indexed
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
@@ -90,8 +90,8 @@ def _model(config: TrainConfig, path: Path) -> tuple[ModelTable, str, int]:
         return reader.table, reader.dtype, reader.num_left_out
     raw = model_config(config, path)
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    if raw.get(FIELD):
-        stored = "bfloat16"  # what quantised weights become
+    if isinstance(quantization_of(raw), Quantization):
+        stored = "bfloat16"  # what fp8 and mxfp4 become
     table = table_for(raw)
     own = table.without_mtp() if config.trains_adapter else table
     return own, _DTYPES.get(stored, stored), len(table.spec.mtp_layers) - len(own.spec.mtp_layers)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, dequantised
+from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding
 from mswift.converters.decoders import E4M3, narrow, widen
+from mswift.converters.dequantise import dequantised
 from mswift.converters.describe import describe
 from mswift.converters.engine import convert, plan
 from mswift.converters.manifest import read_manifest

@@ -13,12 +13,13 @@ from mswift.converters.engine import convert, plan
 from mswift.converters.export_config import config_edits, missing_for_vllm
 from mswift.converters.manifest import read_manifest
 from mswift.converters.plan import table_for
-from mswift.converters.quantization import Quantization, quantization_of
+from mswift.converters.quantization import GroupedCodes, Quantization, quantization_of
 from mswift.converters.reader import WeightReader
 from mswift.converters.source import SourceOptions
 from mswift.converters.verify import verify
 from mswift.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import random_model, tiny_config
+from tests.support.quantised import AWQ, GPTQ
 
 V4 = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
 V5 = {
@@ -138,7 +139,22 @@ def test_the_command_notes_what_vllm_lacks(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'"),
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; fp8 .* mxfp4, gptq and awq are"),
+        (GPTQ | {"bits": 3}, "bits is 3; 4 and 8 can be read with gptq"),
+        (GPTQ | {"bits": True}, "bits is True"),
+        (GPTQ | {"group_size": 0}, "group_size is 0; a positive number"),
+        (GPTQ | {"desc_act": "static"}, "desc_act is 'static'; true or false"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; gptq and gptq_v2"),
+        (GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "format is 'gptq_v2'; checkpoint_format is 'gptq'"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True; only False is read"),
+        (GPTQ | {"pack_dtype": "int8"}, "pack_dtype is 'int8'; only 'int32' is read"),
+        (GPTQ | {"rotation": "hadamard"}, "rotation is 'hadamard'; only None"),
+        (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic is .*bits or groups of their own"),
+        (GPTQ | {"method": "awq"}, "method is 'awq'; quant_method is 'gptq'"),
+        (GPTQ | {"wobble": 1}, "wobble of quant_method 'gptq' is not known"),
+        (AWQ | {"bits": 8}, "bits is 8; 4 can be read with awq"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv'; gemm is read"),
+        (AWQ | {"desc_act": True}, "desc_act is True; quant_method 'awq' has none"),
         ({"quant_method": "fp8"}, "weight_block_size is None"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size"),
         ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt is 'e5m2'"),
@@ -163,6 +179,27 @@ def test_published_quantisations() -> None:
     )
     assert quantization_of({"quantization_config": gpt_oss}) == Quantization("mxfp4")
     assert quantization_of({"quantization_config": None}) is None
+    by_autogptq = {
+        "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True, "damp_percent": 0.01,
+        "dataset": None, "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128, "pad_token_id": None,
+        "max_input_length": None, "model_seqlen": None, "module_name_preceding_first_block": None, "sym": True,
+        "modules_in_block_to_quantize": None, "quant_method": "gptq", "tokenizer": None, "true_sequential": True,
+        "use_cuda_fp16": False, "use_exllama": True,
+    }  # fmt: skip
+    by_gptqmodel = {
+        "bits": 8, "checkpoint_format": "gptq_v2", "desc_act": True, "dynamic": {"-:.*gate.*": {}}, "format": "gptq_v2",
+        "group_size": -1, "lm_head": False, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "method": "gptq",
+        "pack_dtype": "int32", "quant_method": "gptq", "sym": False,
+    }  # fmt: skip
+    by_autoawq = {
+        "bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm",
+        "zero_point": True,
+    }  # fmt: skip
+    assert quantization_of({"quantization_config": by_autogptq}) == GroupedCodes("gptq", 4, 128, zero_plus=1)
+    assert quantization_of({"quantization_config": by_gptqmodel}) == GroupedCodes(
+        "gptq", 8, -1, zero_plus=0, zero_wraps=True, act_order=True
+    )
+    assert quantization_of({"quantization_config": by_autoawq}) == GroupedCodes("awq", 4, 128)
 
 
 def test_a_model_that_only_says_it_is_quantised_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mswift.train.run import prepare
 from mswift.train.trained import trained_parameters
 from tests.support.checkpoints import write_model
 from tests.support.family_configs import family_config
+from tests.support.quantised import AWQ, GPTQ
 from tests.support.shared import shared_file
 
 LLAMA = {
@@ -243,12 +244,22 @@ def refused_by_dry_run(config: PtConfig, capsys: pytest.CaptureFixture[str]) -> 
     return status, next(line for line in printed.splitlines() if line.startswith("refused: ")).removeprefix("refused: ")
 
 
-@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
-def test_quantised_weights_that_are_not_here_become_bfloat16(
-    stored: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("how", "stored", "becomes"),
+    [
+        (FP8, "float16", "BF16, of one rank"),
+        (FP8, "bfloat16", "BF16, of one rank"),
+        (GPTQ, "float16", "model holds F16 weights"),
+        (AWQ, "bfloat16", "BF16, of one rank"),
+    ],
+)
+def test_what_quantised_weights_that_are_not_here_become(
+    how: Any, stored: str, becomes: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    fields = LLAMA | {"quantization_config": fp8, "torch_dtype": stored}
+    fields = LLAMA | {"quantization_config": how, "torch_dtype": stored}
     (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
-    assert main(argv) == 0
-    assert "BF16, of one rank" in capsys.readouterr().out
+    assert main(argv) == (2 if "F16 " in becomes else 0)
+    assert becomes in capsys.readouterr().out

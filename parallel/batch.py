@@ -38,7 +38,10 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's part, [b, S / n] (packed: [1, S / n]); documents: their padded lengths, S in all."""
+    """One rank's part, [b, S / n] (packed: [1, S / n]); documents: their padded lengths, S in all.
+
+    unpadded: lengths of the documents before (what fills the end is none of them), or of a row.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -49,6 +52,7 @@ class RankBatch:
     channels: Tensor | None = None
     ahead: tuple["RankBatch", ...] = ()
     """What multi-token-prediction layers compute at the same positions, by depth."""
+    unpadded: tuple[int, ...] = ()
 
 
 def rank_batches(
@@ -156,7 +160,10 @@ def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int
     tensors = [batch.tokens, batch.labels, batch.loss_weights, *([] if batch.channels is None else [batch.channels])]
     documents, tensors = _laid_out(batch, tensors, dims, cp_rank, length)
     tokens, labels, loss_weights, *channels = tensors
-    return RankBatch(tokens, labels, loss_weights, documents, length, channels[0] if channels else None)
+    return RankBatch(
+        tokens, labels, loss_weights, documents, length, channels[0] if channels else None,
+        unpadded=batch.documents or batch.tokens.shape[1:],
+    )  # fmt: skip
 
 
 def _laid_out(

@@ -4,6 +4,7 @@ import datetime
 import gc
 import importlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ def init(dims: ParallelDims, device: torch.device, info: RankInfo, timeout_secon
             **_rendezvous(info),
         )
     return Groups(dims, info.rank, device, timeout_seconds)
+
+
+def give_up_after(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
+    """Collectives of these groups fail after so long; torch has times of its own for groups that are made later."""
+    for group in set(groups) - {dist.group.WORLD}:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def destroy() -> None:

@@ -26,10 +26,12 @@ NAME = "mswift"
 class _Now:
     """What this process attends to. lengths: of the documents, over all ranks; None: a row is one.
 
+    unpadded: the same before padding, or the length of a row; (): as they are.
     keys: (number of a layer, key, value) -> those in their place, for prefixes.
     """
 
     lengths: tuple[int, ...] | None = None
+    unpadded: tuple[int, ...] = ()
     shifted: bool = False
     keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     kind: str = "p2p"
@@ -55,9 +57,9 @@ def share_with(kind: str, groups: Any, size: int) -> None:
     _now.kind, _now.groups, _now.size = kind, groups, size
 
 
-def attending(documents: tuple[int, ...] | None, *, shifted: bool = False) -> None:
-    """What the coming forward pass and its backward pass compute: `RankBatch.documents`; `mswift.parallel.shifted`."""
-    _now.lengths, _now.shifted, _now.keys = documents, shifted, None
+def attending(documents: tuple[int, ...] | None, *, unpadded: tuple[int, ...] = (), shifted: bool = False) -> None:
+    """What the coming forward pass and its backward pass compute: fields of `RankBatch`; `mswift.parallel.shifted`."""
+    _now.lengths, _now.unpadded, _now.shifted, _now.keys = documents, unpadded, shifted, None
 
 
 def attending_to(keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -66,11 +68,17 @@ def attending_to(keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -
 
 
 def row_lengths(x: Tensor) -> Tensor:
-    """[1, s, 1]: of every row of x [b, s, ...] the positions of the whole sequence (document) it is in."""
+    """[1, s, 1]: of every row of x [b, s, ...] the positions of the whole sequence (document) it is in.
+
+    Those that it has at every layout: what ranks that share it need beside is not counted.
+    """
     if _now.lengths is None:
-        return torch.full((1, 1, 1), float(x.shape[1] * _now.size), device=x.device)
-    share = Share(_now.lengths, (_now.rank,), _now.size)
-    lengths = torch.cat([torch.full((s.length,), _now.lengths[s.document]) for s in segments(share)])
+        own = _now.unpadded[0] if _now.unpadded else x.shape[1] * _now.size
+        return torch.full((1, 1, 1), float(own), device=x.device)
+    share, own_lengths = Share(_now.lengths, (_now.rank,), _now.size), dict(enumerate(_now.unpadded))
+    lengths = torch.cat(
+        [torch.full((s.length,), own_lengths.get(s.document, _now.lengths[s.document])) for s in segments(share)]
+    )
     return lengths.to(x.device, torch.float32)[None, :, None]
 
 

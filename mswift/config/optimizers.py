@@ -85,6 +85,11 @@ class LowRank:
         return cls(flags.galore_rank, flags.galore_quantization, bits, group, queue)
 
 
+def kept_by(rule: str, sgd_momentum: float) -> tuple[str, ...]:
+    """Those tensors of an elementwise rule that there are: sgd without momentum has none."""
+    return () if rule == "sgd" and not sgd_momentum else ELEMENTWISE[rule]
+
+
 def rule_of(optimizer: str, shape: tuple[int, ...], *, in_layer: bool, is_embedding: bool, low_rank: LowRank) -> str:
     """The rule of a tensor. What galore does not project has adam; its moments, too, have 8 bits if quantised."""
     if optimizer in OF_LAYERS:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from mswift.config.loss import is_fused, piece_tokens
-from mswift.config.optimizers import ELEMENTWISE
+from mswift.config.optimizers import kept_by
 from mswift.config.train import TrainConfig
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import EMBEDDING, ModelTable
@@ -169,7 +169,7 @@ def _held_by_all(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> tu
         return held, trained, optimizer_bytes(config, table)
     ends = end_parameters(table)
     learning = math.ceil(ends + config.lisa_activated_layers * (total - ends) / table.spec.num_layers)  # at a time
-    return held, learning, learning * 4 * len(ELEMENTWISE[config.optimizer])
+    return held, learning, learning * 4 * len(kept_by(config.optimizer, config.sgd_momentum))
 
 
 def host_bytes(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int) -> int:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from mswift.config.optimizers import ELEMENTWISE, LowRank, rule_of, state_bytes
+from mswift.config.optimizers import ELEMENTWISE, LowRank, kept_by, rule_of, state_bytes
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.plan import ModelTable
@@ -44,7 +44,7 @@ def optimizer_bytes(config: TrainConfig, table: ModelTable) -> int:
     """State of the update rules over the whole job, one copy of it; no fp32 masters. Of a part of a model its share."""
     trained = trained_parameters(config, table)
     if config.optimizer in ELEMENTWISE:
-        return trained * 4 * len(ELEMENTWISE[config.optimizer])
+        return trained * 4 * len(kept_by(config.optimizer, config.sgd_momentum))
     shapes = _adapter_shapes(config, table) if config.trains_adapter else table.without_mtp().hf
     low_rank, total = LowRank.of(config), 0
     for name, shape in shapes.items():

@@ -21,6 +21,7 @@ from mswift.parallel.fsdp.optimizer import update_groups
 from mswift.parallel.fsdp.passes import Passes
 from mswift.parallel.fsdp.state import RankState
 from mswift.parallel.fsdp.tuned import tuned_model
+from mswift.parallel.groups import give_up_after
 from mswift.topology import ParallelDims
 
 
@@ -43,6 +44,7 @@ class DeepspeedEngine(BaseEngine):
         self._zero = ZeroModel(self._tuned, groups, config, dims.world_size, device, table.spec.hidden_size)
         self._weights = ZeroWeights(self._tuned, table, config, rank, self._zero)
         context, self._groups = share_sequences(dims, rank, config.cp_comm_type)
+        give_up_after(self._groups, config.timeout_seconds)
         self._state = RankState(self._weights, self._zero, config, rank, 0, None)
         drops = self._tuned.drops(config)
         self._passes = Passes(self._zero.engine, dims, config, device, context, drops=drops)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.config.optimizers import ELEMENTWISE
+from mswift.config.optimizers import kept_by
 from mswift.parallel.deepspeed.config import DeepspeedConfig, library_config
 from mswift.parallel.deepspeed.fragments import Fragment
 from mswift.parallel.deepspeed.library import Library
@@ -39,6 +39,7 @@ class ZeroModel:
         self._groups, self._config, self._world_size = groups, config, world_size
         self._stage = config.zero.stage
         self._kind = groups[0].rule
+        self._kept = kept_by(self._kind, config.sgd_momentum)
         self._library = Library(device)
         library = self._library.module
         trained = sum(prod(mapped.shape) for mapped in tuned.trained.values())
@@ -135,7 +136,7 @@ class ZeroModel:
         fragment = self._fragments[name]
         assert fragment is not None
         state = self._rule.state.get(fragment.flat, {})
-        for key in ELEMENTWISE[self._kind]:
+        for key in self._kept:
             if state.get(key) is not None:
                 yield key, fragment.of(state[key])
 
@@ -144,7 +145,7 @@ class ZeroModel:
         fragment = self._fragments[name]
         assert fragment is not None
         state = self._rule.state[fragment.flat]
-        for key in ELEMENTWISE[self._kind]:
+        for key in self._kept:
             state.setdefault(key, torch.zeros_like(fragment.flat, requires_grad=False))
         if self._kind == "adam":
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=fragment.flat.device)
@@ -164,7 +165,7 @@ class ZeroModel:
 
     def state_bytes(self) -> int:
         """Masters and state of the rule on this rank, counted from the start."""
-        return 4 * self._updated * (1 + len(ELEMENTWISE[self._kind]))
+        return 4 * self._updated * (1 + len(self._kept))
 
     @property
     def _updated(self) -> int:

@@ -14,14 +14,14 @@ from mswift.converters.plan import ModelTable
 from mswift.parallel import device as devices
 from mswift.parallel import sequence
 from mswift.parallel.batch import Microbatch
-from mswift.parallel.engine import Held, Read, StateShard, StepResult
+from mswift.parallel.engine import Held, LossPart, Read, StateShard, StepResult
 from mswift.parallel.four_bit import packed
 from mswift.parallel.fsdp.adapters import adapters_of
 from mswift.parallel.fsdp.base_engine import BaseEngine
 from mswift.parallel.fsdp.config import FsdpConfig
 from mswift.parallel.fsdp.context import share_sequences
 from mswift.parallel.fsdp.data_start import start_from_data
-from mswift.parallel.fsdp.layout import last_microbatch, lay_out
+from mswift.parallel.fsdp.layout import forward_alone, last_microbatch, lay_out
 from mswift.parallel.fsdp.optimizer import ShardedOptimizer, update_groups
 from mswift.parallel.fsdp.passes import Passes
 from mswift.parallel.fsdp.pieces import local
@@ -29,6 +29,7 @@ from mswift.parallel.fsdp.sampled import SampledLayers
 from mswift.parallel.fsdp.state import RankState
 from mswift.parallel.fsdp.tuned import tuned_model
 from mswift.parallel.fsdp.weights import RankWeights
+from mswift.parallel.groups import give_up_after
 from mswift.topology import ParallelDims
 from mswift.tuners.data_start import DataStart
 
@@ -51,6 +52,7 @@ class FsdpEngine(BaseEngine):
         self._weights = RankWeights(self._tuned, table, config, rank, layout.copy)
         context, made = share_sequences(dims, rank, config.cp_comm_type)
         self._groups = layout.groups + made
+        give_up_after(self._groups, config.timeout_seconds)
         trained = {name: self._weights.parameters[name] for name in self._tuned.trained}
         groups = update_groups(self._tuned, table, config)
         self._optimizer = ShardedOptimizer(trained, groups, config, layout.sharing, device)
@@ -74,7 +76,8 @@ class FsdpEngine(BaseEngine):
         assert lora is not None
         of = adapters_of(self.table, lora)
         around, device = self._around, self.device
-        done = start_from_data(self._weights, self._passes, of, self.dims, steps, how, lora.seed, around, device)
+        with forward_alone(self._tuned.model):
+            done = start_from_data(self._weights, self._passes, of, self.dims, steps, how, lora.seed, around, device)
         self._optimizer.forget_gradients()
         return done
 
@@ -112,6 +115,18 @@ class FsdpEngine(BaseEngine):
             self._method.after_update(self.optimizer_step)
         seconds = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         return StepResult(done.loss, done.num_tokens, done.weight_sum, grad_norm, updated, seconds, None, done.channels)
+
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], num_channels: int = 0
+    ) -> tuple[LossPart, tuple[LossPart, ...]]:
+        """As its parent."""
+        with forward_alone(self._tuned.model):
+            return super().evaluate(microbatches, num_channels)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As its parent."""
+        with forward_alone(self._tuned.model):
+            return super().logits(tokens)
 
     def _around(self, is_last: bool) -> AbstractContextManager[None]:
         return last_microbatch(self._tuned.model, is_last)

@@ -97,6 +97,20 @@ def shard(
 
 
 @contextmanager
+def forward_alone(model: nn.Module) -> Iterator[None]:
+    """A pass without a backward one: gathered parameters, which the latter lets go of, are let go of at the end.
+
+    Else the next pass would compute with what they were, and train what was trained then.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    yield
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
 def last_microbatch(model: nn.Module, is_last: bool) -> Iterator[None]:
     """Gradients are summed over ranks in the last microbatch of a step only."""
     from torch.distributed.fsdp import FSDPModule

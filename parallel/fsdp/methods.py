@@ -43,7 +43,9 @@ class MethodAdapters:
         trained = {name: t for name, t in injected.tensors.items() if name not in config.method.frozen}
         assert {n: tuple(t.shape) for n, t in trained.items()} == config.trained_shapes(table)
         self.saved = {own[id(t)]: whole(n, _STORED + n, tuple(t.shape)) for n, t in trained.items()}
-        self._constants = {n: injected.tensors[n] for n in config.method.frozen if n in injected.tensors}
+        places = {id(t): (owner, key) for owner in model.modules() for key, t in owner._buffers.items()}
+        frozen = (name for name in config.method.frozen if name in injected.tensors)
+        self._constants = {name: places[id(injected.tensors[name])] for name in frozen}
         parameters = dict(model.named_parameters())
         self.replicated = {name: p for name, p in parameters.items() if name not in self.base_names}
         for name in self.saved:
@@ -94,20 +96,20 @@ class MethodAdapters:
 
     def shards(self) -> Iterator[StateShard]:
         """Constants that PEFT's file holds beside what is trained, from one rank."""
-        for name, tensor in self._constants.items():
+        for name, tensor in self.constants().items():
             shape = tuple(tensor.shape)
             yield from shards(whole(name, _STORED + name, shape), Region.full(shape), tensor.float().cpu())
 
     def load(self, read: Read) -> None:
         """The constants back."""
-        for name, tensor in self._constants.items():
+        for name, tensor in self.constants().items():
             found = torch.empty(tensor.shape)
             read(_STORED + name, Region.full(tuple(tensor.shape)), bytes_of(found))
             tensor.copy_(found)
 
     def constants(self) -> dict[str, Tensor]:
-        """By name, as in `MethodConfig.shapes`."""
-        return dict(self._constants)
+        """By name, as in `MethodConfig.shapes`: buffers, which are other tensors once the model has moved."""
+        return {name: owner._buffers[key] for name, (owner, key) in self._constants.items()}  # type: ignore[misc]
 
     def state_shards(self) -> Iterator[StateShard]:
         """What the method keeps from step to step, beside the optimizer's state; from one rank."""

@@ -136,7 +136,8 @@ class Passes:
         return rank_batches(microbatches, self._dims, self._coordinate.cp)
 
     def _positions(self, batch: RankBatch) -> Tensor:
-        sequence.attending(batch.documents, shifted=self._config.shifted_attention and torch.is_grad_enabled())
+        shifted = self._config.shifted_attention and torch.is_grad_enabled()
+        sequence.attending(batch.documents, unpadded=batch.unpadded, shifted=shifted)
         return sequence.document_positions(batch.documents, batch.seq_length, self._coordinate.cp, self._device)
 
     def _totals(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.config.optimizers import ELEMENTWISE
+from mswift.config.optimizers import kept_by
 from mswift.parallel.fsdp.config import HfSettings
 
 
@@ -68,6 +68,7 @@ class LocalRule:
 
     def __init__(self, rule: str, groups: Sequence[Group], shards: Mapping[str, Tensor], config: HfSettings) -> None:
         self._kind, self._groups, self._shards = rule, groups, shards
+        self._kept = kept_by(rule, config.sgd_momentum)
         self._rule = torch_rule(rule, optimizer_settings(groups, shards, config.weight_decay), config)
 
     @property
@@ -85,14 +86,14 @@ class LocalRule:
     def states(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor like the shard); none before the first step."""
         state = self._rule.state.get(self._shards[name], {})
-        for key in ELEMENTWISE[self._kind]:
+        for key in self._kept:
             if state.get(key) is not None:
                 yield key, state[key]
 
     def make_states(self, name: str, step: int) -> None:
         """Allocate the state as it is after `step` updates, tensors still zero."""
         shard = self._shards[name]
-        state: dict[str, Tensor] = {key: torch.zeros_like(shard) for key in ELEMENTWISE[self._kind]}
+        state: dict[str, Tensor] = {key: torch.zeros_like(shard) for key in self._kept}
         if self._kind == "adam":
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=shard.device)
         self._rule.state[shard] = state
@@ -104,4 +105,4 @@ class LocalRule:
     def state_bytes(self, idle: Set[str] = frozenset()) -> int:
         """Of this rank, counted from the start; `idle` parameters have none now."""
         elements = sum(self._shards[name].numel() for name in self.names if name not in idle)
-        return 4 * elements * len(ELEMENTWISE[self._kind])
+        return 4 * elements * len(self._kept)

@@ -10,11 +10,9 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from mswift.config.optimizers import kept_by
 from mswift.parallel.lora import IS_LORA_B
 from mswift.parallel.megatron.config import EngineConfig, optimizer_config
-
-STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""Names of an update rule's fp32 tensors, each shaped like the parameter."""
 
 
 class ShardedOptimizer:
@@ -27,6 +25,7 @@ class ShardedOptimizer:
 
     def __init__(self, chunks: Sequence[MegatronModule], config: EngineConfig) -> None:
         self._config, self._chunks = config, chunks
+        self._kept = kept_by(config.optimizer, config.sgd_momentum)
         core_config = optimizer_config(config, overlap_param_gather=chunks[0].ddp_config.overlap_param_gather)
         groups = get_standard_config_overrides(core_config)
         if config.lora_b_lr_ratio != 1:
@@ -86,7 +85,7 @@ class ShardedOptimizer:
     @property
     def bytes_per_element(self) -> int:
         """Bytes of state for each element that is updated: fp32 states, and an fp32 master of a bf16 weight."""
-        return 4 * (len(STATES[self._config.optimizer]) + (self._config.dtype != "F32"))
+        return 4 * (len(self._kept) + (self._config.dtype != "F32"))
 
     def reload_parameters(self) -> None:
         """Take master weights from the model; after weights were loaded from outside."""
@@ -116,7 +115,7 @@ class ShardedOptimizer:
         """(name, tensor [stop - start]) of the update rule; none before the first step."""
         inner = self._of(parameter)
         state = {} if inner is None else inner.optimizer.state.get(self.master(parameter), {})
-        for name in STATES[self._config.optimizer]:
+        for name in self._kept:
             if name in state:
                 yield name, state[name]
 
@@ -127,7 +126,7 @@ class ShardedOptimizer:
         """
         inner, master = self._of(parameter), self.master(parameter)
         assert inner is not None
-        state: dict[str, Tensor] = {name: torch.zeros_like(master) for name in STATES[self._config.optimizer]}
+        state: dict[str, Tensor] = {name: torch.zeros_like(master) for name in self._kept}
         if self._config.optimizer == "adam":
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
         inner.optimizer.state[master] = state

@@ -56,8 +56,8 @@ class TrainConfig:
     tuner_type: TunerType = "full"
     """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
     attention (longlora), new blocks in a frozen model (llamapro), Houlsby's adapters (adapter), LoReFT (reft), virtual
-    tokens (prompt, ptuning) or keys (prefix) before every sequence, adapters of another method of PEFT; xlora: refused.
-    """
+    tokens (prompt, ptuning) or keys (prefix) before every sequence, a classifier that mixes LoRAs token by token
+    (xlora), adapters of another method of PEFT."""
     tuner_config: str | None = None
     """Fields of PEFT's configuration of a method other than LoRA, as JSON: '{"oft_block_size": 64}'."""
     lora_rank: int = 8
@@ -98,6 +98,9 @@ class TrainConfig:
     """HF modules trained in full beside the adapters: embed_tokens, lm_head; norm (not megatron): all norms."""
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory to continue from (one)."""
+    xlora_adapters: tuple[str, ...] = ()
+    """xlora: PEFT directories of the LoRAs to mix, which stay as they are ('{"use_trainable_adapters": true}' of
+    tuner_config: are trained too). Scales come from a pass of the base model before every pass."""
 
     freeze_parameters_ratio: float = 0.0
     """full (not megatron): freeze the first parameters of the model, as many as have this share of its elements."""

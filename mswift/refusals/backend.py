@@ -84,7 +84,7 @@ def _of_megatron(config: TrainConfig) -> Iterator[ConfigError]:
     for name in _FSDP_ONLY:
         if _is_given(config, name):
             yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
-    if config.trains_adapter and not config.trains_lora and config.tuner_type not in (*HIDDEN_TUNERS, "xlora"):
+    if config.trains_adapter and not config.trains_lora and config.tuner_type not in HIDDEN_TUNERS:
         yield ConfigError(
             f"--tuner_type {config.tuner_type} is computed by PEFT on transformers' model: use --backend fsdp (or "
             "ddp), or --tuner_type lora"

@@ -36,13 +36,6 @@ _INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?|eva|lora_ga")
 _FROM_DATA = ("eva", "lora_ga")
 _OF_LORA_GA = ("lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma")
 
-XLORA = (
-    "--tuner_type xlora: PEFT 0.21.2 loses the first layer of X-LoRA's classifier in the files that it writes, and "
-    "ends with a KeyError unless the adapters are called 0, 1, ...; what was trained could not be used: train one "
-    "--tuner_type lora on all of the data, or choose among adapters by their names (mswift deploy --adapters A B)"
-)
-"""Why it is refused; `tests/cpu/test_xlora.py` shows both."""
-
 OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
 
@@ -50,6 +43,7 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "adapter": ("adapter_length", "adapter_act"),
     "reft": ("reft_rank", "reft_layers"),
     "llamapro": ("llamapro_num_new_blocks", "llamapro_num_groups"),
+    "xlora": ("xlora_adapters",),
 }
 """Tuner -> the flags that are its alone."""
 
@@ -57,9 +51,6 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
 def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     """ConfigErrors, each with the flag, its value and what to do."""
     tuner = config.tuner_type
-    if tuner == "xlora":
-        yield ConfigError(XLORA)
-        return
     if config.backend == "megatron" and tuner in OF_FSDP:
         yield ConfigError(
             f"--tuner_type {tuner} trains transformers' model: use --backend fsdp (or ddp), or --tuner_type full (or "
@@ -75,7 +66,7 @@ def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                 yield ConfigError(f"--{name} {value} must be at least 1")
     if tuner == "llamapro":
         yield from _llamapro(config)
-    if tuner in (*HIDDEN_TUNERS, *PROMPT_TUNERS) and config.new_special_tokens:
+    if tuner in (*HIDDEN_TUNERS, *PROMPT_TUNERS, "xlora") and config.new_special_tokens:
         yield ConfigError(
             f"--new_special_tokens {config.new_special_tokens[0]} with --tuner_type {tuner}: their rows would stay as "
             "they start, since no weight of the model is trained: use --tuner_type full or lora"
@@ -87,6 +78,8 @@ def tuner_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         )
     if tuner == "longlora":
         yield from _longlora(config)
+    if tuner == "xlora":
+        yield from _xlora(config)
     if config.backend == "megatron" and NORM in config.modules_to_save:
         yield ConfigError(f"--modules_to_save {NORM} is for transformers' model: use --backend fsdp, or leave it out")
     yield from _lisa(config)
@@ -102,6 +95,19 @@ def check_tuner(config: TrainConfig, spec: ModelSpec) -> None:
     if config.tuner_type == "longlora" and spec.num_attention_heads % 2:
         raise ConfigError(
             f"--tuner_type longlora: {spec.num_attention_heads} attention heads have no halves: use --tuner_type lora"
+        )
+
+
+def _xlora(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.neftune_noise_alpha:
+        yield ConfigError(
+            f"--neftune_noise_alpha {config.neftune_noise_alpha} with --tuner_type xlora: its classifier would read "
+            "hidden states of noise: leave it out"
+        )
+    if config.torch_compile:
+        yield ConfigError(
+            "--torch_compile with --tuner_type xlora: scales of tokens come into layers from outside of what is "
+            "compiled: leave --torch_compile out"
         )
 
 
@@ -224,18 +230,16 @@ def lora_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield from _quantised_refusals(config)
         yield from _data_start_refusals(config)
         return
-    if config.tuner_type == "xlora":
-        return
     if config.trains_adapter:
         if len(config.adapters) > 1:
             yield ConfigError(f"--adapters names {len(config.adapters)} adapters; training continues 1 adapter")
-        if config.tuner_type not in (*HIDDEN_TUNERS, *PROMPT_TUNERS):
+        if config.tuner_type not in (*HIDDEN_TUNERS, *PROMPT_TUNERS, "xlora"):
             return
     for name in _LORA_FLAGS:
         value = getattr(config, name)
         if name == "adapters" and config.tuner_type in HIDDEN_TUNERS:
             continue
-        if name in ("adapters", "tuner_config") and config.tuner_type in PROMPT_TUNERS:
+        if name in ("adapters", "tuner_config") and config.tuner_type in (*PROMPT_TUNERS, "xlora"):
             continue
         if value != type(config).__dataclass_fields__[name].default:
             given = " ".join(value) if isinstance(value, tuple) else value

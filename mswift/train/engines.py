@@ -13,13 +13,13 @@ from mswift.converters.adapters import NORM, expand_modules_to_save
 from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError
-from mswift.parallel.engine import Engine
+from mswift.parallel.engine import AdapterSource, Engine
 from mswift.refusals import train_dtype
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
-from mswift.train.prompt_start import TokenStart, token_start
+from mswift.train.prompt_start import token_start
 from mswift.train.trained import lora_config, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
@@ -28,6 +28,8 @@ from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.other_adapters import other_config
 from mswift.tuners.part import Part
 from mswift.tuners.prompts import PromptConfig
+from mswift.tuners.xlora import XloraConfig
+from mswift.tuners.xlora_adapter import XloraAdapter, XloraStart
 
 
 @contextmanager
@@ -177,7 +179,7 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
 
 def _adapter(
     config: TrainConfig, reader: WeightReader, num_steps: int, *, resumed: bool
-) -> tuple[dict[str, Any], PeftAdapter | OtherAdapter | TokenStart | None]:
+) -> tuple[dict[str, Any], AdapterSource | None]:
     """(what is trained beside the frozen base, as engines take it; the adapter to continue, which keeps its own)."""
     if not config.trains_adapter:
         return {}, None
@@ -185,8 +187,15 @@ def _adapter(
     if not config.trains_lora:
         if not config.adapters:
             method = other_config(config, reader.table, num_steps)
-            begin = token_start(method, reader) if isinstance(method, PromptConfig) and not resumed else None
+            begin: AdapterSource | None = None
+            if isinstance(method, PromptConfig) and not resumed:
+                begin = token_start(method, reader)
+            if isinstance(method, XloraConfig) and not resumed:
+                begin = XloraStart(reader.table, method, [Path(path) for path in config.xlora_adapters])
             return {"method": method, "trainable_modules": saved}, begin
+        if config.tuner_type == "xlora":
+            mixed = XloraAdapter(Path(config.adapters[0]), config.seed)
+            return {"method": mixed.config, "trainable_modules": ()}, mixed
         start = OtherAdapter(Path(config.adapters[0]), reader.table.spec.num_layers, config.seed)
         return {"method": start.config, "trainable_modules": start.modules_to_save}, start
     if not config.adapters:

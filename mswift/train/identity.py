@@ -18,7 +18,7 @@ from mswift.errors import ConfigError
 from mswift.tuners.peft_config import CONFIG_FILE
 
 _ANOTHER_RUN = "or start a new run with another --output_dir"
-_FLAGS = {"r": "lora_rank"}  # fields of adapter_config.json that a flag spells otherwise
+_FLAGS = {"r": "lora_rank", "loras": "xlora_adapters"}  # fields of adapter_config.json that a flag spells otherwise
 _BOOKKEEPING = ("base_model_name_or_path", "peft_version", "tokenizer_name_or_path")
 
 

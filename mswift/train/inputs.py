@@ -142,6 +142,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
         return check_hidden(config, table, path)
     if config.tuner_type in PROMPTS:
         return check_prompt(config, table, path)
+    if config.tuner_type == "xlora":
+        return None  # `other_config` has read it
     settings = read_peft_config(path)
     LoraConfig(settings).check(f"{path}: ")
     promised_shapes(table, settings)

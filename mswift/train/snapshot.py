@@ -28,10 +28,11 @@ from mswift.parallel.engine import Engine, StateShard
 from mswift.train.collective import agreed, gather_objects
 from mswift.train.save import dtype_name, shard_bytes
 from mswift.tuners.export import STORED
-from mswift.tuners.method import full_name
+from mswift.tuners.method import place_of
 from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, parse_peft_config
 from mswift.tuners.shapes import promised_shapes
+from mswift.tuners.xlora import directory_configs
 
 Moves = Iterator[tuple[Path, Piece]]
 """(file, flat byte map: side 0 the memory of a shard, side 1 the file)."""
@@ -74,24 +75,33 @@ class ModelFiles:
 
 
 class AdapterFile:
-    """The safetensors file of a PEFT adapter; a tied embedding stands there under both of its names."""
+    """The safetensors files of a PEFT adapter; a tied embedding stands there under both of its names.
+
+    There is one, but of LoRAs that X-LoRA mixes.
+    """
 
     def __init__(self, directory: Path, table: ModelTable, config: bytes, dtypes: Mapping[str, str]) -> None:
-        self._path = directory / WEIGHTS_FILE
+        self._directory = directory
         shapes, left = _shapes(table, json.loads(config), directory / CONFIG_FILE)
         self._left = {STORED + name for name in left}
         self._names: dict[str, list[str]] = {}
-        for name in sorted(shapes, key=full_name):
-            self._names.setdefault(STORED + trained_name(table, name), []).append(name)
-        of = {name: key for key, names in self._names.items() for name in names}
-        tensors = {full_name(name): (dtypes[of[name]], shapes[name]) for name in sorted(shapes, key=full_name)}
-        self._header, self._offsets = encode_header(tensors)
-        size = sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in tensors.values())
-        self.sizes = {WEIGHTS_FILE: len(self._header) + size}
+        tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for name in sorted(shapes, key=place_of):
+            key = STORED + trained_name(table, name)
+            self._names.setdefault(key, []).append(name)
+            folder, full = place_of(name)
+            tensors.setdefault(_file_in(folder), {})[full] = (dtypes[key], shapes[name])
+        self._headers: dict[str, bytes] = {}
+        self._offsets: dict[str, Mapping[str, int]] = {}
+        self.sizes: dict[str, int] = {}
+        for file, own in tensors.items():
+            self._headers[file], self._offsets[file] = encode_header(own)
+            size = sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in own.values())
+            self.sizes[file] = len(self._headers[file]) + size
 
     def headers(self) -> Iterator[tuple[str, bytes]]:
-        """What stands before the tensors."""
-        yield WEIGHTS_FILE, self._header
+        """What stands before the tensors, file by file."""
+        yield from self._headers.items()
 
     def moves(self, shard: StateShard, item_bytes: int) -> Moves:
         """Where the bytes of a box of an adapter tensor go; nowhere, if the file has what was made of it."""
@@ -99,11 +109,16 @@ class AdapterFile:
             return
         starts = (tuple(0 for _ in shard.shape), shard.region.offsets)
         copy = flatten(identity(("", ""), shard.region, starts), (shard.region.sizes, shard.shape), item_bytes)
-        for name in self._names[shard.key]:
-            yield self._path, copy.moved(1, self._offsets[full_name(name)])
+        for folder, full in map(place_of, self._names[shard.key]):
+            file = _file_in(folder)
+            yield self._directory / file, copy.moved(1, self._offsets[file][full])
 
     def finish(self) -> None:
-        """One file needs no index."""
+        """These files need no index."""
+
+
+def _file_in(folder: str) -> str:
+    return f"{folder}/{WEIGHTS_FILE}" if folder else WEIGHTS_FILE
 
 
 def _shapes(
@@ -157,12 +172,17 @@ class Snapshot:
             return ModelFiles(partial, engine.table, dtypes)
         return AdapterFile(partial, engine.table, self.hf_files[CONFIG_FILE], dtypes)
 
+    def _side_files(self, destination: Path) -> dict[str, bytes]:
+        files = dict(self.hf_files)
+        return files | directory_configs(files[CONFIG_FILE], destination) if CONFIG_FILE in files else files
+
     def _publish(self, files: ModelFiles | AdapterFile, partial: Path, destination: Path) -> None:
         """Side files, then the rename. A run that was set back to before this step replaces the earlier snapshot."""
         files.finish()
-        for name, data in self.hf_files.items():
+        for name, data in self._side_files(destination).items():
             write_file(partial / name, data)
-        rundir.fsync_path(partial)
+        for folder in {(partial / file).parent for file in files.sizes} | {partial}:
+            rundir.fsync_path(folder)
         before = destination.with_name(f"{destination.name}.replaced-{time.time_ns()}")
         if destination.exists():
             destination.rename(before)
@@ -176,6 +196,7 @@ def _make(partial: Path, files: ModelFiles | AdapterFile) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file, header in files.headers():
+        (partial / file).parent.mkdir(exist_ok=True)
         with (partial / file).open("xb") as out:
             out.write(header)
             out.truncate(files.sizes[file])

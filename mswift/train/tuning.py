@@ -17,6 +17,9 @@ def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
         return f"reft, rank {config.reft_rank}, behind layers {layers}"
     if config.tuner_type in PROMPTS:
         return f"{config.tuner_type} {config.tuner_config or ''}".strip() + ", before every sequence"
+    if config.tuner_type == "xlora":
+        mixed = f"{len(config.xlora_adapters)} LoRAs" if config.xlora_adapters else f"of {config.adapters[0]}"
+        return f"xlora {config.tuner_config or ''}".strip() + f", {mixed}, mixed token by token in a second pass"
     if config.lisa_activated_layers:
         active, every = config.lisa_activated_layers, config.lisa_step_interval
         return f"LISA, {active} of {num_layers} layers at a time, drawn anew every {every} steps; all of the ends"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_of
 from math import prod
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError
 from mswift.tuners.files import row_blocks, write_safetensors
-from mswift.tuners.method import full_name
+from mswift.tuners.method import place_of
 from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
@@ -25,6 +26,7 @@ from mswift.tuners.peft_config import (
 from mswift.tuners.plain import as_plain, joined
 from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import adapter_table, promised_shapes
+from mswift.tuners.xlora import directory_configs
 
 STORED = "adapter."
 """Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""
@@ -164,22 +166,28 @@ def write_tensors(
 ) -> AdapterReport:
     """As `write_adapter`; `shapes`: what the file is to hold, by name without `base_model.model.`."""
     _check(where, tensors, {trained_name(table, name): shape for name, shape in shapes.items()})
-    names = {full_name(name): trained_name(table, name) for name in shapes}
-    written = {full_name(name): (tensors[trained_name(table, name)][0], shape) for name, shape in shapes.items()}
+    names: dict[str, dict[str, str]] = {}
+    written: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        folder, full = place_of(name)
+        names.setdefault(folder, {})[full] = trained_name(table, name)
+        written.setdefault(folder, {})[full] = (tensors[trained_name(table, name)][0], shape)
 
-    def blocks(name: str) -> Iterator[bytearray]:
-        dtype, shape = written[name]
+    def blocks(folder: str, name: str) -> Iterator[bytearray]:
+        dtype, shape = written[folder][name]
         for region in row_blocks(shape, DTYPE_BYTES[dtype]):
             buffer = bytearray(region.num_elements * DTYPE_BYTES[dtype])
-            read(names[name], region, memoryview(buffer))
+            read(names[folder][name], region, memoryview(buffer))
             yield buffer
 
     with new_directory(destination) as partial:
-        write_safetensors(partial / WEIGHTS_FILE, dict(sorted(written.items())), blocks)
-        write_file(partial / CONFIG_FILE, config)
-        for name, data in (beside or {}).items():
+        for folder in written:
+            (partial / folder).mkdir(exist_ok=True)
+            file = partial / folder / WEIGHTS_FILE
+            write_safetensors(file, dict(sorted(written[folder].items())), partial_of(blocks, folder))
+        for name, data in {**directory_configs(config, destination), **(beside or {})}.items():
             write_file(partial / name, data)
-    return AdapterReport(destination, len(written), sum(prod(shape) for shape in shapes.values()))
+    return AdapterReport(destination, len(shapes), sum(prod(shape) for shape in shapes.values()))
 
 
 def _check(

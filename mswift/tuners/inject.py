@@ -38,7 +38,7 @@ def inject(model: nn.Module, content: Mapping[str, Any], seed: int) -> Injected:
 
     kind = PeftType(content["peft_type"])
     own = {name: value for name, value in content.items() if name not in ("peft_type", "modules_to_save")}
-    with torch.random.fork_rng(devices=[]), _stand_ins(model), _environment(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), stand_ins(model), _environment(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of BOFT, that there is no CUDA extension; of HRA, that a rank is odd
         torch.manual_seed(seed)
         try:
@@ -62,7 +62,7 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
+def stand_ins(model: nn.Module) -> Iterator[None]:
     """Zeros that take no memory for weights without memory: PEFT puts an adapter where its linear's weight is."""
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     for module in model.modules():

@@ -39,6 +39,12 @@ def full_name(name: str) -> str:
     return name if name.startswith(_SHARED) or name == EMBEDDINGS else PREFIX + name
 
 
+def place_of(name: str) -> tuple[str, str]:
+    """(folder of an adapter's directory, name in PEFT's file there): of the LoRAs that X-LoRA mixes one of their own."""
+    number, dot, rest = name.partition(".")
+    return (number, PREFIX + rest) if dot and number.isdecimal() else ("", full_name(name))
+
+
 def short_name(name: str) -> str:
     """Without the prefix that the tensors of single linears have in PEFT's file."""
     return name.removeprefix(PREFIX)

@@ -1,4 +1,4 @@
-"""Adapters beside LoRA: PEFT's methods, its prompts, tuners that change hidden states; told apart by name or file.
+"""Adapters beside LoRA: PEFT's methods, its prompts, X-LoRA, tuners of hidden states; told apart by name or file.
 
 No torch.
 """
@@ -10,7 +10,6 @@ from typing import Any
 from mswift.config.train import TrainConfig
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
-from mswift.refusals.tuner import XLORA
 from mswift.tuners.hidden import HIDDEN, HiddenConfig, hidden_config, is_hidden, parse_hidden
 from mswift.tuners.method import MethodConfig, parse_method
 from mswift.tuners.method_flags import method_config, tuner_fields
@@ -23,14 +22,17 @@ from mswift.tuners.prompts import (
     parse_prompt,
     prompt_config,
 )
+from mswift.tuners.xlora import XloraConfig, check_fits, is_xlora, parse_xlora, xlora_config
 
-OtherConfig = MethodConfig | HiddenConfig | PromptConfig
+OtherConfig = MethodConfig | HiddenConfig | PromptConfig | XloraConfig
 
 
 def other_config(config: TrainConfig, table: ModelTable, num_steps: int | None = None) -> OtherConfig:
     """The adapter of `config.tuner_type`, which is no LoRA; num_steps: of the run. ConfigError if it does not fit."""
     if config.tuner_type == "xlora":
-        raise ConfigError(XLORA)
+        if config.adapters:
+            return _mixed(config, table, Path(config.adapters[0]))
+        return xlora_config(table, tuner_fields(config), config.xlora_adapters, config.seed)
     if config.tuner_type in PROMPTS:
         return prompt_config(table, config.tuner_type, tuner_fields(config), config.seed)
     return _hidden(config, table) if config.tuner_type in HIDDEN else method_config(config, table, num_steps)
@@ -42,6 +44,22 @@ def _hidden(config: TrainConfig, table: ModelTable) -> HiddenConfig:
     return hidden_config(table, "reft", config.reft_rank, config.reft_layers, seed=config.seed)
 
 
+def _mixed(config: TrainConfig, table: ModelTable, adapter: Path) -> XloraConfig:
+    """The X-LoRA of --adapters, which a run goes on with as it is; ConfigError if it cannot."""
+    data = read_adapter_json(adapter)
+    if not is_xlora(data):
+        raise ConfigError(
+            f"--tuner_type xlora: --adapters {adapter} is {data.get('peft_type')}: it is for an X-LoRA to go on with; "
+            "name the LoRAs to mix by --xlora_adapters"
+        )
+    for name in ("tuner_config", "xlora_adapters"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name} with --adapters {adapter}, which training continues as it is: leave one out")
+    made = parse_xlora(data, adapter / CONFIG_FILE, config.seed)
+    check_fits(made, table, adapter)
+    return made
+
+
 def parse_other(
     data: Mapping[str, Any], path: Path, num_layers: int, seed: int = 0
 ) -> tuple[OtherConfig, tuple[str, ...]]:
@@ -50,6 +68,8 @@ def parse_other(
         return parse_hidden(data, path, num_layers, seed), ()
     if is_prompt(data):
         return parse_prompt(data, path, num_layers, seed), ()
+    if is_xlora(data):
+        return parse_xlora(data, path, seed), ()
     return parse_method(data, path, seed)
 
 

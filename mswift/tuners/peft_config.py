@@ -137,28 +137,31 @@ def check_adapter_dir(path: Path) -> dict[str, Any]:
     return read_adapter_json(path)
 
 
-def read_adapter_json(path: Path) -> dict[str, Any]:
-    """Content of adapter_config.json; ConfigError where there is none, with what the directory is instead."""
+def read_adapter_json(path: Path, flag: str = "--adapters") -> dict[str, Any]:
+    """Content of adapter_config.json; ConfigError where there is none, with what the directory is instead.
+
+    flag: that named it.
+    """
     if not path.is_dir():
         what = "this is a file" if path.exists() else "no such directory"
-        raise ConfigError(f"--adapters {path}: {what}; give a PEFT directory")
+        raise ConfigError(f"{flag} {path}: {what}; give a PEFT directory")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (path / rundir.COMMIT).is_file() or any(path.glob("checkpoint-*")):
             raise ConfigError(
-                f"--adapters {path}: this is a training run or one of its checkpoints, not a PEFT adapter: "
+                f"{flag} {path}: this is a training run or one of its checkpoints, not a PEFT adapter: "
                 f"`mswift export --model {path} --output_dir ADAPTER_DIR` writes one"
             ) from None
         raise ConfigError(
-            f"--adapters {path}: no {CONFIG_FILE}, so this is not a PEFT adapter (of a run, mswift export writes one)"
+            f"{flag} {path}: no {CONFIG_FILE}, so this is not a PEFT adapter (of a run, mswift export writes one)"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} is not JSON ({error})") from None
+        raise CheckpointError(f"{flag} {path}: {CONFIG_FILE} is not JSON ({error})") from None
     except OSError as error:
-        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{flag} {path}: {CONFIG_FILE} cannot be read ({error.strerror})") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"--adapters {path}: {CONFIG_FILE} is not a JSON object")
+        raise CheckpointError(f"{flag} {path}: {CONFIG_FILE} is not a JSON object")
     return config
 
 
@@ -222,6 +225,11 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(
             f"{path}: peft_type={kind!r} puts virtual tokens before every sequence; this takes LORA only: serve it "
             "with --infer_backend transformers"
+        )
+    if kind == "XLORA":
+        raise ConfigError(
+            f"{path}: peft_type='XLORA' mixes LoRAs token by token, and is not one of them; this takes LORA only: serve "
+            "it with --infer_backend transformers"
         )
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")

@@ -6,10 +6,12 @@ from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.methods import MethodAdapters
 from mswift.parallel.fsdp.pieces import whole
 from mswift.parallel.fsdp.prompts import PromptAdapters
+from mswift.parallel.fsdp.xlora import XloraAdapters
 from mswift.tuners.hidden import HiddenConfig, layer_prefix
 from mswift.tuners.hidden_modules import attach
 from mswift.tuners.other_adapters import OtherConfig
 from mswift.tuners.prompts import PromptConfig
+from mswift.tuners.xlora import XloraConfig
 
 _STORED = "adapter."
 
@@ -35,4 +37,6 @@ def adapters_in(
         return HiddenAdapters(model, table, config)
     if isinstance(config, PromptConfig):
         return PromptAdapters(model, table, config)
+    if isinstance(config, XloraConfig):
+        return XloraAdapters(model, table, config)
     return MethodAdapters(model, table, config, modules_to_save)

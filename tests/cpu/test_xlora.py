@@ -1,60 +1,79 @@
-"""Why `--tuner_type xlora` is refused: PEFT's X-LoRA does not come back from its files. One that does fails here."""
+"""X-LoRA against PEFT on transformers in one process: counts, loss, gradients, weights, files.
 
+fp32; at most 1e-5 from PEFT (max|a - b| / max|b| per tensor): one rank, cut over two with recomputation, packed, packed
+on two ranks that share sequences.
+"""
+
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
-from safetensors.torch import load_file
 
-from mswift.errors import ConfigError
-from mswift.infer.loading import load_adapters
-from tests.support.methods import tiny
+from tests.support.parity import VOCAB, difference, differences, random_model
+from tests.support.prompts import DOCUMENTS
+from tests.support.ranks import run_ranks
+from tests.support.spaces import assemble
+from tests.support.xlora import CASES, make_loras, mixed_of, on_rank, peft_steps
 
-TOKENS = torch.arange(20).view(2, 10)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], tuple[int, ...] | None]] = {
+    "one": (1, {}, {}, None),
+    "cut over two": (2, {}, {"shard_size": 2, "recompute_blocks": 2}, None),
+    "packed": (1, {}, {}, DOCUMENTS),
+    "packed, shared": (2, {"cp": 2}, {"shard_size": 2}, DOCUMENTS),
+}
+WHAT = ("logits", "loss", "grad_norm", "gradients", "weights", "last")
 
 
 @pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("loras")
-    for number in range(2):
-        settings = LoraConfig(
-            r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        base = tiny()
-        torch.manual_seed(number)  # the model has seeded it
-        get_peft_model(base, settings).save_pretrained(str(folder / str(number)))  # type: ignore[arg-type]
-    return [str(folder / str(number)) for number in range(2)]
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("xlora")
+    model: Any = random_model("qwen3", num_hidden_layers=2, vocab_size=VOCAB)
+    model.save_pretrained(folder / "model")
+    make_loras(model, folder)
+    return folder
 
 
-def mixed(loras: list[str], names: str) -> Any:
-    settings = XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, xlora_size=16, layerwise_scalings=True,
-        adapters=dict(zip(names, loras, strict=True)),
-    )  # fmt: skip
-    return get_peft_model(tiny(), settings).eval()  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def wanted(home: Path) -> Any:
+    """(case, packed) -> what PEFT computes."""
+    return cache(lambda case, packed: peft_steps(home, mixed_of(home, CASES[case]), DOCUMENTS if packed else None))
 
 
-def test_names_other_than_numbers_end_with_a_key_error(loras: list[str]) -> None:
-    with pytest.raises(KeyError, match="a"):
-        mixed(loras, "ab")(TOKENS)
+@pytest.fixture(scope="module")
+def found(home: Path) -> Any:
+    """Layout -> case -> what the engine computes."""
+
+    @cache
+    def results(layout: str) -> dict[str, Any]:
+        world_size, dims, settings, documents = LAYOUTS[layout]
+        payload = {
+            "home": home, "world_size": world_size, "layout": dims, "settings": settings, "documents": documents,
+            "configs": [mixed_of(home, fields) for fields in CASES.values()],
+            "run": home / "runs" if layout == "cut over two" else None,
+        }  # fmt: skip
+        by_case = {}
+        for case, one in zip(CASES, zip(*run_ranks(world_size, on_rank, payload), strict=True), strict=True):
+            result = dict(one[0])
+            for part, prefix in (("gradients", "gradient.adapter."), ("weights", "adapter.")):
+                arrays = assemble([rank[part] for rank in one])
+                result[part] = {name.removeprefix(prefix): array for name, array in arrays.items()}
+            result["each"] = [(rank["weights"], rank["state"], rank.get("resumed")) for rank in one]
+            by_case[case] = result
+        return by_case
+
+    return results
 
 
-def test_a_file_lacks_the_first_layer_of_the_classifier(loras: list[str], tmp_path: Path) -> None:
-    model = mixed(loras, "01")
-    classifier = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.partition("classifier.")[2] for name in classifier} == {
-        "layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias",
-    }  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(parameter.requires_grad * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert {name.partition("classifier.")[2] for name in saved} == {"layers.3.weight", "layers.3.bias"}
-    with torch.no_grad():
-        again: Any = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()  # type: ignore[arg-type]
-        assert (again(TOKENS).logits - model(TOKENS).logits).abs().max() > 1e-3
-    with pytest.raises(ConfigError, match="X-LoRA computes every token by a pass without a cache first"):
-        load_adapters(tiny(), {"mixed": tmp_path})  # type: ignore[arg-type]
+SAMPLED = [pytest.param(name, marks=pytest.mark.whole) if name in ("one", "packed") else name for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", SAMPLED)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(wanted: Any, found: Any, case: str, layout: str) -> None:
+    theirs, ours = wanted(case, LAYOUTS[layout][3] is not None), dict(found(layout)[case])
+    ours["weights"] = {name: ours["weights"][name] for name in theirs["weights"]}
+    assert ours["trainable"] == theirs["trainable"]
+    apart = differences(ours, theirs, WHAT)
+    assert {name: value for name, value in apart.items() if not value <= 1e-5} == {}
+    assert difference(theirs["last"], theirs["logits"]) > 1e-4

@@ -1,6 +1,6 @@
 """Prompt learning on a tiny model: trained by PEFT and torch by hand, and by the engine on some ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,13 @@ def peft_steps(home: Path, config: PromptConfig, documents: Sequence[int] | None
     return result | {"trainable": peft.get_nb_trainable_parameters()[0]}
 
 
-def on_rank(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One rank: every adapter of `configs` in turn; `run`: the last step's checkpoint, and the rest from the second."""
+def on_rank(
+    payload: Mapping[str, Any], begin: Callable[[Any, Any, Any], None] = lambda *_: None
+) -> list[dict[str, Any]]:
+    """One rank: every adapter of `configs` in turn; `run`: the last step's checkpoint, and the rest from the second.
+
+    begin: what is done with (engine, table, adapter) before the first step.
+    """
     from mswift.converters.reader import WeightReader
     from mswift.parallel.batch import Microbatch
     from tests.support.methods import _resumed, _save
@@ -113,6 +118,7 @@ def on_rank(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         settings = SETTINGS | {"backend": "fsdp", "method": config} | payload["settings"]
         engine = make_engine(reader.table, dims, settings, device)
         engine.load_weights(reader)
+        begin(engine, reader.table, config)
         result: dict[str, Any] = {"logits": engine.logits(steps[0][0].tokens).float().numpy()}
         place, n = engine.coordinate.dp, dims.dp
         result["evaluated"] = engine.evaluate(steps[0][place::n])[0]

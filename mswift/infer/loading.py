@@ -22,6 +22,9 @@ from mswift.tuners.hidden_modules import Bottleneck, LoReft, attach, set_active
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
 from mswift.tuners.prompts import is_prompt
+from mswift.tuners.xlora import check_fits, is_xlora
+from mswift.tuners.xlora_adapter import XloraAdapter
+from mswift.tuners.xlora_modules import Mixer, mixer_of
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -117,12 +120,15 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PreTr
             )
         _attach_hidden(model, hidden[0])
         return model.eval()
-    mixed = [path for path in adapters.values() if check_adapter_dir(path).get("peft_type") == "XLORA"]
+    mixed = [path for path in adapters.values() if is_xlora(check_adapter_dir(path))]
     if mixed:
-        raise ConfigError(
-            f"--adapters {mixed[0]}: X-LoRA computes every token by a pass without a cache first, and PEFT 0.21.2 does "
-            "not load all of its classifier: give the LoRAs that it mixes, of which a request chooses one"
-        )
+        if len(adapters) > 1:
+            raise ConfigError(
+                f"--adapters: {mixed[0]} mixes LoRAs of its own by a pass before every pass, and no other adapter is "
+                "computed beside it: give it alone"
+            )
+        _attach_mixed(model, mixed[0])
+        return model.eval()
     by_method: dict[str, dict[str, Path]] = {}
     for name, path in adapters.items():
         by_method.setdefault(str(check_adapter_dir(path).get("peft_type")), {})[name] = path
@@ -205,6 +211,19 @@ def _attach_hidden(model: PreTrainedModel, path: Path) -> None:
             module.to(model.device)
 
 
+def _attach_mixed(model: PreTrainedModel, path: Path) -> None:
+    """X-LoRA, from files."""
+    table = table_for(model.config.to_dict())
+    adapter = XloraAdapter(path)
+    check_fits(adapter.config, table, path)
+    adapter.check(adapter.config.shapes(table))
+    mixer = Mixer(model, table, adapter.config)
+    with torch.no_grad():
+        for name, parameter in mixer.tensors.items():
+            parameter.copy_(adapter.tensor(name))
+    mixer.classifier.to(model.device)
+
+
 class ActiveAdapter:
     """Which adapter of a model is in use; changed only where another one is asked for. names: of those on the model."""
 
@@ -219,7 +238,10 @@ class ActiveAdapter:
         if name == self._now or not self._names:
             return
         self._now = self  # should the next lines fail
-        if not set_active(self._model, name is not None):
+        mixer = mixer_of(self._model)
+        if mixer is not None:
+            mixer.disabled = name is None
+        elif not set_active(self._model, name is not None):
             _switch_layers(self._model, name)
         self._now = name
 

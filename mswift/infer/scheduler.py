@@ -20,6 +20,7 @@ from mswift.infer.request import TokenLogprob
 from mswift.infer.rows import stream_seed
 from mswift.infer.sampler import RowSampler, choose_tokens, token_logprobs
 from mswift.infer.virtual import NOTHING, Front
+from mswift.tuners.xlora_modules import doubled, mixer_of
 
 PREFILL_TOKENS = 2048
 """Prompts are taken in until they have this many tokens (at least one prompt), then every answer grows by a token."""
@@ -139,8 +140,11 @@ class _Forward:
         self._base = base
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache."""
-        return new_cache(self._base)
+        """An empty cache, with a half for the first pass of X-LoRA where it is in use."""
+        cache, mixer = new_cache(self._base), mixer_of(self._base)
+        if mixer is None or mixer.disabled:
+            return cache
+        return doubled(cache, new_cache(self._base))
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits [B, V] float32 behind the last tokens; ids and positions [B, S], mask [B, T + S]."""

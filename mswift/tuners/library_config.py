@@ -33,6 +33,11 @@ class TunerConfig:
         if self.tuner_type not in types:
             near = ", ".join(get_close_matches(self.tuner_type, types, 3, 0.3))
             raise ConfigError(f"tuner_type {self.tuner_type!r} is no method of PEFT; near: {near}")
+        if self.tuner_type == "xlora":
+            raise ConfigError(
+                "tuner_type xlora: PEFT 0.21.2 writes only a part of what X-LoRA trains: train it by mswift sft "
+                "--tuner_type xlora --xlora_adapters DIR DIR ..., whose export PEFT reads"
+            )
         made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(types[self.tuner_type])]
         for name in self.fields:
             if name not in made.__dataclass_fields__:

@@ -40,7 +40,7 @@ def full_name(name: str) -> str:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """(folder of an adapter's directory, name in PEFT's file there): of the LoRAs that X-LoRA mixes one of their own."""
+    """(folder of an adapter's directory, name in PEFT's file there); each LoRA that X-LoRA mixes has a folder."""
     number, dot, rest = name.partition(".")
     return (number, PREFIX + rest) if dot and number.isdecimal() else ("", full_name(name))
 

@@ -15,9 +15,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from mswift.converters.io.safetensors import read_header
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
-from mswift.tuners.peft_config import CONFIG_FILE, parse_peft_config, peft_config, read_adapter_json
+from mswift.tuners.peft_config import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    parse_peft_config,
+    peft_config,
+    read_adapter_json,
+)
 from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import STACKED, adapted_linears, adapted_parameters, in_spelling, promised_shapes
 
@@ -127,9 +135,7 @@ def _linears(table: ModelTable, lora: PeftSettings) -> list[str]:
     return [linear.name for linear in adapted_linears(own, lora)]
 
 
-def xlora_config(
-    table: ModelTable, given: Mapping[str, Any], paths: Sequence[str], seed: int = 0
-) -> XloraConfig:
+def xlora_config(table: ModelTable, given: Mapping[str, Any], paths: Sequence[str], seed: int = 0) -> XloraConfig:
     """given: fields of --tuner_config; paths: PEFT directories of LoRAs. ConfigError for what does not fit."""
     flag = "--xlora_adapters"
     if not paths:
@@ -218,12 +224,21 @@ def lora_folders(data: Mapping[str, Any], path: Path) -> list[Path]:
     folders = []
     for number in range(len(named)):
         beside, told = path.parent / str(number), Path(str(named[str(number)]))
-        if not (beside / CONFIG_FILE).is_file() and not (told / CONFIG_FILE).is_file():
+        found = next((folder for folder in (beside, told) if _is_whole(folder)), None)
+        if found is None:
             raise ConfigError(
                 f"{path}: LoRA {number} lies neither in {beside} nor in {told}: put its PEFT directory into {beside}"
             )
-        folders.append(beside if (beside / CONFIG_FILE).is_file() else told)
+        folders.append(found)
     return folders
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a LoRA, and not parts of base and classifier, which PEFT writes there for an X-LoRA."""
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return False
+    names = list(read_header(folder / WEIGHTS_FILE))
+    return bool(names) and all(name.startswith(PREFIX) for name in names)
 
 
 def directory_configs(config: bytes, destination: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from mswift.tuners.xlora import CLASSIFIER, STORED_CLASSIFIER, XloraConfig, own_
 
 _LORA = re.compile(r"(.+)\.(lora_[AB])\.(\d+)\.weight")
 _MIXER = "xlora_mixer"
+_Cache = TypeVar("_Cache", bound=Any)
+"""transformers' DynamicCache."""
 
 
 class Mixer:
@@ -51,6 +53,7 @@ class Mixer:
         self._decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         for layer in self._layers:
             layer.register_forward_pre_hook(self._with_scales, with_kwargs=True)
+            layer.get_base_layer().register_forward_hook(_apart)
 
     def _made_classifier(self, model: Any) -> Any:
         """PEFT's, behind which its layers take scales."""
@@ -78,22 +81,27 @@ class Mixer:
         if self.disabled:
             return None
         cache = kwargs.get("past_key_values")
-        halves = (None, None) if cache is None else _halves(cache)
+        first, second = ({"past_key_values": half} for half in _halves(cache)) if cache is not None else ({}, {})
         value = self._config.fields["scaling_pass_value"]
         states = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         shape = (*states.shape[:2], len(self._layers), len(self._config.loras))
         self.disabled, self._scales = value == 0, torch.full(shape, value, device=states.device)
         try:
             with torch.no_grad():
-                found = decoder.forward(*args, **kwargs | {"past_key_values": halves[0]})
+                found = decoder.forward(*args, **kwargs | first)
         finally:
             self.disabled = False
         hidden = found.last_hidden_state.float()  # [b, s, h]; of language models the last of `hidden_states`
         self._scales = self.classifier(SimpleNamespace(hidden_states=(hidden,)), inputs_embeds=hidden)  # [b, s, L, n]
-        return args, kwargs | {"past_key_values": halves[1]}
+        return args, kwargs | second
 
     def _with_scales(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"scalings": self._scales}
+
+
+def _apart(_: Any, __: Any, output: Tensor) -> Tensor:
+    """A copy, for PEFT's layer adds to it in place, and recomputation may have kept what the linear gave."""
+    return output.clone() if torch.is_grad_enabled() else output
 
 
 def mixer_of(model: Any) -> Mixer | None:
@@ -106,7 +114,7 @@ def first_classifier(table: ModelTable, config: XloraConfig) -> Mapping[str, Ten
     """The tensors of a classifier before training, by their names in a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, shape in config.classifier_shapes(table).items():
             if name.endswith(".weight"):
                 linear = nn.Linear(shape[1], shape[0])  # as PEFT starts it
@@ -143,9 +151,10 @@ def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def doubled(cache: Any, other: Any) -> Any:
+def doubled(cache: _Cache, other: _Cache) -> _Cache:
     """A cache for both passes out of two for one."""
-    cache.layers = [*cache.layers, *other.layers]
+    whole: Any = cache
+    whole.layers = [*cache.layers, *other.layers]
     return cache
 
 

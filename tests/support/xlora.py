@@ -34,12 +34,14 @@ CASES: Mapping[str, dict[str, Any]] = {
 """Fields of --tuner_config."""
 
 
-def make_loras(model: Any, home: Path, dropout: float = 0.0) -> list[str]:
-    """Random LoRAs of `LORAS` as PEFT saves them, in `home`/lora-<number>."""
+def make_loras(model: Any, home: Path, dropout: float = 0.0, leaves: Mapping[str, str] | None = None) -> list[str]:
+    """Random LoRAs of `LORAS` as PEFT saves them, in `home`/lora-<number>; leaves: how the model calls its linears."""
     from peft import LoraConfig, get_peft_model
 
     paths = []
     for number, fields in enumerate(LORAS):
+        if leaves and isinstance(fields["target_modules"], list):
+            fields = {**fields, "target_modules": [leaves.get(name, name) for name in fields["target_modules"]]}
         own = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=dropout, **fields)
         torch.manual_seed(number)
         peft: Any = get_peft_model(model, own)
@@ -108,6 +110,33 @@ def peft_steps(home: Path, config: XloraConfig, documents: Sequence[int] | None 
     return result | {"trainable": sum(p.numel() for p in names.values())}
 
 
+def engine_steps(
+    home: Path,
+    configs: Sequence[XloraConfig],
+    world_size: int,
+    dims: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    documents: Sequence[int] | None = None,
+    run: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The same of each by the engine: what the first rank has, tensors put together; `run`: as in `prompts`."""
+    from tests.support.ranks import run_ranks
+    from tests.support.spaces import assemble
+
+    payload = {"home": home, "world_size": world_size, "layout": dims or {}, "settings": settings or {}}
+    payload |= {"documents": documents, "configs": list(configs), "run": run}
+    found = []
+    for one in zip(*run_ranks(world_size, on_rank, payload), strict=True):
+        result = dict(one[0])
+        for part, prefix in (("gradients", "gradient.adapter."), ("weights", "adapter.")):
+            arrays = assemble([rank[part] for rank in one])
+            result[part] = {name.removeprefix(prefix): array for name, array in arrays.items()}
+        result["each"] = [(rank["weights"], rank["state"], rank.get("resumed")) for rank in one]
+        found.append(result)
+    return found
+
+
 def on_rank(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
     """As `tests.support.prompts.on_rank`, from the LoRAs in `home`."""
 
@@ -117,3 +146,49 @@ def on_rank(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         engine.load_adapter(XloraStart(table, config, [Path(path) for path in lora_paths(payload["home"])]))
 
     return prompts.on_rank(payload, begin)
+
+
+def continued_on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank: the third step behind the checkpoint `saved`, its loss and logits; then logits of `directory`."""
+    from mswift.converters.reader import WeightReader
+    from mswift.parallel.batch import Microbatch
+    from mswift.train import checkpoint
+    from mswift.tuners.xlora_adapter import XloraAdapter
+    from tests.support.engines import make_engine
+    from tests.support.ranks import join
+
+    dims, device = join(1)
+    reader, steps = WeightReader(payload["home"] / "model"), steps_of()
+    settings = SETTINGS | {"backend": "fsdp", "method": payload["config"]}
+    engine = make_engine(reader.table, dims, settings, device)
+    engine.load_weights(reader, resumed=True)
+    checkpoint.load(engine, payload["saved"], 0, 1)
+    done = engine.train_step([Microbatch(*batch) for batch in steps[2]], SETTINGS["lr"])
+    result: dict[str, Any] = {"loss": done.loss, "last": engine.logits(steps[0][0][0]).numpy()}
+    engine.close()
+    adapter = XloraAdapter(payload["directory"])
+    engine = make_engine(reader.table, dims, settings | {"method": adapter.config}, device)
+    engine.load_weights(reader)
+    engine.load_adapter(adapter)
+    result["of directory"] = engine.logits(steps[0][0][0]).numpy()
+    engine.close()
+    return result
+
+
+def load_xlora(home: Path, directory: Path) -> Any:
+    """PEFT's model of a directory."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32, attn_implementation="eager")
+    base.config.use_cache = False
+    return PeftModel.from_pretrained(base, str(directory)).eval()
+
+
+def save_whole(peft: Any, folder: Path) -> None:
+    """As PEFT saves it, with all of the classifier."""
+    from safetensors.torch import save_file
+
+    peft.save_pretrained(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in peft.state_dict().items() if CLASSIFIER in name}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

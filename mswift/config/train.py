@@ -99,8 +99,8 @@ class TrainConfig:
     adapters: tuple[str, ...] = ()
     """PEFT adapter directory to continue from (one)."""
     xlora_adapters: tuple[str, ...] = ()
-    """xlora: PEFT directories of the LoRAs to mix, which stay as they are ('{"use_trainable_adapters": true}' of
-    tuner_config: are trained too). Scales come from a pass of the base model before every pass."""
+    """xlora: PEFT directories of the LoRAs to mix, by scales from a pass of the base model before every pass. They stay
+    as they are, unless tuner_config has '{"use_trainable_adapters": true}'."""
 
     freeze_parameters_ratio: float = 0.0
     """full (not megatron): freeze the first parameters of the model, as many as have this share of its elements."""

@@ -1,6 +1,7 @@
 """Every kind of tuner, and every optimizer, learns: the loss of a small task falls, from flags to updates."""
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ from mswift.config.train import SftConfig, TunerType
 from tests.support.parity import BASE, model_of
 from tests.support.ranks import join, run_ranks
 from tests.support.spaces import Arrays, MemoryReader, weights_of
+from tests.support.xlora import make_loras
 
 STEPS, ROWS, LENGTH, WORDS = 40, 4, 16, 8
 SHARE = 0.5
@@ -23,7 +25,7 @@ MODEL = BASE | {
     "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
 TUNERS: dict[str, dict[str, Any]] = {
-    **{kind: {"tuner_type": kind} for kind in get_args(TunerType) if kind != "xlora"},  # which is refused
+    **{kind: {"tuner_type": kind} for kind in get_args(TunerType)},
     "rslora": {"tuner_type": "lora", "use_rslora": True},
     "dora": {"tuner_type": "lora", "use_dora": True},
     "lora+": {"tuner_type": "lora", "lorap_lr_ratio": 4.0},
@@ -32,7 +34,10 @@ TUNERS: dict[str, dict[str, Any]] = {
     "lisa": {"lisa_activated_layers": 1, "lisa_step_interval": 3},
     "neftune": {"neftune_noise_alpha": 5.0},
 }
-FIELDS = {"vblora": {"vector_length": 16, "num_vectors": 20}, "oft": {"oft_block_size": 8}, "miss": {"r": 8}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "vblora": {"vector_length": 16, "num_vectors": 20}, "oft": {"oft_block_size": 8}, "miss": {"r": 8},
+    "xlora": {"use_trainable_adapters": True},
+}  # fmt: skip
 """Of PEFT's configurations, for so small a model."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in get_args(OptimizerName)},
@@ -74,10 +79,12 @@ def falls(flags: dict[str, Any]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", TUNERS)
-def test_every_tuner_learns(name: str) -> None:
+def test_every_tuner_learns(name: str, tmp_path: Path) -> None:
     own = {"lr": 2e-2, "weight_decay": 0.0, "llamapro_num_new_blocks": 2, "reft_rank": 4} | TUNERS[name]
     if name in FIELDS:
         own["tuner_config"] = json.dumps(FIELDS[name])
+    if name == "xlora":
+        own["xlora_adapters"] = tuple(make_loras(model_of(MODEL), tmp_path))
     first, last = falls(own)
     assert last < SHARES.get(name, SHARE) * first, (first, last)
 

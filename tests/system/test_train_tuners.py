@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from mswift import rundir
+from mswift.tuners.export import export_adapter
 from tests.support.commands import PROGRAM, command, make_home, mswift, run
 from tests.support.runs import log, tensors
+from tests.support.xlora import make_loras
 
 FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
 DDP = ["--backend", "ddp"]
@@ -17,7 +19,9 @@ LISA = ["--lisa_activated_layers", "1", "--lisa_step_interval", "2"]
 BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
 TEXT = '{"num_virtual_tokens": 8, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}'
 FASTER = ["--lr", "0.3"]
+MIXED = '{"xlora_depth": 2, "xlora_size": 16, "use_trainable_adapters": true, "layerwise_scalings": true}'
 PROJECTED = ["--tuner_config", '{"num_virtual_tokens": 8, "prefix_projection": true}']
+ENDS = ("model.safetensors", "config.json")
 CASES: dict[str, tuple[str, list[str]]] = {
     "llamapro": ("sft", [*FSDP, *PRO]),
     "lisa, packed, bfloat16": ("sft", [*FSDP, *LISA, *BFLOAT]),
@@ -32,6 +36,7 @@ if os.environ.get("MSWIFT_ALL_FAULTS"):
             "sft",
             [*FSDP, "--tuner_type", "prompt", "--tuner_config", TEXT, "--packing", "--lr", "0.3"],
         ),
+        "xlora": ("sft", [*FSDP, "--tuner_type", "xlora", "--tuner_config", MIXED, *BFLOAT, "--lr", "0.1"]),
         "llamapro, packed, bfloat16": ("sft", [*DDP, *PRO, *BFLOAT]),
         "lisa": ("sft", [*DDP, *LISA]),
         "longlora, cut": ("sft", [*FSDP, "--tuner_type", "longlora", "--torch_dtype", "bfloat16"]),
@@ -44,7 +49,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def loras(home: Path) -> list[str]:
+    """The flag with those that X-LoRA mixes."""
+    from transformers import AutoModelForCausalLM
+
+    return ["--xlora_adapters", *make_loras(AutoModelForCausalLM.from_pretrained(home / "model"), home)]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, loras: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Six steps of a case at once, trained when first asked for."""
     made: dict[str, Path] = {}
 
@@ -52,15 +65,16 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if case not in made:
             kind, flags = CASES[case]
             made[case] = tmp_path_factory.mktemp("whole") / "run"
-            run(command(home, kind, made[case], "--train_iters", "6", *flags))
+            run(command(home, kind, made[case], "--train_iters", "6", *flags, *(loras if case == "xlora" else ())))
         return made[case]
 
     return trained
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, whole: Any, case: str) -> None:
+def test_six_steps_are_three_and_three(home: Path, loras: list[str], tmp_path: Path, whole: Any, case: str) -> None:
     kind, flags = CASES[case]
+    flags = [*flags, *(loras if case == "xlora" else ())]
     run(command(home, kind, tmp_path, "--train_iters", "3", *flags))
     assert "continuing after step 3" in run(command(home, kind, tmp_path, "--train_iters", "6", *flags))
     assert log(tmp_path) == log(whole(case))
@@ -195,3 +209,30 @@ def test_virtual_tokens_are_exported_and_used_and_not_merged(home: Path, tmp_pat
         while ids.shape[1] < given + 4 and int(ids[0, -1]) != tokenizer.eos_token_id:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert answer.strip().endswith(tokenizer.decode(ids[0, given:], skip_special_tokens=True).strip())
+
+
+def test_a_mixture_is_trained_published_and_read_by_peft(home: Path, loras: list[str], tmp_path: Path) -> None:
+    """The directory of a snapshot is that of an export; PEFT and `mswift infer` answer alike."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    flags = [*DDP, "--tuner_type", "xlora", *loras, "--tuner_config", MIXED, "--save_hf_steps", "3"]
+    run(command(home, "sft", tmp_path / "run", "--train_iters", "3", *flags))
+    export_adapter(tmp_path / "run" / "checkpoint-3", tmp_path / "adapter")
+    snapshot, adapter = tmp_path / "run" / "hf-3", tmp_path / "adapter"
+    for name in ("adapter_model.safetensors", *(f"{n}/adapter_{end}" for n in range(3) for end in ENDS)):
+        assert (snapshot / name).read_bytes() == (adapter / name).read_bytes(), name
+    answer = mswift("infer", "--model", home / "model", "--adapters", snapshot, "--prompt", "say 3",
+                    "--max_new_tokens", "4", "--temperature", "0")  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    chat = [{"role": "user", "content": "say 3"}]
+    tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    base = AutoModelForCausalLM.from_pretrained(home / "model")
+    base.config.use_cache = False
+    ids = tokens["input_ids"]
+    with torch.no_grad():
+        made = (
+            PeftModel.from_pretrained(base, str(snapshot)).eval().generate(**tokens, max_new_tokens=4, do_sample=False)
+        )
+    assert answer.strip().endswith(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())

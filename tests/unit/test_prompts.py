@@ -168,14 +168,6 @@ def test_what_takes_lora_only_says_who_serves_it() -> None:
         parse_peft_config(prompt_config(TABLE, "ptuning", {}).content(None), Path("f"))
 
 
-def test_x_lora_is_refused_with_the_reason() -> None:
-    config = dataclasses.replace(FINE, tuner_type="xlora", adapters=("a", "b"))
-    (refusal,) = train_refusals(config, TABLE.spec, 1)
-    assert "PEFT 0.21.2 loses the first layer of X-LoRA's classifier" in str(refusal)
-    with pytest.raises(ConfigError, match="X-LoRA's classifier"):
-        trained_parameters(config, TABLE)
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [

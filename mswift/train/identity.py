@@ -89,7 +89,15 @@ def check_adapter(checkpoint: Path, adapter_config: bytes) -> None:
     then = json.loads((checkpoint / rundir.HF_FILES / CONFIG_FILE).read_text(encoding="utf-8"))
     for name in sorted(then.keys() | now.keys()):
         if name not in _BOOKKEEPING and then.get(name) != now.get(name):
+            there, here = _brief(then.get(name)), _brief(now.get(name))
             raise ConfigError(
-                f"--{_FLAGS.get(name, name)}: the run of this --output_dir has {then.get(name)}, the command means "
-                f"{now.get(name)}; pass the --adapters and LoRA flags that it was started with, {_ANOTHER_RUN}"
+                f"--{_FLAGS.get(name, name)}: the run of this --output_dir has {there}, the command means {here}; pass "
+                f"the --adapters and LoRA flags that it was started with, {_ANOTHER_RUN}"
             )
+
+
+def _brief(value: Any) -> str:
+    """A field of adapter_config.json; of LoRAs that X-LoRA mixes what is in a name."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        return str(value)
+    return f"{len(value)} LoRAs, of ranks {' '.join(str(each.get('r')) for each in value)}"

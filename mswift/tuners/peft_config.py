@@ -228,8 +228,8 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
         )
     if kind == "XLORA":
         raise ConfigError(
-            f"{path}: peft_type='XLORA' mixes LoRAs token by token, and is none that could be merged or given to vLLM; "
-            "this takes LORA only: serve it with --infer_backend transformers"
+            f"{path}: peft_type='XLORA' mixes LoRAs token by token, and is none that could be merged, converted or given "
+            "to vLLM; this takes LORA only: mswift export writes its directory, --infer_backend transformers serves it"
         )
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")

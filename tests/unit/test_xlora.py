@@ -13,6 +13,7 @@ from mswift.config.train import SftConfig
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.refusals import train_refusals
+from mswift.train.identity import check_adapter
 from mswift.train.trained import trained_parameters
 from mswift.tuners.library_config import TunerConfig
 from mswift.tuners.peft_config import parse_peft_config, peft_config
@@ -207,9 +208,18 @@ def test_directories_that_do_not_say_what_they_hold_are_refused(
         parse_xlora(data, tmp_path / "adapter_config.json")
 
 
+def test_a_run_goes_on_with_its_own_loras(loras: tuple[str, ...], tmp_path: Path) -> None:
+    made, more = (xlora_config(TABLE, {}, paths).text(TABLE, (), "m") for paths in (loras, (*loras, loras[0])))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "adapter_config.json").write_bytes(made)
+    check_adapter(tmp_path, made)
+    with pytest.raises(ConfigError, match=r"--xlora_adapters: .* 2 LoRAs, of ranks 4 2, the command means 3 LoRAs"):
+        check_adapter(tmp_path, more)
+
+
 def test_what_takes_lora_only_says_who_serves_it(loras: tuple[str, ...]) -> None:
     content = xlora_config(TABLE, {}, loras).content()
-    with pytest.raises(ConfigError, match="'XLORA' mixes LoRAs token by token, .* --infer_backend transformers"):
+    with pytest.raises(ConfigError, match="'XLORA' mixes LoRAs token by token, .* transformers serves it"):
         parse_peft_config(content, Path("f"))
     with pytest.raises(ConfigError, match="train it by mswift sft --tuner_type xlora"):
         TunerConfig("xlora").peft_config()

@@ -228,8 +228,9 @@ def _refuse_unsupported(data: Mapping[str, Any], path: Path) -> None:
         )
     if kind == "XLORA":
         raise ConfigError(
-            f"{path}: peft_type='XLORA' mixes LoRAs token by token, and is none that could be merged, converted or given "
-            "to vLLM; this takes LORA only: mswift export writes its directory, --infer_backend transformers serves it"
+            f"{path}: peft_type='XLORA' mixes LoRAs token by token, and is none that could be merged, converted or "
+            "given to vLLM; this takes LORA only: mswift export writes its directory, and --infer_backend "
+            "transformers serves it"
         )
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type={kind!r}; mswift reads LORA")

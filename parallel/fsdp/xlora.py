@@ -6,7 +6,7 @@ more than that the first pass attends as the second one does.
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.dropout import CountedDropout
@@ -32,10 +32,14 @@ class XloraAdapters(MethodAdapters):
         assert shapes == config.shapes(table), shapes.keys() ^ config.shapes(table).keys()
         own, trained = {id(p): name for name, p in self.replicated.items()}, config.trained_shapes(table)
         self.saved = {own[id(mixer.tensors[n])]: whole(n, _STORED + n, shape) for n, shape in trained.items()}
-        self._constants = {name: tensor for name, tensor in mixer.tensors.items() if name not in trained}
+        self._frozen = {name: tensor for name, tensor in mixer.tensors.items() if name not in trained}
         for name in self.saved:
             parameters[name].requires_grad_(True)
-        self._budget = None
+        self._constants, self._budget = {}, None
+
+    def constants(self) -> dict[str, Tensor]:
+        """The LoRAs, where they are not trained."""
+        return dict(self._frozen)
 
 
 def _count_dropouts(model: nn.Module, classifier: Any) -> bool:

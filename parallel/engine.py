@@ -20,6 +20,7 @@ from mswift.parallel.batch import Microbatch
 from mswift.topology import ParallelDims
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.other_adapters import OtherConfig
+from mswift.tuners.part import Part
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 """What an engine computes in."""
@@ -102,7 +103,8 @@ class EngineSettings:
     """How an engine computes and updates; names as in `mswift.config` (loss_fusion: cross_entropy_loss_fusion).
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`, or beside
-    `method`, an adapter of another method (--backend fsdp, ddp). `clip_grad` 0 turns clipping off. BF16 keeps fp32
+    `method`, an adapter of another method (--backend fsdp, ddp). part: what of a full run is trained (None:
+    everything). `clip_grad` 0 turns clipping off. BF16 keeps fp32
     master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B (and of magnitudes) over that of A.
     Collectives fail after `timeout_seconds`.
     """
@@ -123,6 +125,7 @@ class EngineSettings:
     lora: LoraConfig | None = None
     method: OtherConfig | None = None
     trainable_modules: tuple[str, ...] = ()
+    part: Part | None = None
     lora_b_lr_ratio: float = 1.0
 
     @property

@@ -103,15 +103,15 @@ class TrainConfig:
     as they are, unless tuner_config has '{"use_trainable_adapters": true}'."""
 
     freeze_parameters_ratio: float = 0.0
-    """full (not megatron): freeze the first parameters of the model, as many as have this share of its elements."""
+    """full: freeze the first parameters of the model, as many as have this share of its elements."""
     freeze_parameters: tuple[str, ...] = ()
-    """full (not megatron): freeze the parameters whose names begin so."""
+    """full: freeze the parameters whose names begin so."""
     freeze_parameters_regex: str | None = None
-    """full (not megatron): freeze the parameters whose names this expression finds."""
+    """full: freeze the parameters whose names this expression finds."""
     trainable_parameters: tuple[str, ...] = ()
-    """full (not megatron): train the parameters whose names begin so, whatever else is frozen."""
+    """full: train the parameters whose names begin so, whatever else is frozen."""
     trainable_parameters_regex: str | None = None
-    """full (not megatron): train the parameters whose names this expression finds, whatever else is frozen."""
+    """full: train the parameters whose names this expression finds, whatever else is frozen."""
     adapter_length: int = 128
     """adapter: width of the bottleneck behind attention and MLP of every layer."""
     adapter_act: Literal["gelu", "relu", "silu", "tanh"] = "gelu"

@@ -42,8 +42,7 @@ LIGER_TYPES = (
 """Kinds of models whose kernels of Liger's were compared with transformers' (tests/system/test_liger.py)."""
 _FSDP_ONLY = (
     *("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile"),
-    "use_liger_kernel",
-    *(*FREEZING, "neftune_noise_alpha"),
+    *("use_liger_kernel", "neftune_noise_alpha"),
 )
 
 
@@ -72,12 +71,25 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                 yield ConfigError(
                     f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
                 )
+    yield from _freezing_refusals(config)
     yield from _optimizer_refusals(config)
     if config.backend == "deepspeed":
         yield from deepspeed_refusals(config)
     elif _is_given(config, "deepspeed"):
         yield ConfigError(f"--deepspeed {config.deepspeed} belongs to --backend deepspeed: add it, or leave this out")
     yield from _of_megatron(config) if config.backend == "megatron" else _of_transformers(config)
+
+
+def _freezing_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    freezing = [name for name in FREEZING if _is_given(config, name)]
+    if freezing and config.tuner_type != "full":
+        yield ConfigError(
+            f"--{freezing[0]} is for --tuner_type full; of {config.tuner_type} the base is frozen: leave it out"
+        )
+    if not 0 <= config.freeze_parameters_ratio < 1:
+        yield ConfigError(
+            f"--freeze_parameters_ratio {config.freeze_parameters_ratio}: a share of the model, at least 0 and below 1"
+        )
 
 
 def _of_megatron(config: TrainConfig) -> Iterator[ConfigError]:
@@ -102,15 +114,6 @@ def _of_transformers(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--quant_method bnb with {flag}: the codes of the base lie where it computes, and are unpacked outside of "
             f"what torch knows: leave {flag} out"
-        )
-    freezing = [name for name in FREEZING if _is_given(config, name)]
-    if freezing and config.tuner_type != "full":
-        yield ConfigError(
-            f"--{freezing[0]} is for --tuner_type full; of {config.tuner_type} the base is frozen: leave it out"
-        )
-    if not 0 <= config.freeze_parameters_ratio < 1:
-        yield ConfigError(
-            f"--freeze_parameters_ratio {config.freeze_parameters_ratio}: a share of the model, at least 0 and below 1"
         )
     if config.neftune_noise_alpha < 0:
         yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")

@@ -151,6 +151,15 @@ def check_four_bit_base(lora: bool, dora: bool) -> None:
         )
 
 
+def check_part(spec: ModelSpec) -> None:
+    """ConfigError for a model of which megatron-core's engine trains no part."""
+    if spec.moe is not None:
+        raise ConfigError(
+            "--freeze_parameters (and --tuner_type llamapro) of a model with experts: transformers' model stacks them, "
+            "megatron-core's does not, so that a run could not change its engine: use --backend fsdp"
+        )
+
+
 def check_prediction(mtp_num_layers: int | None, spec: ModelSpec) -> None:
     """ConfigError unless the model has that many multi-token-prediction layers to train; 0 and None train none."""
     if not mtp_num_layers:

@@ -8,7 +8,7 @@ from mswift.converters.adapters import NORM
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 from mswift.refusals.backend import FREEZING, HIDDEN_TUNERS, PROMPT_TUNERS
-from mswift.refusals.engine import check_four_bit_base
+from mswift.refusals.engine import check_four_bit_base, check_part
 
 _LORA_FLAGS = (
     *(
@@ -36,7 +36,7 @@ _INIT = re.compile(r"true|olora|pissa(_niter_[1-9][0-9]*)?|eva|lora_ga")
 _FROM_DATA = ("eva", "lora_ga")
 _OF_LORA_GA = ("lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma")
 
-OF_FSDP = ("longlora", "llamapro", *HIDDEN_TUNERS)
+OF_FSDP = ("longlora", *HIDDEN_TUNERS)
 """Values of --tuner_type that only the engine of transformers models trains."""
 
 _FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -92,6 +92,11 @@ def check_tuner(config: TrainConfig, spec: ModelSpec) -> None:
             f"--lisa_activated_layers {config.lisa_activated_layers} of a model with {spec.num_layers} layers: use "
             f"--lisa_activated_layers {spec.num_layers - 1} or less"
         )
+    trains_a_part = config.tuner_type == "llamapro" or any(
+        getattr(config, name) != TrainConfig.__dataclass_fields__[name].default for name in FREEZING
+    )
+    if config.backend == "megatron" and trains_a_part:
+        check_part(spec)
     if config.tuner_type == "longlora" and spec.num_attention_heads % 2:
         raise ConfigError(
             f"--tuner_type longlora: {spec.num_attention_heads} attention heads have no halves: use --tuner_type lora"

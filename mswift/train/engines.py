@@ -20,13 +20,11 @@ from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
 from mswift.train.prompt_start import token_start
-from mswift.train.trained import lora_config, saved_modules
+from mswift.train.trained import lora_config, part_of, saved_modules
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.lisa import LayerSampling
-from mswift.tuners.llamapro import new_blocks
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.other_adapters import other_config
-from mswift.tuners.part import Part
 from mswift.tuners.prompts import PromptConfig
 from mswift.tuners.xlora import XloraConfig
 from mswift.tuners.xlora_adapter import XloraAdapter, XloraStart
@@ -74,6 +72,7 @@ def _shared(config: TrainConfig, reader: WeightReader) -> dict[str, Any]:
         "timeout_seconds": collective_timeout(config.distributed_timeout_minutes),
         "loss_fusion": config.cross_entropy_loss_fusion,
         "lora_b_lr_ratio": config.lorap_lr_ratio or 1.0,
+        "part": part_of(config, reader.table),
     }
 
 
@@ -138,7 +137,6 @@ def _of_transformers(config: TrainConfig, table: ModelTable) -> dict[str, Any]:
         "recompute_keeps_products": config.recompute_granularity == "selective",
         "compile_layers": config.torch_compile,
         "liger_kernels": config.use_liger_kernel,
-        "part": part_of(config, table),
         "lisa": lisa_of(config, table),
         "shifted_attention": config.tuner_type == "longlora",
         "neftune_alpha": config.neftune_noise_alpha,
@@ -161,20 +159,6 @@ def lisa_of(config: TrainConfig, table: ModelTable) -> LayerSampling | None:
     """Which layers of a full run are trained at a time; None: all."""
     active = config.lisa_activated_layers
     return LayerSampling(table.spec.num_layers, active, config.lisa_step_interval, config.seed) if active else None
-
-
-def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
-    """What of a run of full weights is trained; None: everything."""
-    if config.tuner_type == "llamapro":
-        return new_blocks(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
-    part = Part(
-        config.freeze_parameters_ratio,
-        config.freeze_parameters,
-        config.freeze_parameters_regex,
-        config.trainable_parameters,
-        config.trainable_parameters_regex,
-    )
-    return part if part != Part() else None
 
 
 def _adapter(

@@ -13,7 +13,7 @@ from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
-from mswift.train.trained import optimizer_bytes, trained_parameters
+from mswift.train.trained import optimizer_bytes, part_of, trained_parameters
 
 FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
 _LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
@@ -121,6 +121,8 @@ def stage_memory(
     if not lora:
         trained = stage_parameters(learning, dims, pp_rank, num_ahead=ahead)
         experts = stage_parameters(learning, dims, pp_rank, experts_only=True)
+    if part_of(config, table) is not None:  # its share, taken for the same in every stage; no experts
+        trained = math.ceil(trained * trained_parameters(config, table) / stage_parameters(table, ParallelDims(), 0))
     parameters = base + trained * lora
     packed = stage_parameters(table, dims, pp_rank, linears_only=True) if config.quant_method else 0
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)

@@ -17,7 +17,8 @@ from mswift.converters.reader import WeightReader
 from mswift.data.tokenizer import load_tokenizer
 from mswift.errors import ConfigError
 from mswift.parallel.engine import SOURCE_DTYPES
-from mswift.parallel.fsdp.pieces import Mapped, read_rows, row_regions
+from mswift.parallel.fsdp.pieces import row_regions
+from mswift.parallel.mapped import Mapped, read_rows
 from mswift.tuners.other_adapters import other_config, parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
 from mswift.tuners.prompts import EMBEDDINGS, PROMPTS, PromptConfig

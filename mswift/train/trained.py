@@ -7,9 +7,10 @@ from mswift.config.optimizers import ELEMENTWISE, LowRank, kept_by, rule_of, sta
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
 from mswift.converters.plan import ModelTable
-from mswift.tuners.llamapro import trained_elements
+from mswift.tuners.llamapro import new_blocks, trained_elements
 from mswift.tuners.lora import LoraConfig
 from mswift.tuners.other_adapters import other_config
+from mswift.tuners.part import Part, joined, refuse_torn
 from mswift.tuners.shapes import promised_shapes
 
 
@@ -25,8 +26,38 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
         return trained_elements(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
     if config.tuner_type == "full":
         kept = not config.mtp_num_layers
-        return sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
+        whole = sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
+        return whole - _frozen_elements(config, table)
     return sum(map(math.prod, _adapter_shapes(config, table).values()))
+
+
+def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
+    """What of a run of full weights is trained; None: everything."""
+    if config.tuner_type == "llamapro":
+        return new_blocks(table, config.llamapro_num_new_blocks, config.llamapro_num_groups)
+    part = Part(
+        config.freeze_parameters_ratio,
+        config.freeze_parameters,
+        config.freeze_parameters_regex,
+        config.trainable_parameters,
+        config.trainable_parameters_regex,
+    )
+    return part if part != Part() else None
+
+
+def _frozen_elements(config: TrainConfig, table: ModelTable) -> int:
+    """Of a full run. 0 for a model with experts, whose names transformers alone knows.
+
+    ConfigError for names that the model does not have, or that the backend cannot part.
+    """
+    part = part_of(config, table)
+    if part is None or table.spec.moe is not None:
+        return 0
+    sizes = {name: math.prod(table.hf[name]) for name in table.hf_order}
+    frozen = part.frozen(sizes)
+    if config.backend == "megatron" and not part.ratio:  # a share goes by transformers' order: the engine looks
+        refuse_torn(frozen, joined(table))
+    return sum(sizes[name] for name in frozen)
 
 
 def _adapter_shapes(config: TrainConfig, table: ModelTable) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,11 @@
 """Full tuning of a part of the model: which parameters stay as they are, by name and by share. No torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 
 
@@ -70,3 +71,28 @@ def _matching(names: Sequence[str], expression: str | None, flag: str) -> set[st
     if not found:
         raise ConfigError(f"--{flag} {expression}: matches no parameter; the first one is {names[0]}")
     return found
+
+
+def joined(table: ModelTable) -> list[tuple[str, ...]]:
+    """HF names of which Megatron makes one parameter, tuple by tuple (q, k and v; gate and up)."""
+    of_slice = {key: name for name, keys in table.slices.items() for key in keys}
+    found: dict[tuple[str, int | None], dict[str, None]] = {}
+    for name, pieces in table.hf_pieces.items():
+        for piece in pieces:
+            key = piece.names[1]
+            layer = piece.starts[1][0] if table.megatron[key].stacked else None
+            found.setdefault((of_slice.get(key, key), layer), {})[name] = None
+    return [tuple(names) for names in found.values()]
+
+
+def refuse_torn(frozen: Set[str], together: Sequence[tuple[str, ...]]) -> None:
+    """ConfigError where of names that are `together` in one parameter some are frozen and some are trained."""
+    for names in together:
+        stay = [name for name in names if name in frozen]
+        learn = [name for name in names if name not in frozen]
+        if stay and learn:
+            raise ConfigError(
+                f"--backend megatron keeps {', '.join(names)} in one tensor, and {stay[0]} would be frozen while "
+                f"{learn[0]} is trained: add --freeze_parameters {' '.join(learn)} (or --trainable_parameters "
+                f"{' '.join(stay)}), or use --backend fsdp"
+            )

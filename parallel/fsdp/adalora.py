@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mswift.converters.layout import Region
 from mswift.parallel.engine import Read, StateShard, bytes_of
-from mswift.parallel.fsdp.pieces import Mapped, shards, whole
+from mswift.parallel.mapped import Mapped, shards, whole
 from mswift.tuners.inject import NAME
 
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # as PEFT's RankAllocator names them

@@ -14,7 +14,7 @@ from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.parallel.fsdp.dropout import CountedDropout
 from mswift.parallel.fsdp.lora_start import MARK, add_starts, stored_start
-from mswift.parallel.fsdp.pieces import Mapped, whole
+from mswift.parallel.mapped import Mapped, whole
 from mswift.tuners.init import kaiming_uniform
 from mswift.tuners.inject import NAME
 from mswift.tuners.lora import Adapted, LoraConfig, adapted

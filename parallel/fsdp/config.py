@@ -5,7 +5,6 @@ from typing import Literal
 
 from mswift.parallel.engine import EngineSettings
 from mswift.tuners.lisa import LayerSampling
-from mswift.tuners.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +12,7 @@ class HfSettings(EngineSettings):
     """How a transformers model is computed, tuned and updated, whoever lays it out over ranks.
 
     recompute_blocks: of how many of the first blocks only the input is kept; recompute_keeps_products: and the results
-    of `model.KEPT`. part: what of a full run is trained (None: everything). lisa: which of its layers are trained at a
+    of `model.KEPT`. lisa: which of its layers are trained at a
     time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
     shifted_attention: training attends within groups (`mswift.parallel.shifted`). galore_scale None: the library's.
     four_bit_base: how bitsandbytes keeps the linears of the layers, cut or whole as the rest.
@@ -23,7 +22,6 @@ class HfSettings(EngineSettings):
     recompute_keeps_products: bool = False
     compile_layers: bool = False
     liger_kernels: bool = False
-    part: Part | None = None
     neftune_alpha: float = 0.0
     four_bit_base: Literal["nf4", "fp4"] | None = None
     lisa: LayerSampling | None = None

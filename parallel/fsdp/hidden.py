@@ -4,9 +4,9 @@ from torch import nn
 
 from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.methods import MethodAdapters
-from mswift.parallel.fsdp.pieces import whole
 from mswift.parallel.fsdp.prompts import PromptAdapters
 from mswift.parallel.fsdp.xlora import XloraAdapters
+from mswift.parallel.mapped import whole
 from mswift.tuners.hidden import HiddenConfig, layer_prefix
 from mswift.tuners.hidden_modules import attach
 from mswift.tuners.other_adapters import OtherConfig

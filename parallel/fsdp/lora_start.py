@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from mswift.parallel.fsdp.pieces import Mapped
+from mswift.parallel.mapped import Mapped
 from mswift.tuners.factors import factorised
 from mswift.tuners.inject import NAME
 from mswift.tuners.lora import Adapted

@@ -17,7 +17,7 @@ from mswift.parallel.batch import Microbatch
 from mswift.parallel.engine import Read, StateShard, bytes_of
 from mswift.parallel.fsdp.adalora import RankBudget
 from mswift.parallel.fsdp.dropout import count_dropouts
-from mswift.parallel.fsdp.pieces import Mapped, shards, whole
+from mswift.parallel.mapped import Mapped, shards, whole
 from mswift.tuners.hidden import FRAME
 from mswift.tuners.inject import inject
 from mswift.tuners.method import MethodConfig

@@ -17,7 +17,7 @@ from mswift.parallel import sequence
 from mswift.parallel.batch import Microbatch
 from mswift.parallel.engine import Read, StateShard, bytes_of
 from mswift.parallel.fsdp.methods import MethodAdapters
-from mswift.parallel.fsdp.pieces import shards, whole
+from mswift.parallel.mapped import shards, whole
 from mswift.tuners.prompt_modules import (
     ATTRIBUTE,
     PrefixKeys,

@@ -9,10 +9,10 @@ from torch import Tensor
 from mswift.converters.layout import Region
 from mswift.parallel.engine import DTYPES, Read, StateShard, bytes_of
 from mswift.parallel.fsdp.config import HfSettings
-from mswift.parallel.fsdp.pieces import read_rows, shards
 from mswift.parallel.fsdp.sampled import SampledLayers
 from mswift.parallel.fsdp.weights import RankWeights
 from mswift.parallel.fsdp.whole import WholeRule
+from mswift.parallel.mapped import read_rows, shards
 
 
 class Updates(Protocol):

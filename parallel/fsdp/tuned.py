@@ -26,8 +26,9 @@ from mswift.parallel.fsdp.model import (
     recompute,
     saved_buffers,
 )
-from mswift.parallel.fsdp.pieces import Mapped, map_parameters, whole
+from mswift.parallel.fsdp.pieces import map_parameters
 from mswift.parallel.fsdp.sampled import layers_of
+from mswift.parallel.mapped import Mapped, whole
 from mswift.tuners.part import Part
 
 _INNER = "inner."

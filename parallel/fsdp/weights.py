@@ -19,8 +19,9 @@ from mswift.parallel.fsdp.adapters import adapters_of, first_values
 from mswift.parallel.fsdp.config import HfSettings
 from mswift.parallel.fsdp.four_bit import PackedRows
 from mswift.parallel.fsdp.lora_start import MARK, from_weights, start_in_weights
-from mswift.parallel.fsdp.pieces import Box, Mapped, local, read_rows, row_regions, shards
+from mswift.parallel.fsdp.pieces import Box, local, row_regions
 from mswift.parallel.fsdp.tuned import TunedModel
+from mswift.parallel.mapped import Mapped, read_rows, shards
 from mswift.tuners.settings import FROM_DATA
 from mswift.tuners.shapes import promised_shapes
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mswift.converters.plan import ModelTable
 from mswift.parallel.fsdp.dropout import CountedDropout
 from mswift.parallel.fsdp.methods import MethodAdapters
-from mswift.parallel.fsdp.pieces import whole
+from mswift.parallel.mapped import whole
 from mswift.tuners.xlora import CLASSIFIER, XloraConfig
 from mswift.tuners.xlora_modules import Mixer
 

@@ -29,8 +29,9 @@ from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linea
 from mswift.parallel.megatron.held import held_bytes
 from mswift.parallel.megatron.model import build_model, padded_vocab_size
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
+from mswift.parallel.megatron.part import TrainedPart
 from mswift.parallel.megatron.placement import Placed, RankPlace, place_adapter, place_chunks
-from mswift.parallel.megatron.state import read_range, shards_of_range
+from mswift.parallel.megatron.state import ByNames, read_range, shards_of_range
 from mswift.refusals import check_context_parallel
 from mswift.refusals.engine import check_four_bit_base, check_prediction, check_prediction_flags
 from mswift.topology import ParallelDims, check_experts
@@ -52,6 +53,7 @@ class MegatronEngine:
         if config.four_bit_base:
             check_four_bit_base(config.lora is not None, config.lora is not None and config.lora.settings.dora)
         check_device(config, device)
+        self._part = None if config.part is None else TrainedPart(config.part, table)
         world.enter(dims, config.seed, config.timeout_seconds)
         self.table, self.dims, self.config, self.device = table, dims, config, device
         self.coordinate = dims.coordinate(dist.get_rank())
@@ -78,6 +80,11 @@ class MegatronEngine:
     def _place(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Note what every parameter is of the whole; add adapters in between, since they rename the base."""
         self._base = place_chunks(chunks, self.table, self.dims, dist.get_rank())
+        if self._part is not None:
+            self._part.freeze(self._base)
+            if self.config.recompute_granularity is not None or self.dims.pp > 1:
+                differentiate_embeddings(chunks)
+            self._base = place_chunks(chunks, self.table, self.dims, dist.get_rank())
         self._trained = self._base
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
@@ -121,11 +128,11 @@ class MegatronEngine:
         for placed, (start, stop) in self._owned():
             if self.config.dtype != "F32":
                 master = self._optimizer.master(placed.parameter)
-                read_range(placed, master, start, stop, read, "optimizer.master.")
+                read_range(placed, master, start, stop, read, "optimizer.master.", by_names=self._by_names)
             if optimizer_step:
                 self._optimizer.make_states(placed.parameter, optimizer_step)
                 for name, values in self._optimizer.states(placed.parameter):
-                    read_range(placed, values, start, stop, read, f"optimizer.{name}.")
+                    read_range(placed, values, start, stop, read, f"optimizer.{name}.", by_names=self._by_names)
 
     @torch.no_grad()
     def load_trained(self, read: Read, stored: Callable[[str], torch.dtype]) -> None:
@@ -163,9 +170,9 @@ class MegatronEngine:
                 continue
             if self.config.dtype != "F32":
                 master = self._optimizer.master(placed.parameter)
-                yield from shards_of_range(placed, master, start, stop, "optimizer.master.")
+                yield from shards_of_range(placed, master, start, stop, "optimizer.master.", self._by_names)
             for name, values in self._optimizer.states(placed.parameter):
-                yield from shards_of_range(placed, values, start, stop, f"optimizer.{name}.")
+                yield from shards_of_range(placed, values, start, stop, f"optimizer.{name}.", self._by_names)
 
     def gradients(self) -> Iterator[StateShard]:
         """fp32 gradients of the newest `train_step`, as clipped: `gradient.<key>`, each element on one rank."""
@@ -173,6 +180,11 @@ class MegatronEngine:
             if placed.is_primary:
                 values = placed.parameter.main_grad.view(-1)[start:stop]  # type: ignore[attr-defined]
                 yield from shards_of_range(placed, values, start, stop, "gradient.")
+
+    @property
+    def _by_names(self) -> ByNames | None:
+        """Where optimizer state lies, if not where its parameter does."""
+        return None if self._part is None else self._part.by_names
 
     def _owned(self) -> Iterator[tuple[Placed, tuple[int, int]]]:
         """Trained parameters and the flat range of them that this data-parallel rank updates."""

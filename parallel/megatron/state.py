@@ -1,6 +1,6 @@
 """Parameters and optimizer state of this rank as boxes of global tensors, both ways: any layout writes, any reads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,23 +8,39 @@ from torch import Tensor
 from mswift.converters.layout import Region
 from mswift.errors import CheckpointError
 from mswift.parallel.engine import Read, StateShard, bytes_of
+from mswift.parallel.mapped import Mapped, read_rows, shards
 from mswift.parallel.megatron.placement import Part, Placed
 from mswift.parallel.megatron.ranges import boxes_of_range, flat_offset
 
+ByNames = Callable[[Part], Mapped]
+"""Of a part of a parameter: its global tensor in boxes of others (`mswift.parallel.megatron.part`)."""
 
-def shards_of_range(placed: Placed, flat: Tensor, start: int, stop: int, prefix: str = "") -> Iterator[StateShard]:
-    """Elements start..stop-1 of a parameter as boxes of its global tensor.
+
+def shards_of_range(
+    placed: Placed, flat: Tensor, start: int, stop: int, prefix: str = "", by_names: ByNames | None = None
+) -> Iterator[StateShard]:
+    """Elements start..stop-1 of a parameter as boxes of its global tensor, or of those that `by_names` says.
 
     `flat` holds those elements, [stop - start]. Padded vocabulary rows are left out.
     """
     for part, inside in _boxes(placed, start, stop):
         first = flat_offset(placed.parameter.shape, inside.offsets) - start
-        values = flat[first : first + inside.num_elements]
-        yield StateShard(prefix + part.key, part.shape, _global_region(part, inside), values)
+        values, region = flat[first : first + inside.num_elements], _global_region(part, inside)
+        if by_names is None:
+            yield StateShard(prefix + part.key, part.shape, region, values)
+        else:
+            yield from shards(by_names(part), region, values, prefix)
 
 
 def read_range(
-    placed: Placed, flat: Tensor, start: int, stop: int, read: Read, prefix: str = "", dtype: torch.dtype | None = None
+    placed: Placed,
+    flat: Tensor,
+    start: int,
+    stop: int,
+    read: Read,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    by_names: ByNames | None = None,
 ) -> None:
     """Fill `flat` [stop - start] with elements start..stop-1 of a parameter; padded rows become zero.
 
@@ -36,7 +52,11 @@ def read_range(
     for part, inside in _boxes(placed, start, stop):
         first = flat_offset(placed.parameter.shape, inside.offsets) - start
         values = torch.empty(inside.num_elements, dtype=dtype or flat.dtype)
-        read(prefix + part.key, _global_region(part, inside), bytes_of(values))
+        region = _global_region(part, inside)
+        if by_names is None:
+            read(prefix + part.key, region, bytes_of(values))
+        else:
+            read_rows(by_names(part), region, values, read, prefix)
         flat[first : first + inside.num_elements].copy_(values)
         count += inside.num_elements
     expected = sum(_overlap(placed, part, start, stop) for part in placed.parts)

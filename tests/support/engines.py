@@ -30,7 +30,7 @@ def _deepspeed_engine(table: Any, dims: Any, own: dict[str, Any], device: Any) -
     from mswift.config.deepspeed import read_zero
     from mswift.parallel.deepspeed.config import DeepspeedConfig
     from mswift.parallel.deepspeed.engine import DeepspeedEngine
-    from mswift.parallel.fsdp.pieces import shards
+    from mswift.parallel.mapped import shards
 
     engine = DeepspeedEngine(table, dims, DeepspeedConfig(zero=read_zero(own.pop("deepspeed")), **own), device)
     seen: dict[int, Any] = {}

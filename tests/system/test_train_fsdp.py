@@ -49,7 +49,10 @@ MEGATRON = ["--nproc_per_node", "2", "--tensor_model_parallel_size", "2", "--seq
 FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("tuner", [[], ["--tuner_type", "lora"]], ids=["full", "lora"])
+PART = ["--freeze_parameters", "model.embed_tokens", "--freeze_parameters_regex", r"layers\.0\.(self_attn|mlp)"]
+
+
+@pytest.mark.parametrize("tuner", [PART, ["--tuner_type", "lora"]], ids=["part", "lora"])
 def test_runs_that_change_their_engine_go_on_as_if_they_had_not(home: Path, tmp_path: Path, tuner: Any) -> None:
     losses = {}
     for name, first, second in (("stays", MEGATRON, MEGATRON), ("to", MEGATRON, FSDP), ("from", FSDP, MEGATRON)):

@@ -14,6 +14,7 @@ from tests.support.xlora import make_loras
 
 FSDP = ["--backend", "fsdp", "--nproc_per_node", "2"]
 DDP = ["--backend", "ddp"]
+STAGES = ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2"]
 PRO = ["--tuner_type", "llamapro", "--llamapro_num_new_blocks", "2"]
 LISA = ["--lisa_activated_layers", "1", "--lisa_step_interval", "2"]
 BFLOAT = ["--packing", "--torch_dtype", "bfloat16"]
@@ -85,6 +86,14 @@ def test_six_steps_are_three_and_three(home: Path, loras: list[str], tmp_path: P
 def test_the_loss_falls(whole: Any, case: str) -> None:
     losses = [row["loss"] for row in rundir.read_metrics(whole(case))]
     assert losses[-1] < losses[0] - 0.3, losses
+
+
+def test_new_blocks_are_trained_by_megatron_as_well(home: Path, tmp_path: Path, whole: Any) -> None:
+    """The checkpoint of three steps on two stages goes on, with its optimizer state, on transformers' model."""
+    run(command(home, "sft", tmp_path, "--train_iters", "3", *PRO, *STAGES))
+    run(command(home, "sft", tmp_path, "--train_iters", "6", *PRO, *FSDP))
+    losses = [[row["loss"] for row in rundir.read_metrics(made)] for made in (tmp_path, whole("llamapro"))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def logits(model: Path) -> Any:

@@ -74,7 +74,6 @@ def test_layers_to_predict_ahead_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"backend": "megatron"}, "--tuner_type llamapro trains transformers' model: use --backend fsdp"),
         ({"tuner_type": "full"}, "--llamapro_num_new_blocks 2 has no effect with --tuner_type full"),
         ({"llamapro_num_new_blocks": 0}, "--llamapro_num_new_blocks 0 must be at least 1"),
         ({"llamapro_num_groups": 0}, "--llamapro_num_groups 0 must be at least 1"),
@@ -89,3 +88,10 @@ def test_flags_that_do_not_go_with_it_are_refused(change: dict[str, Any], text: 
     assert train_refusals(PRO, spec, 1) == []
     found = [str(refusal) for refusal in train_refusals(dataclasses.replace(PRO, **change), spec, 1)]
     assert any(text in refusal for refusal in found), found
+
+
+def test_megatron_trains_no_new_blocks_of_experts() -> None:
+    config = dataclasses.replace(PRO, backend="megatron")
+    assert train_refusals(config, table_for(family_config("llama")).spec, 1) == []
+    (found,) = train_refusals(config, table_for(family_config("qwen3_moe")).spec, 1)
+    assert "llamapro) of a model with experts: transformers' model stacks them" in str(found)

@@ -1,11 +1,17 @@
 """Which parameters a part of the model is: by share, by name, by expression; what means nothing is refused."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mswift.config.train import TrainConfig
+from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
-from mswift.tuners.part import Part
+from mswift.train.trained import trained_parameters
+from mswift.tuners.part import Part, joined, refuse_torn
+from tests.support.family_configs import family_config
 
 SIZES = {
     "embed.weight": 40,
@@ -42,3 +48,34 @@ def test_frozen(part: dict[str, Any], frozen: int) -> None:
 def test_refused(part: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Part(**part).frozen(SIZES)
+
+
+QKV = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+
+
+def test_what_megatron_keeps_in_one_tensor() -> None:
+    together = joined(table_for(family_config("llama")))
+    assert tuple(QKV) in together
+    assert ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight") in together
+    assert ("lm_head.weight",) in together
+    refuse_torn({*QKV, "lm_head.weight"}, together)
+    with pytest.raises(
+        ConfigError, match=r"k_proj.weight would be frozen while .*q_proj.weight is trained: add .*or use"
+    ):
+        refuse_torn({QKV[1]}, together)
+
+
+def test_the_dry_run_counts_what_is_trained_and_refuses_names() -> None:
+    table = table_for(family_config("llama"))
+    config = TrainConfig(
+        model="m", dataset=("a.jsonl",), train_iters=1, freeze_parameters=("model.layers.1.self_attn",)
+    )
+    frozen = sum(math.prod(shape) for name, shape in table.hf.items() if ".layers.1.self_attn." in name)
+    every = trained_parameters(replace(config, freeze_parameters=()), table)
+    assert trained_parameters(config, table) == every - frozen
+    with pytest.raises(ConfigError, match="no parameter's name begins so; near"):
+        trained_parameters(replace(config, freeze_parameters=("model.layer.1",)), table)
+    torn = replace(config, freeze_parameters=(QKV[0],))
+    with pytest.raises(ConfigError, match="--backend megatron keeps"):
+        trained_parameters(torn, table)
+    assert trained_parameters(replace(torn, backend="fsdp"), table) < every

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mswift.parallel.attention.share import Share, natural_rows
+from mswift.parallel.attention.share import Share, natural_rows, segments
 from mswift.parallel.batch import Microbatch, RankBatch, packed_places
 from mswift.topology import Coordinate, ParallelDims
 
@@ -27,14 +27,25 @@ class BatchPlace:
     """Which microbatch a forward pass computes. rows: int64 [b], of the global batch; of packed ones [s, 1], by token.
 
     positions: int64 [s], of the tokens of this context-parallel rank in the whole sequence (packed: in the row before
-    samples were padded); None: all, in order.
+    samples were padded); None: all, in order. lengths, for noise: fp32 [s] or [1], how many positions a token's row
+    has (packed: its document) at every layout: what ranks that share it need beside is not counted.
     """
 
     seed: int
     step: int
     rows: Tensor
     positions: Tensor | None = None
+    lengths: Tensor | None = None
 
+    def of_tokens(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """(rows, positions) of tokens first .. first + count - 1 of this context-parallel rank."""
+        here = slice(first, first + count)
+        rows = self.rows if self.rows.dim() == 1 else self.rows[here]
+        return rows, torch.arange(first, first + count) if self.positions is None else self.positions[here]
+
+
+EMBEDDING_NOISE = "embedding"
+"""The name of NEFTune's noise, which is the same on every engine."""
 
 _place: ContextVar[BatchPlace | None] = ContextVar("place", default=None)
 
@@ -79,7 +90,10 @@ def places(
             packed_places(batch, dims, here.cp, part.seq_length)
             for batch, part in zip(microbatches, batches, strict=True)
         ]
-        return [BatchPlace(seed, step, rows[:, None], of_tokens) for rows, of_tokens in where]
+        return [
+            BatchPlace(seed, step, rows[:, None], of_tokens, _document_lengths(part, here.cp, dims.cp))
+            for (rows, of_tokens), part in zip(where, batches, strict=True)
+        ]
     found = []
     for number, (batch, part) in enumerate(zip(microbatches, batches, strict=True)):
         size = len(part.tokens)
@@ -87,8 +101,18 @@ def places(
         rows = torch.arange(first, first + size) if batch.rows is None else torch.tensor(batch.rows)
         share = Share((part.seq_length,), (here.cp,), dims.cp)
         positions = natural_rows(share, torch.device("cpu")) if dims.cp > 1 else None
-        found.append(BatchPlace(seed, step, rows, positions))
+        lengths = torch.tensor(part.unpadded[:1], dtype=torch.float32)
+        found.append(BatchPlace(seed, step, rows, positions, lengths))
     return found
+
+
+def _document_lengths(part: RankBatch, cp_rank: int, cp: int) -> Tensor:
+    """fp32 [s]: of every token of a packed part the length of its document."""
+    assert part.documents is not None
+    own = dict(enumerate(part.unpadded))  # what fills the end is as long as it is
+    share = Share(part.documents, (cp_rank,), cp)
+    each = [torch.full((s.length,), own.get(s.document, part.documents[s.document])) for s in segments(share)]
+    return torch.cat(each).to(torch.float32)
 
 
 def _enter(place: BatchPlace | None) -> None:
@@ -135,28 +159,30 @@ def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first
         raise RuntimeError(f"{name}: which microbatch is this? a layer that is computed again needs `remembered`")
     s, _, i = x.shape
     device = x.device
-    positions = place.positions
-    tokens = torch.arange(first_token, first_token + s) if positions is None else positions[first_token:][:s]
-    rows = place.rows if place.rows.dim() == 1 else place.rows[first_token:][:s]
+    rows, tokens = place.of_tokens(first_token, s)
     features = torch.arange(first_feature, first_feature + i)
     key = f"{place.seed}:{place.step}:{name}"
     kept = keep(key, rows.to(device), tokens.to(device), features.to(device), probability)
     return x * kept * (1 / (1 - probability))
 
 
-def noise(x: Tensor, name: str, magnitude: Tensor) -> Tensor:
-    """x [b, s, i] of this rank with uniform noise in +-magnitude [1, s or 1, 1], decided by place and name as above.
+def noise(x: Tensor, name: str, alpha: float, *, first_token: int = 0) -> Tensor:
+    """x [s, b, i] with uniform noise in +-alpha / sqrt(positions x i), decided by place and name as above.
 
-    Outside of `at` (an evaluation) nothing is added.
+    Positions are those of a row; of a packed document its own, as if it were a row. first_token: as of `dropped`.
+    Outside of `at` and `counted` (an evaluation) nothing is added.
     """
     place = _place.get()
     if place is None:
         return x
-    tokens = torch.arange(x.shape[1]) if place.positions is None else place.positions
-    key = f"{place.seed}:{place.step}:{name}"
-    features = torch.arange(x.shape[2], device=x.device)
-    words = _words(key, place.rows.to(x.device), tokens.to(x.device), features)
-    return x + (words.transpose(0, 1).to(torch.float32) * (magnitude / 2**31)).to(x.dtype)
+    s, _, i = x.shape
+    rows, tokens = place.of_tokens(first_token, s)
+    assert place.lengths is not None
+    lengths = place.lengths if len(place.lengths) == 1 else place.lengths[first_token:][:s]
+    key, features = f"{place.seed}:{place.step}:{name}", torch.arange(i, device=x.device)
+    magnitude = alpha * (lengths.to(x.device) * i) ** -0.5
+    words = _words(key, rows.to(x.device), tokens.to(x.device), features)
+    return x + (words.to(torch.float32) * (magnitude / 2**31)[:, None, None]).to(x.dtype)
 
 
 def keep(key: str, rows: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:

@@ -104,9 +104,9 @@ class EngineSettings:
 
     `trainable_modules` are HF modules (embed_tokens, lm_head) that are trained in full beside `lora`, or beside
     `method`, an adapter of another method (--backend fsdp, ddp). part: what of a full run is trained (None:
-    everything). `clip_grad` 0 turns clipping off. BF16 keeps fp32
-    master weights and sums gradients in fp32. `lora_b_lr_ratio`: learning rate of B (and of magnitudes) over that of A.
-    Collectives fail after `timeout_seconds`.
+    everything). neftune_alpha: noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
+    `clip_grad` 0 turns clipping off. BF16 keeps fp32 master weights and sums gradients in fp32. `lora_b_lr_ratio`:
+    learning rate of B (and of magnitudes) over that of A. Collectives fail after `timeout_seconds`.
     """
 
     dtype: Literal["F32", "BF16"] = "F32"
@@ -126,6 +126,7 @@ class EngineSettings:
     method: OtherConfig | None = None
     trainable_modules: tuple[str, ...] = ()
     part: Part | None = None
+    neftune_alpha: float = 0.0
     lora_b_lr_ratio: float = 1.0
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mswift.errors import LayoutError
 from mswift.parallel.attention.core import SdpaAttention
-from mswift.parallel.attention.share import Share, positions, segments
+from mswift.parallel.attention.share import Share, positions
 from mswift.parallel.shifted import shifted_attention
 
 NAME = "mswift"
@@ -26,12 +26,10 @@ NAME = "mswift"
 class _Now:
     """What this process attends to. lengths: of the documents, over all ranks; None: a row is one.
 
-    unpadded: the same before padding, or the length of a row; (): as they are.
     keys: (number of a layer, key, value) -> those in their place, for prefixes.
     """
 
     lengths: tuple[int, ...] | None = None
-    unpadded: tuple[int, ...] = ()
     shifted: bool = False
     keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     kind: str = "p2p"
@@ -57,29 +55,14 @@ def share_with(kind: str, groups: Any, size: int) -> None:
     _now.kind, _now.groups, _now.size = kind, groups, size
 
 
-def attending(documents: tuple[int, ...] | None, *, unpadded: tuple[int, ...] = (), shifted: bool = False) -> None:
+def attending(documents: tuple[int, ...] | None, *, shifted: bool = False) -> None:
     """What the coming forward pass and its backward pass compute: fields of `RankBatch`; `mswift.parallel.shifted`."""
-    _now.lengths, _now.unpadded, _now.shifted, _now.keys = documents, unpadded, shifted, None
+    _now.lengths, _now.shifted, _now.keys = documents, shifted, None
 
 
 def attending_to(keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     """Change keys and values [b, g, s, d] of every layer of this forward pass, after `attending`."""
     _now.keys = keys
-
-
-def row_lengths(x: Tensor) -> Tensor:
-    """[1, s, 1]: of every row of x [b, s, ...] the positions of the whole sequence (document) it is in.
-
-    Those that it has at every layout: what ranks that share it need beside is not counted.
-    """
-    if _now.lengths is None:
-        own = _now.unpadded[0] if _now.unpadded else x.shape[1] * _now.size
-        return torch.full((1, 1, 1), float(own), device=x.device)
-    share, own_lengths = Share(_now.lengths, (_now.rank,), _now.size), dict(enumerate(_now.unpadded))
-    lengths = torch.cat(
-        [torch.full((s.length,), own_lengths.get(s.document, _now.lengths[s.document])) for s in segments(share)]
-    )
-    return lengths.to(x.device, torch.float32)[None, :, None]
 
 
 def document_positions(documents: tuple[int, ...] | None, seq_length: int, rank: int, device: torch.device) -> Tensor:

@@ -51,7 +51,7 @@ BUDGET_SECONDS = {
     "cpu/test_data_agents": 15,
     "cpu/test_data_hard": 15,
     "cpu/test_adapters": 120,
-    "cpu/test_adapters_dropout": 28,
+    "cpu/test_adapters_dropout": 32,
     "cpu/test_adapters_experts": 45,
     "cpu/test_adapters_kinds": 55,
     "cpu/test_infer": 60,

@@ -129,7 +129,7 @@ class TrainConfig:
     llamapro_num_groups: int | None = None
     """llamapro: groups of layers, behind each of which equally many blocks are added. Default: as many as blocks."""
     neftune_noise_alpha: float = 0.0
-    """NEFTune (not megatron): noise on embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
+    """NEFTune: noise on embeddings of training batches, uniform in +-alpha / sqrt(length x hidden)."""
 
     # -- data
     dataset: tuple[str, ...] = ()

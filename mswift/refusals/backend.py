@@ -42,7 +42,7 @@ LIGER_TYPES = (
 """Kinds of models whose kernels of Liger's were compared with transformers' (tests/system/test_liger.py)."""
 _FSDP_ONLY = (
     *("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile"),
-    *("use_liger_kernel", "neftune_noise_alpha"),
+    "use_liger_kernel",
 )
 
 
@@ -72,6 +72,8 @@ def backend_refusals(config: TrainConfig) -> Iterator[ConfigError]:
                     f"--sequence_parallel_size {config.sequence_parallel_size} stands for --{name} too: leave one out"
                 )
     yield from _freezing_refusals(config)
+    if config.neftune_noise_alpha < 0:
+        yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")
     yield from _optimizer_refusals(config)
     if config.backend == "deepspeed":
         yield from deepspeed_refusals(config)
@@ -93,6 +95,11 @@ def _freezing_refusals(config: TrainConfig) -> Iterator[ConfigError]:
 
 
 def _of_megatron(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.neftune_noise_alpha and config.mtp_num_layers:
+        yield ConfigError(
+            f"--neftune_noise_alpha {config.neftune_noise_alpha} with --mtp_num_layers {config.mtp_num_layers}: the "
+            "noise would be on the tokens ahead too: leave one out"
+        )
     for name in _FSDP_ONLY:
         if _is_given(config, name):
             yield ConfigError(f"--{name} belongs to --backend fsdp (or ddp): leave it out, or use --backend fsdp")
@@ -115,8 +122,6 @@ def _of_transformers(config: TrainConfig) -> Iterator[ConfigError]:
             f"--quant_method bnb with {flag}: the codes of the base lie where it computes, and are unpacked outside of "
             f"what torch knows: leave {flag} out"
         )
-    if config.neftune_noise_alpha < 0:
-        yield ConfigError(f"--neftune_noise_alpha {config.neftune_noise_alpha}: at least 0; 5 is usual")
     yield from _costs(config)
 
 

@@ -73,6 +73,7 @@ def _shared(config: TrainConfig, reader: WeightReader) -> dict[str, Any]:
         "loss_fusion": config.cross_entropy_loss_fusion,
         "lora_b_lr_ratio": config.lorap_lr_ratio or 1.0,
         "part": part_of(config, reader.table),
+        "neftune_alpha": config.neftune_noise_alpha,
     }
 
 
@@ -139,7 +140,6 @@ def _of_transformers(config: TrainConfig, table: ModelTable) -> dict[str, Any]:
         "liger_kernels": config.use_liger_kernel,
         "lisa": lisa_of(config, table),
         "shifted_attention": config.tuner_type == "longlora",
-        "neftune_alpha": config.neftune_noise_alpha,
         "muon_momentum": config.muon_momentum,
         "galore_rank": config.galore_rank,
         "galore_update_proj_gap": config.galore_update_proj_gap,

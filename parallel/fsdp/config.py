@@ -12,17 +12,15 @@ class HfSettings(EngineSettings):
     """How a transformers model is computed, tuned and updated, whoever lays it out over ranks.
 
     recompute_blocks: of how many of the first blocks only the input is kept; recompute_keeps_products: and the results
-    of `model.KEPT`. lisa: which of its layers are trained at a
-    time (None: all). neftune_alpha: noise on the embeddings of training batches (Jain et al. 2023, arXiv 2310.05914).
-    shifted_attention: training attends within groups (`mswift.parallel.shifted`). galore_scale None: the library's.
-    four_bit_base: how bitsandbytes keeps the linears of the layers, cut or whole as the rest.
+    of `model.KEPT`. lisa: which of its layers are trained at a time (None: all). shifted_attention: training attends
+    within groups (`mswift.parallel.shifted`). galore_scale None: the library's. four_bit_base: how bitsandbytes keeps
+    the linears of the layers, cut or whole as the rest.
     """
 
     recompute_blocks: int = 0
     recompute_keeps_products: bool = False
     compile_layers: bool = False
     liger_kernels: bool = False
-    neftune_alpha: float = 0.0
     four_bit_base: Literal["nf4", "fp4"] | None = None
     lisa: LayerSampling | None = None
     shifted_attention: bool = False

@@ -17,7 +17,7 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel import sequence
-from mswift.parallel.dropout import noise, remembered
+from mswift.parallel.dropout import EMBEDDING_NOISE, noise, remembered
 from mswift.parallel.fused_loss import OutputLayer, fused_linear_cross_entropy, scaled_logits
 from mswift.parallel.loss import vocab_parallel_cross_entropy
 
@@ -136,13 +136,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def add_noise(model: nn.Module, alpha: float) -> None:
-    """Embeddings [b, s, h] of training batches get uniform noise of magnitude alpha / sqrt(positions x h).
-
-    Positions are those of a row; of a packed document its own, as if it were a row.
-    """
+    """Embeddings [b, s, h] of training batches get noise (`mswift.parallel.dropout.noise`)."""
 
     def noisy(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return noise(output, "embedding", alpha * (sequence.row_lengths(output) * output.shape[-1]) ** -0.5)
+        return noise(output.transpose(0, 1), EMBEDDING_NOISE, alpha).transpose(0, 1)
 
     model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
 

@@ -137,7 +137,7 @@ class Passes:
 
     def _positions(self, batch: RankBatch) -> Tensor:
         shifted = self._config.shifted_attention and torch.is_grad_enabled()
-        sequence.attending(batch.documents, unpadded=batch.unpadded, shifted=shifted)
+        sequence.attending(batch.documents, shifted=shifted)
         return sequence.document_positions(batch.documents, batch.seq_length, self._coordinate.cp, self._device)
 
     def _totals(

@@ -1,12 +1,14 @@
 """Multipliers and caps at both ends of a model: behind the embedding, and on the logits."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mswift.converters.spec import ModelSpec
+from mswift.parallel.dropout import EMBEDDING_NOISE, noise
 from mswift.parallel.fused_loss import scaled_logits
 
 
@@ -27,6 +29,19 @@ def differentiate_embeddings(chunks: Sequence[Any]) -> None:
     for chunk in chunks:
         if hasattr(chunk, "embedding"):
             chunk.embedding.register_forward_hook(_require_gradient)
+
+
+def add_noise(chunks: Sequence[Any], alpha: float) -> None:
+    """Embeddings [s, b, h] of training batches get noise (`mswift.parallel.dropout.noise`), after their multiplier."""
+    for chunk in chunks:
+        if hasattr(chunk, "embedding"):
+            group = chunk.pg_collection.tp if chunk.config.sequence_parallel else None
+            chunk.embedding.register_forward_hook(partial(_noisy, alpha, 0 if group is None else group.rank()))
+
+
+def _noisy(alpha: float, part: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    """part: which of the equal parts of a sequence this rank has."""
+    return noise(output, EMBEDDING_NOISE, alpha, first_token=part * len(output))
 
 
 def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

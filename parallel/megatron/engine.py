@@ -24,7 +24,7 @@ from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import EngineConfig, check_device, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
-from mswift.parallel.megatron.ends import differentiate_embeddings
+from mswift.parallel.megatron.ends import add_noise, differentiate_embeddings
 from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linears, packed
 from mswift.parallel.megatron.held import held_bytes
 from mswift.parallel.megatron.model import build_model, padded_vocab_size
@@ -67,6 +67,8 @@ class MegatronEngine:
             pack_linears(chunks, four_bits)
         for chunk in chunks:
             chunk.loss_fusion = config.loss_fusion
+        if config.neftune_alpha:
+            add_noise(chunks, config.neftune_alpha)
         self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
         self._place(chunks)
         self._chunks = [
@@ -243,8 +245,9 @@ class MegatronEngine:
         return batches, sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in batches)
 
     def _places(self, microbatches: Sequence[Microbatch], batches: Sequence[RankBatch]) -> list[dropout.BatchPlace]:
-        """Which rows of the global batch these are, for adapters with dropout; [] where there is none."""
-        if self.config.lora is None or not self.config.lora.settings.dropout:
+        """Which rows of the global batch these are, for adapters with dropout and for noise; [] where is neither."""
+        drops = self.config.lora is not None and self.config.lora.settings.dropout > 0
+        if not drops and not self.config.neftune_alpha:
             return []
         return dropout.places(microbatches, batches, self.dims, self.coordinate, self.config.seed, self.optimizer_step)
 

@@ -157,8 +157,8 @@ def rows_counted_from_this_rank() -> Iterator[None]:
     """Data-parallel ranks drop alike."""
     from mswift.parallel import dropout
 
-    def place(seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor | None) -> BatchPlace:
-        return BatchPlace(seed, step, torch.arange(len(rows)), positions)
+    def place(seed: int, step: int, rows: torch.Tensor, *others: torch.Tensor | None) -> BatchPlace:
+        return BatchPlace(seed, step, torch.arange(len(rows)), *others)
 
     with patch.object(dropout, "BatchPlace", place):
         yield
@@ -169,7 +169,7 @@ def positions_counted_from_this_rank() -> Iterator[None]:
     """Context-parallel ranks drop alike."""
     from mswift.parallel import dropout
 
-    def place(seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor | None) -> BatchPlace:
+    def place(seed: int, step: int, rows: torch.Tensor, *others: torch.Tensor | None) -> BatchPlace:
         return BatchPlace(seed, step, rows)
 
     with patch.object(dropout, "BatchPlace", place):

@@ -178,9 +178,15 @@ def moved(home: Path) -> dict[str, bool]:
 
 def test_noise_on_packed_embeddings_is_the_same_where_documents_are_padded(home: Path) -> None:
     """Ranks that share a sequence pad each document; its length, by which the noise goes, is that before."""
-    one, two = (run_ranks(size, f"{HERE}:noisy", {"home": home, "size": size})[0] for size in (1, 2))
-    assert np.allclose(one["plain"], two["plain"], rtol=5e-6, atol=0)
-    assert np.allclose(one["noisy"], two["noisy"], rtol=5e-6, atol=0)
+    layouts = [("fsdp", 1, {}), ("fsdp", 2, {"cp": 2}), ("megatron", 2, {"cp": 2})]
+    layouts.append(("megatron", 2, {"tp": 2, "sequence_parallel": True}))
+    one, *others = [
+        run_ranks(size, f"{HERE}:noisy", {"home": home, "size": size, "backend": backend, "dims": dims})[0]
+        for backend, size, dims in layouts
+    ]
+    for found in others:
+        assert np.allclose(one["plain"], found["plain"], rtol=5e-6, atol=0)
+        assert np.allclose(one["noisy"], found["noisy"], rtol=5e-6, atol=0)
     assert abs(one["plain"] - one["noisy"]) > 1e-3
 
 
@@ -189,15 +195,15 @@ def noisy(payload: Mapping[str, Any]) -> dict[str, float]:
     from mswift.converters.reader import WeightReader
     from tests.support.engines import make_engine
 
-    size = payload["size"]
-    dims, device = join(size, **({"cp": size} if size > 1 else {}))
+    backend, size = payload["backend"], payload["size"]
+    dims, device = join(size, **payload["dims"])
     reader, batch = WeightReader(payload["home"] / "model"), microbatches()[0]
     row = {name: getattr(batch, name)[:1] for name in ("tokens", "labels", "loss_weights")}
     batch, found = replace(batch, **row, documents=(5, 13, 6), rows=(0,)), {}
     assert torch.count_nonzero(batch.loss_weights)
     for name, alpha in (("plain", 0.0), ("noisy", 15.0)):
-        own = {"backend": "fsdp", "neftune_alpha": alpha, "shard_size": size}
-        engine = make_engine(reader.table, dims, own, device)
+        own = {"shard_size": size} if backend == "fsdp" else {}
+        engine = make_engine(reader.table, dims, own | {"backend": backend, "neftune_alpha": alpha}, device)
         engine.load_weights(reader)
         found[name] = engine.train_step([batch], 0.0).loss
         engine.close()

@@ -290,10 +290,22 @@ def test_a_part_of_the_model_is_trained(world_size: int) -> None:
     assert all(np.array_equal(found["weights"][name], start("qwen3")[1][name]) for name in frozen)
 
 
-@pytest.mark.parametrize(("world_size", "dims"), [(2, {}), (2, {"cp": 2})])
-def test_noise_on_embeddings_is_the_same_at_any_layout(world_size: int, dims: Any) -> None:
+ENGINES: list[tuple[str, int, dict[str, Any]]] = [
+    ("fsdp", 2, {}),
+    ("fsdp", 2, {"cp": 2}),
+    ("megatron", 1, {}),
+    ("megatron", 2, {"tp": 2, "sequence_parallel": True}),
+    ("megatron", 2, {"cp": 2}),
+    ("megatron", 2, {"pp": 2}),
+]
+
+
+@pytest.mark.parametrize(("engine", "world_size", "dims"), ENGINES)
+def test_noise_on_embeddings_is_the_same_on_any_engine_and_layout(engine: str, world_size: int, dims: Any) -> None:
     one = run("llama", 1, {}, random_steps(), neftune_alpha=5.0)
-    found = run("llama", world_size, dims, random_steps(), neftune_alpha=5.0)
+    own = {"shard_size": world_size} if engine == "fsdp" else {}
+    settings = SGD | own | {"backend": engine, "neftune_alpha": 5.0}
+    found = megatron_run(*start("llama"), random_steps(), settings, world_size, dims)
     assert worst(found, one, 5e-6) == {}
     assert one["evaluated"] == run("llama", 1, {}, random_steps())["evaluated"]
     assert abs(one["loss"][0] - truth_of_two()["loss"][0]) > 1e-3
@@ -319,7 +331,7 @@ def test_noise_is_uniform_in_the_bounds_of_neftune() -> None:
     plain = model.get_input_embeddings()(tokens)
     sequence.attending(None)
     add_noise(model, 5.0)
-    with at(BatchPlace(1, 2, torch.arange(3))):
+    with at(BatchPlace(1, 2, torch.arange(3), lengths=torch.tensor([50.0]))):
         noise = (model.get_input_embeddings()(tokens) - plain).flatten().double() / bounds[0]
     assert noise.abs().max() <= 1.001
     for bins in (2, 10):

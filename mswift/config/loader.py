@@ -94,10 +94,11 @@ def _texts(node: yaml.Node, where: str) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Every field of a configuration as JSON and YAML hold it: tuples become lists."""
     items = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {name: _plain(value) for name, value in items}
+    return {name: to_plain(value) for name, value in items}
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """One value as JSON and YAML hold it."""
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value

@@ -89,12 +89,26 @@ def lmdeploy_argv(python: str, config: EngineConfig, options: ServerOptions, por
 
 
 def _check_loras(config: EngineConfig) -> None:
-    """ConfigError for adapters that are no LoRA, and for fields beyond `PeftSettings`.
+    """ConfigError for adapters that are no LoRA, and for those that say more than these servers read.
 
-    These servers read r, lora_alpha and target_modules, so that such a field would be lost without a word.
+    These are r, lora_alpha and target_modules: the scale is lora_alpha / r whatever else stands there, without a word.
     """
     for path in config.adapters.values():
-        read_peft_config(path)
+        settings = read_peft_config(path)
+        said = {
+            "use_rslora": settings.rslora,
+            "use_dora": settings.dora,
+            "lora_bias": settings.lora_bias,
+            "rank_pattern": settings.rank_pattern,
+            "alpha_pattern": settings.alpha_pattern,
+            "target_parameters": settings.target_parameters,
+            "modules_to_save": settings.modules_to_save,
+        }
+        for field in (field for field, value in said.items() if value):
+            raise ConfigError(
+                f"--adapters {path}: SGLang and LMDeploy do not read {field} and would compute another adapter: fold "
+                f"it into a copy of its base: mswift merge --model BASE --adapters {path} --output_dir MERGED"
+            )
 
 
 def model_name(config: EngineConfig, options: ServerOptions) -> str:

@@ -88,6 +88,12 @@ def _freezing_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--{freezing[0]} is for --tuner_type full; of {config.tuner_type} the base is frozen: leave it out"
         )
+    elif freezing and not any(name.startswith("freeze") for name in freezing):
+        value = getattr(config, freezing[0])
+        yield ConfigError(
+            f"--{freezing[0]} {_shown(value)}: nothing is frozen, so that all of the model is trained: add "
+            "--freeze_parameters_regex . to train these parameters alone, or leave it out"
+        )
     if not 0 <= config.freeze_parameters_ratio < 1:
         yield ConfigError(
             f"--freeze_parameters_ratio {config.freeze_parameters_ratio}: a share of the model, at least 0 and below 1"
@@ -161,7 +167,11 @@ def _costs(config: TrainConfig) -> Iterator[ConfigError]:
         )
 
 
+_WITH_ADAM = ("adam", "adamw_8bit", *OF_LAYERS)
 _OF_OPTIMIZERS = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (*_WITH_ADAM, "lion")),
+    "adam_eps": _WITH_ADAM,
+    "sgd_momentum": ("sgd",),
     "muon_momentum": ("muon",),
     **dict.fromkeys(("galore_rank", "galore_update_proj_gap", "galore_scale"), LOW_RANK),
     "galore_quantization": ("galore",),
@@ -172,7 +182,8 @@ def _optimizer_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     chosen = config.optimizer
     for name, owners in _OF_OPTIMIZERS.items():
         if _is_given(config, name) and chosen not in owners:
-            yield ConfigError(f"--{name} belongs to --optimizer {' and '.join(owners)}: leave it out")
+            shown = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+            yield ConfigError(f"--{name} belongs to --optimizer {shown}: leave it out")
     if config.galore_rank < 1 or config.galore_update_proj_gap < 1:
         yield ConfigError(
             f"--galore_rank {config.galore_rank}, --galore_update_proj_gap {config.galore_update_proj_gap}: at least 1"
@@ -293,4 +304,6 @@ def _is_given(config: TrainConfig, name: str) -> bool:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, str):
+        return value
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()

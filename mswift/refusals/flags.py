@@ -45,11 +45,7 @@ def flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from backend_refusals(config)
     if config.min_lr > config.lr:
         yield ConfigError(f"--min_lr {config.min_lr} is above --lr {config.lr}: use --min_lr {config.lr} or less")
-    if config.lr_decay_style != "WSD" and config.lr_wsd_decay_iters is not None:
-        yield ConfigError(
-            f"--lr_wsd_decay_iters {config.lr_wsd_decay_iters} belongs to --lr_decay_style WSD, "
-            f"not {config.lr_decay_style}: leave it out, or use --lr_decay_style WSD"
-        )
+    yield from _schedule_refusals(config)
     data_path = config.data_path if isinstance(config, PtConfig) else ()
     if data_path:
         yield from data_path_refusals(config, data_path)
@@ -68,6 +64,32 @@ def flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(f"--world_size {sizes[0]} and --nproc_per_node {sizes[1]} differ: leave one out")
 
 
+def _schedule_refusals(config: TrainConfig) -> Iterator[ConfigError]:
+    """Flags of another shape than that of the schedule."""
+    style, fields = config.lr_decay_style, type(config).__dataclass_fields__
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+        if style != "WSD" and getattr(config, name) != fields[name].default:
+            yield ConfigError(
+                f"--{name} {getattr(config, name)} belongs to --lr_decay_style WSD, not {style}: leave it out, or use "
+                "--lr_decay_style WSD"
+            )
+    if style == "constant" and config.min_lr:
+        yield ConfigError(
+            f"--min_lr {config.min_lr} has no effect with --lr_decay_style constant: use --min_lr 0, or "
+            "--lr_decay_style linear"
+        )
+    if style == "constant" and config.lr_decay_iters is not None:
+        yield ConfigError(
+            f"--lr_decay_iters {config.lr_decay_iters} has no effect with --lr_decay_style constant: leave it out, or "
+            "use --lr_decay_style linear"
+        )
+
+
+def wsd_decay_iters(config: TrainConfig, decay: int) -> int:
+    """Length of WSD's final decay in a schedule of `decay` steps."""
+    return config.lr_wsd_decay_iters or max(decay // 10, 1)
+
+
 def check_schedule(config: TrainConfig, num_steps: int) -> None:
     """ConfigError when the learning-rate schedule does not fit a run of `num_steps` optimizer steps."""
     decay = config.lr_decay_iters or num_steps
@@ -79,8 +101,8 @@ def check_schedule(config: TrainConfig, num_steps: int) -> None:
         raise ConfigError(
             f"--lr_warmup_iters {warmup} leaves nothing of {length}: use --lr_warmup_iters {decay - 1} or less"
         )
-    wsd = config.lr_wsd_decay_iters
-    if config.lr_decay_style == "WSD" and wsd is not None and warmup + wsd > decay:
+    wsd = wsd_decay_iters(config, decay)
+    if config.lr_decay_style == "WSD" and warmup + wsd > decay:
         raise ConfigError(
             f"--lr_wsd_decay_iters {wsd} and --lr_warmup_iters {warmup} are longer than {length}: "
             f"use --lr_wsd_decay_iters {decay - warmup} or less"

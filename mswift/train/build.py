@@ -27,7 +27,7 @@ from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
 from mswift.parallel.batch import document_multiple, sequence_multiple
 from mswift.refusals.backend import describe_layout
-from mswift.refusals.flags import check_schedule
+from mswift.refusals.flags import check_schedule, wsd_decay_iters
 from mswift.stages import describe_cut
 from mswift.topology import ParallelDims
 from mswift.train.batches import BatchPlan
@@ -169,7 +169,7 @@ def learning_rate(config: TrainConfig, steps: int) -> LearningRate:
         style=config.lr_decay_style,
         warmup_iters=config.lr_warmup_iters,
         decay_iters=decay_iters,
-        wsd_decay_iters=config.lr_wsd_decay_iters or max(decay_iters // 10, 1),
+        wsd_decay_iters=wsd_decay_iters(config, decay_iters),
         wsd_decay_style=config.lr_wsd_decay_style,
     )
 

@@ -76,7 +76,9 @@ def _least_ranks(config: DoctorConfig, num_layers: int) -> int:
 def _refusals(config: DoctorConfig, raw: dict[str, object], world_size: int) -> list[ConfigError]:
     """What a launch would refuse, data and length of the run apart; the batch is the proof's own."""
     config = replace(config, dataset=("none",), train_iters=1, num_train_epochs=None, world_size=None, eval_steps=None)
-    config = replace(config, micro_batch_size=1, global_batch_size=world_size, lr_decay_style="constant")
+    config = replace(config, micro_batch_size=1, global_batch_size=world_size)
+    config = replace(config, lr_decay_style="constant", min_lr=0.0, lr_decay_iters=None)
+    config = replace(config, lr_wsd_decay_iters=None, lr_wsd_decay_style="linear")
     table = table_for(raw)
     refusals = train_refusals(config, table.spec, world_size)
     if config.trains_lora:

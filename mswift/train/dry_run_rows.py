@@ -58,7 +58,9 @@ def model_rows(
         yield "mtp", predicted
     if not has_weights:
         yield "weights", "none here, so they are not checked; a launch needs them"
-    if config.tuner_type in METHODS:
+    if config.adapters and config.tuner_type != "xlora":
+        yield "tuner", f"{config.tuner_type}, {config.adapters[0]} as it is"
+    elif config.tuner_type in METHODS:
         fields = f" {config.tuner_config}" if config.tuner_config else ""
         yield "tuner", f"{config.tuner_type}{fields}, on {' '.join(config.target_modules)}"
     elif config.trains_lora:

@@ -18,7 +18,14 @@ from mswift.errors import ConfigError
 from mswift.tuners.peft_config import CONFIG_FILE
 
 _ANOTHER_RUN = "or start a new run with another --output_dir"
-_FLAGS = {"r": "lora_rank", "loras": "xlora_adapters"}  # fields of adapter_config.json that a flag spells otherwise
+_FLAGS = {  # fields of adapter_config.json that a flag spells otherwise
+    **dict.fromkeys(("r", "target_r"), "lora_rank"),
+    **dict.fromkeys(("vera_dropout", "vblora_dropout", "miss_dropout"), "lora_dropout"),
+    "alpha": "lora_alpha",
+    "loras": "xlora_adapters",
+    "init_lora_weights": "init_weights",
+    "total_step": "train_iters",  # AdaLoRA plans for the length of the run
+}
 _BOOKKEEPING = ("base_model_name_or_path", "peft_version", "tokenizer_name_or_path")
 
 
@@ -98,6 +105,6 @@ def check_adapter(checkpoint: Path, adapter_config: bytes) -> None:
 
 def _brief(value: Any) -> str:
     """A field of adapter_config.json; of LoRAs that X-LoRA mixes what is in a name."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+    if not value or not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         return str(value)
     return f"{len(value)} LoRAs, of ranks {' '.join(str(each.get('r')) for each in value)}"

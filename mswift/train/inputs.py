@@ -19,20 +19,12 @@ from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
-from mswift.refusals.deepspeed import check_adapter_stage, check_precision
-from mswift.refusals.engine import check_four_bit_base
+from mswift.refusals.deepspeed import check_precision
+from mswift.train.continued import check_continued
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
 from mswift.train.trained import trained_parameters
-from mswift.tuners.hidden import HIDDEN
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
-from mswift.tuners.lora import LoraConfig
-from mswift.tuners.method import parse_method
-from mswift.tuners.methods import METHODS
-from mswift.tuners.other_adapters import check_hidden, check_prompt
-from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json, read_peft_config
-from mswift.tuners.prompts import PROMPTS
-from mswift.tuners.shapes import promised_shapes
 
 
 def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) -> list[MswiftError]:
@@ -135,45 +127,6 @@ def _hf_files(model: Path) -> Path:
 
 
 def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
-    """An adapter to continue keeps its own rank and scale: ConfigError where the flags ask for others."""
-    if config.tuner_type in METHODS:
-        return _check_method(config, table, path)
-    if config.tuner_type in HIDDEN:
-        return check_hidden(config, table, path)
-    if config.tuner_type in PROMPTS:
-        return check_prompt(config, table, path)
-    if config.tuner_type == "xlora":
-        return None  # `other_config` has read it
-    settings = read_peft_config(path)
-    LoraConfig(settings).check(f"{path}: ")
-    promised_shapes(table, settings)
-    check_adapter_stage(config, str(path), dora=settings.dora)
-    if config.quant_method:
-        check_four_bit_base(lora=True, dora=settings.dora)
-    own = {
-        "lora_rank": settings.rank,
-        "lora_alpha": f"{settings.alpha:g}",
-        "use_rslora": settings.rslora,
-        "use_dora": settings.dora,
-    }
-    for name, there in own.items():
-        value = getattr(config, name)
-        given = f"{value:g}" if isinstance(value, float) else value
-        if str(given) != str(there) and value != type(config).__dataclass_fields__[name].default:
-            raise ConfigError(
-                f"--{name} {given}: the adapter of --adapters {path} has {there}, and training continues it as it "
-                f"is: use --{name} {there}, or leave it out"
-            )
-
-
-def _check_method(config: TrainConfig, table: ModelTable, path: Path) -> None:
-    method, _ = parse_method(read_adapter_json(path), path / CONFIG_FILE)
-    if method.method.name != config.tuner_type:
-        raise ConfigError(
-            f"--tuner_type {config.tuner_type}: --adapters {path} is {method.method.peft_type}: use --tuner_type "
-            f"{method.method.name}"
-        )
-    method.shapes(table)
-    for flag, value in (("tuner_config", config.tuner_config), ("modules_to_save", config.modules_to_save)):
-        if value:
-            raise ConfigError(f"--{flag} with --adapters {path}, which training continues as it is: leave it out")
+    """ConfigError where the flags ask for another adapter than one to continue is."""
+    grows = new_tokens(_hf_files(Path(config.model)), config.new_special_tokens) is not None
+    check_continued(config, table, path, grows=grows)

@@ -4,13 +4,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mswift import rundir
+from mswift.config.loader import to_plain
 from mswift.config.train import TrainConfig
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.export import is_adapter_checkpoint, tuner_of
 
+_OF_THE_MODEL = ("rope_scaling", "max_model_len", "new_special_tokens")
+"""Flags that change a model before it is trained."""
 _OF_A_MODEL = ("config.json", ".metadata", "adapter_config.json", rundir.COMMIT)
 
 
@@ -89,7 +92,24 @@ def start_of(config: TrainConfig) -> tuple[Path, ResumePoint | None]:
             f"--tuner_type {config.tuner_type}: {point.checkpoint} holds a whole model; pass --tuner_type full, or "
             f"start a new run with another --output_dir (and --model {point.checkpoint})"
         )
+    if point.weights_only and not config.trains_adapter:
+        _check_as_it_is(config, point.checkpoint)
     return Path(config.model) if config.trains_adapter else point.checkpoint, point
+
+
+def _check_as_it_is(config: TrainConfig, checkpoint: Path) -> None:
+    """ConfigError for flags that ask for another model than the one whose weights are taken."""
+    then = _run_of(checkpoint).get("config", {})
+    for name in _OF_THE_MODEL:
+        default = TrainConfig.__dataclass_fields__[name].default
+        now = to_plain(getattr(config, name))
+        if getattr(config, name) != default and then.get(name) != now:
+            given, there = (" ".join(v) if isinstance(v, list) else v for v in (now, then.get(name)))
+            raise ConfigError(
+                f"--{name} {given}: --load_weights_only takes the model of {checkpoint} as it is, whose run had "
+                f"{there or 'none'}: leave it out, or give --model {checkpoint} in place of --resume_from_checkpoint "
+                "and --load_weights_only"
+            )
 
 
 def _is_plainly_damaged(checkpoint: Path) -> bool:
@@ -124,9 +144,20 @@ def _other_checkpoint(path: Path, output_dir: Path) -> Path:
 def _step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was saved after, whatever its directory is called."""
     try:
-        return int(json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(_run_of(checkpoint)["step"])
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / rundir.STATE} cannot be read ({error})") from None
+
+
+def _run_of(checkpoint: Path) -> dict[str, Any]:
+    """What run.json says."""
+    try:
+        found = json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / rundir.STATE} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{checkpoint / rundir.STATE} cannot be read (no object)")
+    return found
 
 
 def _check_output_dir(output_dir: Path) -> None:

@@ -2,16 +2,19 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from mswift.config.optimizers import ELEMENTWISE, LowRank, kept_by, rule_of, state_bytes
 from mswift.config.train import TrainConfig
 from mswift.converters.adapters import EMBED, HEAD, NORM, expand_modules_to_save, saved_shapes, trained_name
+from mswift.converters.io.safetensors import read_header
 from mswift.converters.plan import ModelTable
 from mswift.tuners.llamapro import new_blocks, trained_elements
 from mswift.tuners.lora import LoraConfig
-from mswift.tuners.other_adapters import other_config
+from mswift.tuners.other_adapters import other_config, parse_other
 from mswift.tuners.part import Part, joined, refuse_torn
-from mswift.tuners.shapes import promised_shapes
+from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter_dir, read_peft_config
+from mswift.tuners.shapes import adapter_table, promised_shapes
 
 
 def saved_modules(config: TrainConfig) -> tuple[str, ...]:
@@ -61,14 +64,30 @@ def _frozen_elements(config: TrainConfig, table: ModelTable) -> int:
 
 
 def _adapter_shapes(config: TrainConfig, table: ModelTable) -> dict[str, tuple[int, ...]]:
-    """What an adapter run trains, by PEFT's names; modules in full by their own."""
-    if not config.trains_lora:
-        method, saved = other_config(config, table), saved_shapes(table, _in_full(config, table))
-        own = {trained_name(table, name): shape for name, shape in saved.items()}
-        return own | method.trained_shapes(table)
-    lora = lora_config(config, table)
-    settings = replace(lora.settings, modules_to_save=_in_full(config, table))
-    return promised_shapes(lora.own_table(table), settings)
+    """What an adapter run trains, by PEFT's names; modules in full by their own, of tied embeddings once."""
+    if config.adapters and config.tuner_type != "xlora":
+        shapes = _continued_shapes(Path(config.adapters[0]), table)
+    elif config.trains_lora:
+        lora = lora_config(config, table)
+        settings = replace(lora.settings, modules_to_save=_in_full(config, table))
+        shapes = promised_shapes(lora.own_table(table), settings)
+    else:
+        saved = saved_shapes(table, _in_full(config, table))
+        shapes = saved | other_config(config, table).trained_shapes(table)
+    return {trained_name(table, name): shape for name, shape in shapes.items()}
+
+
+def _continued_shapes(path: Path, table: ModelTable) -> dict[str, tuple[int, ...]]:
+    """Of an adapter that a run goes on with."""
+    data = check_adapter_dir(path)
+    if data.get("peft_type", "LORA") != "LORA":
+        other, saved = parse_other(data, path / CONFIG_FILE, table.spec.num_layers)
+        return saved_shapes(table, expand_modules_to_save(table, saved)) | other.trained_shapes(table)
+    settings = read_peft_config(path)
+    own = adapter_table(table, {name.removeprefix(PREFIX) for name in read_header(path / WEIGHTS_FILE)})
+    return promised_shapes(
+        own, replace(settings, modules_to_save=expand_modules_to_save(table, settings.modules_to_save))
+    )
 
 
 def optimizer_bytes(config: TrainConfig, table: ModelTable) -> int:

@@ -61,6 +61,15 @@ def test_another_adapter_is_refused_by_its_flag(tmp_path: Path) -> None:
             check_adapter(tmp_path, json.dumps(config | {field: value}).encode())
 
 
+def test_what_a_method_plans_by_the_length_of_the_run_is_refused_by_the_flag_of_that(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    config = {"peft_type": "ADALORA", "total_step": 10, "target_r": 8}
+    (tmp_path / "hf" / CONFIG_FILE).write_text(json.dumps(config))
+    for field, value, flag in (("total_step", 20, "train_iters"), ("target_r", 4, "lora_rank")):
+        with pytest.raises(ConfigError, match=rf"--{flag}: .* has {config[field]}, the command means {value}"):
+            check_adapter(tmp_path, json.dumps(config | {field: value}).encode())
+
+
 def re_escape(value: object) -> str:
     """A value as it is printed, for a pattern."""
     import re

@@ -57,7 +57,10 @@ def test_fields_that_these_servers_would_lose_are_refused(tmp_path: Path) -> Non
     config = _config(adapters=_adapters(tmp_path, "a"))
     file = tmp_path / "a" / "adapter_config.json"
     said = json.loads(file.read_text())
-    for field, value in (("alora_invocation_tokens", [3]), ("init_lora_weights", "pissa")):
+    lost: dict[str, Any] = {"use_rslora": True, "use_dora": True, "lora_bias": True, "modules_to_save": ["lm_head"]}
+    lost |= {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}, "target_parameters": ["experts.down_proj"]}
+    lost |= {"alora_invocation_tokens": [3], "init_lora_weights": "pissa"}
+    for field, value in lost.items():
         file.write_text(json.dumps({**said, field: value}))
         with pytest.raises(ConfigError, match=field):
             sglang_argv("python", config, ServerOptions(), 5)

@@ -1,5 +1,6 @@
 """Promise 4: a checkpoint exists only once it is complete and committed; a damaged file is named."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,16 +18,16 @@ from mswift import run_lock, rundir
 from mswift.config.train import SftConfig
 from mswift.errors import CheckpointError, ConfigError
 from mswift.train import retention
-from mswift.train.resume import ResumePoint, find_resume_point, starting_point
+from mswift.train.resume import ResumePoint, find_resume_point, start_of, starting_point
 
 ROOT = Path(__file__).parents[2]
 
 
-def _publish(output_dir: Path, number: int, step: int | None = None) -> Path:
+def _publish(output_dir: Path, number: int, step: int | None = None, **state: Any) -> Path:
     partial = rundir.partial_dir(output_dir, number)
     partial.mkdir(parents=True)
     (partial / "weights").write_bytes(bytes(range(256)) * number)
-    (partial / rundir.STATE).write_text(json.dumps({"step": step or number}))
+    (partial / rundir.STATE).write_text(json.dumps({"step": step or number, **state}))
     destination = rundir.checkpoint_dir(output_dir, number)
     rundir.commit(partial, destination, {n: rundir.hash_file(partial / n) for n in ("weights", rundir.STATE)})
     return destination
@@ -206,6 +207,21 @@ def test_a_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
             starting_point(_config(own, resume_from_checkpoint=str(inside)))
     with pytest.raises(ConfigError, match="--resume_from_checkpoint: .*neither a committed checkpoint"):
         starting_point(_config(own, resume_from_checkpoint=str(tmp_path / "absent")))
+
+
+def test_weights_alone_come_with_the_model_of_their_run(tmp_path: Path) -> None:
+    """Flags that change a model before it is trained would have no effect on them."""
+    other, own = tmp_path / "other", tmp_path / "own"
+    _publish(other, 7, step=9, config={"rope_scaling": "yarn", "max_model_len": 512, "new_special_tokens": ["<x>"]})
+    start = _config(own, resume_from_checkpoint=str(other), load_weights_only=True)
+    same: dict[str, Any] = {"rope_scaling": "yarn", "max_model_len": 512, "new_special_tokens": ("<x>",)}
+    for flags in ({}, same):
+        assert start_of(dataclasses.replace(start, **flags))[0] == other / "checkpoint-7"
+    for name, value, then in (("rope_scaling", "linear", "yarn"), ("new_special_tokens", ("<y>",), "<x>")):
+        with pytest.raises(ConfigError, match=rf"--{name} .*had .*{then}.* give --model .*checkpoint-7 in place of"):
+            start_of(dataclasses.replace(start, **{name: value}))
+    changed = dataclasses.replace(start, rope_scaling="linear", load_weights_only=False)
+    assert start_of(changed)[0] == other / "checkpoint-7"  # a run that goes on has other checks
 
 
 def test_a_checkpoint_that_is_plainly_damaged_is_passed_over_only_when_asked(tmp_path: Path) -> None:

@@ -222,6 +222,10 @@ def _attach_mixed(model: PreTrainedModel, path: Path) -> None:
         for name, parameter in mixer.tensors.items():
             parameter.copy_(adapter.tensor(name))
     mixer.classifier.to(model.device)
+    with torch.no_grad():
+        model(
+            input_ids=torch.zeros(2, 3, dtype=torch.long, device=model.device), use_cache=False
+        )  # refuses what cannot be
 
 
 class ActiveAdapter:

@@ -9,6 +9,7 @@ Letters: h hidden size, m width of the classifier, n LoRAs, L linears that have 
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -43,6 +44,8 @@ FIELDS: Mapping[str, Any] = {
     "use_trainable_adapters": False, "scaling_pass_value": 0.0, "global_scaling_weight": 1.0,
 }  # fmt: skip
 """Those of PEFT's configuration that may be set -> default; top_k_lora 0: all (PEFT's None)."""
+_OTHER_ROWS = re.compile(r"\.(kv_b_proj|shared_expert(_gate)?)(\.|$)")
+"""In names of linears that transformers computes for all that is cached, or for the tokens of all rows as one."""
 _BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 
 
@@ -122,17 +125,19 @@ def own_table(table: ModelTable) -> ModelTable:
 def _linears(table: ModelTable, lora: PeftSettings) -> list[str]:
     """Names of the linears of one LoRA; ConfigError for a LoRA of another kind than PEFT mixes."""
     own = own_table(table)
-    parameters = adapted_parameters(own, lora)
+    parameters, linears = adapted_parameters(own, lora), [linear.name for linear in adapted_linears(own, lora)]
+    odd = next((name for name in linears if _OTHER_ROWS.search(name)), "")
     kinds = {
-        "a DoRA": lora.dora,
+        "is a DoRA": lora.dora,
         "has biases (lora_bias)": lora.lora_bias,
         f"replaces {' '.join(lora.modules_to_save)} (modules_to_save)": bool(lora.modules_to_save),
         f"adapts {next(iter(parameters.values())).name if parameters else ''}, which is no linear": bool(parameters),
+        f"adapts {odd}, whose inputs are not one for each token of a row": bool(odd),
     }
     for what in (what for what, is_so in kinds.items() if is_so):
         raise ConfigError(f"{lora.path}: it {what}, and X-LoRA mixes LoRAs of linears alone: train one without that")
     promised_shapes(own, lora)  # refuses one that is for nothing in the model
-    return [linear.name for linear in adapted_linears(own, lora)]
+    return linears
 
 
 def xlora_config(table: ModelTable, given: Mapping[str, Any], paths: Sequence[str], seed: int = 0) -> XloraConfig:

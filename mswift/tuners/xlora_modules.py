@@ -9,6 +9,7 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from mswift.tuners.xlora import CLASSIFIER, STORED_CLASSIFIER, XloraConfig, own_
 
 _LORA = re.compile(r"(.+)\.(lora_[AB])\.(\d+)\.weight")
 _MIXER = "xlora_mixer"
+_CACHES = ("past_key_values", "cache_params")
+"""How models call their cache."""
 _Cache = TypeVar("_Cache", bound=Any)
 """transformers' DynamicCache."""
 
@@ -39,20 +42,22 @@ class Mixer:
         self.disabled = False
         self._config, self._decoder = config, model.base_model
         self._scales: Tensor | None = None
-        self._is_first = False
+        from peft.tuners.lora import LoraLayer
+
         with torch.random.fork_rng(devices=[]), stand_ins(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are several adapters
             torch.manual_seed(config.seed)
             for number, lora in enumerate(config.loras):
                 _add_lora(model, table, lora, str(number))
-            self._layers = _lora_layers(model)
+            named: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+            self._layers = [layer for _, layer in named]
             self.classifier = self._made_classifier(model)
         setattr(model, CLASSIFIER, self.classifier)
         setattr(model, _MIXER, self)
         self.tensors = _tensors(model)
         self._decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        for layer in self._layers:
-            layer.register_forward_pre_hook(self._with_scales, with_kwargs=True)
+        for name, layer in named:
+            layer.register_forward_pre_hook(partial(self._with_scales, name), with_kwargs=True)
             layer.get_base_layer().register_forward_hook(_apart)
 
     def _made_classifier(self, model: Any) -> Any:
@@ -80,8 +85,8 @@ class Mixer:
         """The first pass, and out of its hidden states the scales of the second."""
         if self.disabled:
             return None
-        cache = kwargs.get("past_key_values")
-        first, second = ({"past_key_values": half} for half in _halves(cache)) if cache is not None else ({}, {})
+        caches = {name: _halves(kwargs[name]) for name in _CACHES if kwargs.get(name) is not None}
+        first, second = ({name: halves[place] for name, halves in caches.items()} for place in range(2))
         value = self._config.fields["scaling_pass_value"]
         states = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         shape = (*states.shape[:2], len(self._layers), len(self._config.loras))
@@ -95,7 +100,15 @@ class Mixer:
         self._scales = self.classifier(SimpleNamespace(hidden_states=(hidden,)), inputs_embeds=hidden)  # [b, s, L, n]
         return args, kwargs | second
 
-    def _with_scales(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _with_scales(self, name: str, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.disabled:
+            return args, kwargs
+        assert self._scales is not None
+        if args[0].shape[:-1] != self._scales.shape[:2]:
+            raise ConfigError(
+                f"X-LoRA of {name}: its inputs are {list(args[0].shape)} in this model, and scales are of "
+                f"{list(self._scales.shape[:2])} rows and positions: mix LoRAs without {name.rpartition('.')[2]}"
+            )
         return args, kwargs | {"scalings": self._scales}
 
 
@@ -130,13 +143,10 @@ def _add_lora(model: Any, table: ModelTable, lora: PeftSettings, name: str) -> N
     content = peft_config(lora, (), base_model=None, tied=False)
     content |= {"target_modules": linears, "inference_mode": False}
     content |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    inject_adapter_in_model(LoraConfig(**content), model, adapter_name=name)
-
-
-def _lora_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    try:
+        inject_adapter_in_model(LoraConfig(**content), model, adapter_name=name)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{lora.path}: PEFT refuses this LoRA: {error}") from error
 
 
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:

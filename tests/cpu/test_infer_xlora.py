@@ -110,3 +110,12 @@ def test_in_bfloat16_the_mixture_stays_fp32(home: Path) -> None:
     sampling = Sampling(max_new_tokens=3, ignore_eos=True)
     (completion,) = engine.generate([Request(prompt_ids=(5, 6), adapter="deep", sampling=sampling)])
     assert len(completion.token_ids) == 3
+
+
+def test_scales_of_other_rows_are_not_taken(home: Path) -> None:
+    """As a model that computes the tokens of all rows as one would take them."""
+    model: Any = load_adapters(load_model(home / "model", "float32", torch.device("cpu")), {"deep": home / "deep"})
+    with torch.no_grad():
+        model(input_ids=torch.zeros(2, 5, dtype=torch.long))
+        with pytest.raises(ConfigError, match=r"X-LoRA of model.layers.0.mlp.down_proj: its inputs are \[10, 96\] .*"):
+            model.model.layers[0].mlp.down_proj(torch.zeros(10, 96))

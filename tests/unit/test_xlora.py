@@ -126,7 +126,7 @@ def test_fields_that_do_not_fit_are_refused(loras: tuple[str, ...], case: str) -
 
 
 KINDS: dict[str, tuple[PeftSettings, dict[str, Any], str]] = {
-    "DoRA": (PeftSettings(4, 8, ("q_proj",), dora=True), {}, "a DoRA, and X-LoRA mixes LoRAs of linears alone"),
+    "DoRA": (PeftSettings(4, 8, ("q_proj",), dora=True), {}, "it is a DoRA, and X-LoRA mixes LoRAs of linears alone"),
     "biases": (PeftSettings(4, 8, ("q_proj",), lora_bias=True), {"lora_bias": True}, r"has biases \(lora_bias\)"),
     "modules": (PeftSettings(4, 8, ("q_proj",), ("lm_head",)), {}, r"replaces lm_head \(modules_to_save\)"),
     "no linear": (PeftSettings(4, 8, ("c_attn",)), {}, "match no linear of the model"),
@@ -147,6 +147,13 @@ def test_experts_are_not_mixed(tmp_path: Path) -> None:
     lora = PeftSettings(4, 8, ("q_proj",), target_parameters=("mlp.experts.down_proj",))
     with pytest.raises(ConfigError, match=r"it adapts .*experts.down_proj, which is no linear"):
         xlora_config(table, {}, [write_lora(tmp_path / "lora", lora)])
+
+
+@pytest.mark.parametrize(("family", "name"), [("deepseek_v3", "kv_b_proj"), ("qwen2_moe", "shared_expert.down_proj")])
+def test_linears_of_other_rows_are_not_mixed(tmp_path: Path, family: str, name: str) -> None:
+    lora = write_lora(tmp_path / "lora", PeftSettings(4, 8, ("o_proj", name)))
+    with pytest.raises(ConfigError, match=rf"adapts model.*{name}, whose inputs are not one for each token of a row"):
+        xlora_config(table_for(family_config(family)), {}, [lora])
 
 
 def test_no_lora_and_no_directory_are_refused(tmp_path: Path) -> None:

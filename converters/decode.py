@@ -4,16 +4,19 @@ No arithmetic here (decoders.py and group_decoders.py have it): a conversion wit
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mswift.converters.plan import DTYPE_BYTES, WEIGHT_DTYPES
 from mswift.errors import CheckpointError
 
 Fetch = Callable[[int, int, int], memoryview]
 """(number of a stored tensor, low, high) -> its bytes [low, high)."""
+
+CodePart = Literal["codes", "scales"]
+"""Of a weight of integer codes: code + 256 * zero of each element, or its scale."""
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LARGEST: Mapping[str, float] = {"F32": 3.4028235e38, "BF16": 3.3895314e38, "F16": 65504.0}
@@ -33,6 +36,7 @@ class Decoding:
     """How an HF tensor is made: from which stored tensors, by which rule (for the manifest), into which dtype.
 
     decoder: "module.Class" of this package and its arguments; an instance makes elements [first, last) as float32.
+    scale_dtype: of stored scales, where integer codes are what it is made of ("": it is not).
     """
 
     name: str
@@ -41,10 +45,17 @@ class Decoding:
     inputs: tuple[str, ...]
     rule: str
     decoder: tuple[str, tuple[Any, ...]]
+    scale_dtype: str = ""
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def of(self, part: CodePart) -> "Decoding":
+        """Of another part than the weight: of each element its code and zero, or its scale, in float32."""
+        assert self.scale_dtype, self.name
+        name, arguments = self.decoder
+        return replace(self, dtype="F32", decoder=(name, (*arguments, part)))
 
 
 class DecodedBytes:

@@ -102,7 +102,7 @@ def _grouped(base: str, stored: Mapping[str, HasShape], how: GroupedCodes, dtype
     if how.method == "gptq":
         arguments = (*arguments, how.bits, how.zero_plus, how.zero_wraps, ordered)
     decoder = (f"group_decoders.{how.method.capitalize()}", arguments)
-    return Decoding(base + ".weight", dtype, (outputs, inputs), tuple(names), rule, decoder)
+    return Decoding(base + ".weight", dtype, (outputs, inputs), tuple(names), rule, decoder, scale_dtype)
 
 
 def _expect(name: str, stored: Mapping[str, HasShape], dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from mswift.converters.decode import CodePart
 from mswift.converters.decoders import Floats, widen
 from mswift.converters.plan import DTYPE_BYTES
 from mswift.errors import CheckpointError
@@ -26,8 +27,8 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class _Grouped(ABC):
     """[o, i] weights, made from qweight, qzeros and scales (inputs 0 to 2).
 
-    sizes: i, o, g and the inputs of a group. Keeps the words of a band of outputs (about 16 MiB), so that reading in
-    order fetches every byte once.
+    sizes: i, o, g and the inputs of a group. part: what is made in place of the weight. Keeps the words of a band of
+    outputs (about 16 MiB), so that reading in order fetches every byte once.
     """
 
     step_elements: ClassVar[int] = 1 << 20
@@ -35,7 +36,10 @@ class _Grouped(ABC):
     """Of qweight."""
     _words: Words
 
-    def __init__(self, name: str, sizes: tuple[int, int, int, int], scale_dtype: str, bits: int) -> None:
+    def __init__(
+        self, name: str, sizes: tuple[int, int, int, int], scale_dtype: str, bits: int, part: CodePart | None
+    ) -> None:
+        self._part = part
         self._name, self._scale_dtype, self._bits = name, scale_dtype, bits
         self._inputs, self._outputs, self._groups, self._size = sizes
         self._low = self._high = 0
@@ -56,8 +60,12 @@ class _Grouped(ABC):
 
     def _values(self, low: int, high: int) -> Floats:
         """[n, i] of outputs [low, high) of the band."""
-        zeros, scales = (self._of_inputs(part[:, low:high]) for part in (self._zeros, self._scales))
-        values = self._codes(low, high)
+        if self._part == "scales":
+            return self._of_inputs(self._scales[:, low:high])
+        values, zeros = self._codes(low, high), self._of_inputs(self._zeros[:, low:high])
+        if self._part == "codes":
+            return values + np.float32(256) * zeros
+        scales = self._of_inputs(self._scales[:, low:high])
         with np.errstate(over="ignore"):
             values -= zeros
             values *= scales
@@ -109,8 +117,10 @@ class _Grouped(ABC):
 class Awq(_Grouped):
     """Four bits; a word of qweight [i, o / 8] and of qzeros [g, o / 8] has eight outputs."""
 
-    def __init__(self, name: str, sizes: tuple[int, int, int, int], scale_dtype: str) -> None:
-        super().__init__(name, sizes, scale_dtype, 4)
+    def __init__(
+        self, name: str, sizes: tuple[int, int, int, int], scale_dtype: str, part: CodePart | None = None
+    ) -> None:
+        super().__init__(name, sizes, scale_dtype, 4, part)
         self.rows = self._inputs
 
     def _read_codes(self, low: int, high: int, fetch: Fetch) -> None:
@@ -139,8 +149,9 @@ class Gptq(_Grouped):
         zero_plus: int,
         zero_wraps: bool,
         ordered: bool,
+        part: CodePart | None = None,
     ) -> None:
-        super().__init__(name, sizes, scale_dtype, bits)
+        super().__init__(name, sizes, scale_dtype, bits, part)
         self.rows = self._inputs * bits // 32
         self._zero_plus, self._zero_wraps, self._ordered = zero_plus, zero_wraps, ordered
         self._group_of: npt.NDArray[np.int32] | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.catalog import IGNORED_FIELDS
+from mswift.converters.decode import CodePart
 from mswift.converters.io.files import PIECE_BYTES
 from mswift.converters.io.strided import Read, gather_from
 from mswift.converters.layout import Piece, Region, flatten, restrict
@@ -32,7 +33,7 @@ class WeightReader:
         self.num_left_out = 0
         self._hf_bytes = 0
         self._tile, self._block = (memoryview(bytearray(PIECE_BYTES)) for _ in range(2))
-        self._last: tuple[str, Read] | None = None
+        self._last: tuple[tuple[str, CodePart | None], Read] | None = None
 
     def leave_out_mtp(self) -> None:
         """Be the model without its multi-token-prediction layers; `num_left_out` says how many these are."""
@@ -55,24 +56,34 @@ class WeightReader:
             files[IGNORED_FIELDS] = json.dumps({"ignored_config_fields": self._source.ignored}).encode()
         return {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
 
-    def read(self, key: str, region: Region, out: memoryview) -> None:
-        """Fills `out` with the C-order bytes of that region of the global tensor `key`."""
+    @property
+    def coded(self) -> dict[str, str]:
+        """HF name -> dtype of its scales, of the weights that are made of integer codes."""
+        found = ((name, self._source.decoding(name)) for name in self.table.hf)
+        return {name: decoding.scale_dtype for name, decoding in found if decoding and decoding.scale_dtype}
+
+    def read(self, key: str, region: Region, out: memoryview, part: CodePart | None = None) -> None:
+        """Fills `out` with the C-order bytes of that region of the global tensor `key`.
+
+        part: of weights in `coded`, in place of their values (F32).
+        """
         if isinstance(self._source, MegatronSource):
+            assert part is None, key
             self._source.read(key, region, out)
         else:
-            self._read_hf(key, region, out.cast("B"))
+            self._read_hf(key, region, out.cast("B"), part)
 
-    def _read_hf(self, key: str, region: Region, out: memoryview) -> None:
-        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES[self.dtype_of(key)]
+    def _read_hf(self, key: str, region: Region, out: memoryview, part: CodePart | None) -> None:
+        tensor, item_bytes = self.table.megatron[key], DTYPE_BYTES["F32" if part else self.dtype_of(key)]
         if region.intersect(Region.full(tensor.shape)) != region:
             raise CheckpointError(f"{self._source.path}: {key} has shape {list(tensor.shape)}; {region} lies outside")
         if len(out) != region.num_elements * item_bytes:
             raise ValueError(f"{key}{region}: {len(out)} bytes given, {region.num_elements * item_bytes} needed")
         for whole in self.table.pieces_in(key, region):
             for piece in restrict(whole, region, 1):
-                self._hf_bytes += self._gather(piece, region, item_bytes, out)
+                self._hf_bytes += self._gather(piece, region, item_bytes, out, part)
 
-    def _gather(self, piece: Piece, region: Region, item_bytes: int, out: memoryview) -> int:
+    def _gather(self, piece: Piece, region: Region, item_bytes: int, out: memoryview, part: CodePart | None) -> int:
         name, start = piece.names[0], piece.starts[1]
         local = tuple(s - o for s, o in zip(start, region.offsets, strict=True))
         to_out = Piece(piece.names, (piece.starts[0], local), piece.dims).inverse()
@@ -80,7 +91,7 @@ class WeightReader:
         run = self._one_run(name)
         if run is not None:
             return self._source.read_run(run, copy, out, self._tile)
-        return gather_from(self._stream(name), copy, out, self._block)
+        return gather_from(self._stream(name, part), copy, out, self._block)
 
     def _one_run(self, name: str) -> Place | None:
         """The place of an HF tensor that lies in one run of a file."""
@@ -90,8 +101,8 @@ class WeightReader:
         dims = places[0].copy.dims
         return places[0] if len(places) == 1 and len(dims) <= 1 else None
 
-    def _stream(self, name: str) -> Read:
+    def _stream(self, name: str, part: CodePart | None) -> Read:
         """The bytes of an HF tensor; the last stream is kept, as it may hold what it decoded."""
-        if self._last is None or self._last[0] != name:
-            self._last = (name, self._source.stream(name, self._tile))
+        if self._last is None or self._last[0] != (name, part):
+            self._last = ((name, part), self._source.stream(name, self._tile, part))
         return self._last[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.converters.catalog import check_ignorable, config_path, ignored_fields, read_config
-from mswift.converters.decode import DTYPE_NAMES, DecodedBytes, Decoding, Fetch, cast
+from mswift.converters.decode import DTYPE_NAMES, CodePart, DecodedBytes, Decoding, Fetch, cast
 from mswift.converters.export_config import config_edits
 from mswift.converters.io.descriptors import Descriptors
 from mswift.converters.io.files import PIECE_BYTES
@@ -127,10 +127,11 @@ class Source(ABC):
         """Size of one HF tensor."""
         return prod(self.table.hf[name]) * DTYPE_BYTES[self.dtype_of(name)]
 
-    def stream(self, name: str, tile: memoryview) -> Read:
-        """The bytes of an HF tensor; one thread."""
+    def stream(self, name: str, tile: memoryview, part: CodePart | None = None) -> Read:
+        """The bytes of an HF tensor, or of a part of its codes; one thread."""
         decoding = self.decoding(name)
         if decoding is not None:
+            decoding = decoding if part is None else decoding.of(part)
             inputs = [(each, self.places(each)) for each in decoding.inputs]
             return DecodedBytes(decoding, fetch_from(inputs, self._open)).read
         places = self.places(name)

@@ -83,12 +83,13 @@ class TrainConfig:
     """lora_ga: of the scale stable."""
     lorap_lr_ratio: float | None = None
     """LoRA+: B learns this many times faster than A; 16 is usual."""
-    quant_method: Literal["bnb"] | None = None
-    """QLoRA: the linears of the frozen base are kept in quant_bits, by bitsandbytes (pip install 'mswift[quant]')."""
+    quant_method: Literal["bnb", "gptq", "awq"] | None = None
+    """QLoRA: the linears of the frozen base are kept in four bits: by bitsandbytes (bnb; pip install 'mswift[quant]'),
+    or as the checkpoint has them (gptq, awq)."""
     quant_bits: Literal[4] | None = None
-    """Bits of a weight with quant_method; the output layer, embeddings, routers and norms stay as they are."""
+    """Bits of a weight with bnb, which needs it; the output layer, embeddings, routers and norms stay as they are."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 values that a 4-bit weight can have; 64 weights share an fp32 scale."""
+    """bnb: the 16 values that a 4-bit weight can have; 64 weights share an fp32 scale."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """HF module names that get an adapter (q_proj, down_proj, ...); all-linear: every linear but lm_head, and experts
     with their router."""

@@ -125,8 +125,8 @@ def _of_transformers(config: TrainConfig) -> Iterator[ConfigError]:
     if config.backend == "fsdp" and config.quant_method and (config.fsdp_cpu_offload or config.torch_compile):
         flag = "--fsdp_cpu_offload" if config.fsdp_cpu_offload else "--torch_compile"
         yield ConfigError(
-            f"--quant_method bnb with {flag}: the codes of the base lie where it computes, and are unpacked outside of "
-            f"what torch knows: leave {flag} out"
+            f"--quant_method {config.quant_method} with {flag}: the codes of the base lie where it computes, and are "
+            f"unpacked outside of what torch knows: leave {flag} out"
         )
     yield from _costs(config)
 
@@ -252,8 +252,8 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
         )
     if config.quant_method is not None and spec.moe is not None:
         raise ConfigError(
-            f"--quant_method bnb with --backend {config.backend}: transformers stacks experts, which bitsandbytes "
-            "leaves as they are: use --backend megatron"
+            f"--quant_method {config.quant_method} with --backend {config.backend}: transformers stacks experts, which "
+            "would stay whole: use --backend megatron"
         )
     for rope in spec.ropes:
         if rope.kind in ("longrope", "dynamic") and (dims.cp > 1 or config.packing):

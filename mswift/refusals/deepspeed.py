@@ -35,7 +35,8 @@ def deepspeed_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             yield ConfigError(f"--{name} is not for --backend deepspeed: leave it out, or use --backend fsdp{remedy}")
     if config.quant_method is not None:
         yield ConfigError(
-            "--quant_method bnb is not for --backend deepspeed: use --backend fsdp (or ddp), or --backend megatron"
+            f"--quant_method {config.quant_method} is not for --backend deepspeed: use --backend fsdp (or ddp), or "
+            "--backend megatron"
         )
     if config.tuner_type not in _TUNERS:
         yield ConfigError(

@@ -140,14 +140,14 @@ def check_recompute(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) ->
             raise LayoutError(f"--recompute_modules {module}: no layer of the model has one; leave it out")
 
 
-def check_four_bit_base(lora: bool, dora: bool) -> None:
+def check_four_bit_base(lora: bool, dora: bool, method: str = "bnb") -> None:
     """ConfigError for what does not go with a base in four bits (`lora`: adapters are what is trained)."""
     if not lora:
-        raise ConfigError("--quant_method bnb has no effect with --tuner_type full: use --tuner_type lora")
+        raise ConfigError(f"--quant_method {method} has no effect with --tuner_type full: use --tuner_type lora")
     if dora:
         raise ConfigError(
-            "--quant_method bnb with DoRA (--use_dora, or an adapter of --adapters that has it) is not supported: "
-            "leave one of them out"
+            f"--quant_method {method} with DoRA (--use_dora, or an adapter of --adapters that has it) is not "
+            "supported: leave one of them out"
         )
 
 

@@ -181,16 +181,22 @@ def _quantised_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             if value != type(config).__dataclass_fields__[name].default:
                 yield ConfigError(f"--{name} {value} has no effect without --quant_method bnb")
         return
-    if config.quant_bits is None:
+    method = config.quant_method
+    if method == "bnb" and config.quant_bits is None:
         yield ConfigError("--quant_method bnb needs the number of bits: --quant_bits 4")
+    if method != "bnb" and config.bnb_4bit_quant_type != "nf4":
+        yield ConfigError(
+            f"--bnb_4bit_quant_type {config.bnb_4bit_quant_type} has no effect with --quant_method {method}: leave it "
+            "out"
+        )
     try:
-        check_four_bit_base(config.trains_lora, config.use_dora)
+        check_four_bit_base(config.trains_lora, config.use_dora, method)
     except ConfigError as error:
         yield error
     if config.init_weights != "true":
         yield ConfigError(
-            f"--quant_method bnb with --init_weights {config.init_weights}, which starts from the whole weight, is not "
-            "supported: leave one of them out"
+            f"--quant_method {method} with --init_weights {config.init_weights}, which starts from the whole weight, "
+            "is not supported: leave one of them out"
         )
 
 

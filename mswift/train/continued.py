@@ -37,7 +37,7 @@ def check_continued(config: TrainConfig, table: ModelTable, path: Path, *, grows
     promised_shapes(table, settings)
     check_adapter_stage(config, str(path), dora=settings.dora)
     if config.quant_method:
-        check_four_bit_base(lora=True, dora=settings.dora)
+        check_four_bit_base(lora=True, dora=settings.dora, method=config.quant_method)
     own = {
         "lora_rank": settings.rank,
         "lora_alpha": settings.alpha,

@@ -64,11 +64,12 @@ def model_rows(
         fields = f" {config.tuner_config}" if config.tuner_config else ""
         yield "tuner", f"{config.tuner_type}{fields}, on {' '.join(config.target_modules)}"
     elif config.trains_lora:
+        base = config.bnb_4bit_quant_type if config.quant_method == "bnb" else f"the codes of {config.quant_method}"
         yield (
             "tuner",
             f"{config.tuner_type}, rank {config.lora_rank}, alpha {config.lora_alpha:g}, on "
             + " ".join(config.target_modules)
-            + (f"; base in 4 bits ({config.bnb_4bit_quant_type})" if config.quant_method else ""),
+            + (f"; base in 4 bits ({base})" if config.quant_method else ""),
         )
     else:
         yield "tuner", tuner_line(config, spec.num_layers) or config.tuner_type

@@ -14,11 +14,14 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import ConfigError
 from mswift.parallel.engine import AdapterSource, Engine
+from mswift.parallel.four_bit import Kind
+from mswift.parallel.held_codes import HeldCodes, held_codes
 from mswift.refusals import train_dtype
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.collective import ended_by
 from mswift.train.hang import collective_timeout
+from mswift.train.inputs import check_codes
 from mswift.train.prompt_start import token_start
 from mswift.train.trained import lora_config, part_of, saved_modules
 from mswift.tuners.adapter import PeftAdapter
@@ -46,7 +49,8 @@ def built_engine(
     """
     adapter, start = _adapter(config, reader, num_steps, resumed=resumed)
     make = {"megatron": _megatron_engine, "deepspeed": _deepspeed_engine}.get(config.backend, _fsdp_engine)
-    engine = make(config, reader, dims, device, _shared(config, reader) | adapter)
+    base = {"four_bit_base": _four_bit_base(config, reader)} if config.quant_method else {}
+    engine = make(config, reader, dims, device, _shared(config, reader) | adapter | base)
     with ended_by(engine.close, dims):
         if not resumed or config.trains_adapter:
             engine.load_weights(reader, resumed=resumed)
@@ -77,6 +81,14 @@ def _shared(config: TrainConfig, reader: WeightReader) -> dict[str, Any]:
     }
 
 
+def _four_bit_base(config: TrainConfig, reader: WeightReader) -> Kind | HeldCodes:
+    """What engines but DeepSpeed's take, where --quant_method is given."""
+    if config.quant_method == "bnb":
+        return config.bnb_4bit_quant_type
+    check_codes(config, reader.config)
+    return held_codes(reader)
+
+
 def _megatron_engine(
     config: TrainConfig, reader: WeightReader, dims: ParallelDims, device: torch.device, shared: dict[str, Any]
 ) -> Engine:
@@ -85,7 +97,6 @@ def _megatron_engine(
     own = EngineConfig(
         **shared,
         micro_batch_size=config.micro_batch_size,
-        four_bit_base=config.bnb_4bit_quant_type if config.quant_method else None,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
@@ -151,7 +162,6 @@ def _of_transformers(config: TrainConfig, table: ModelTable) -> dict[str, Any]:
         "galore_cos_threshold": config.galore_cos_threshold,
         "galore_gamma_proj": config.galore_gamma_proj,
         "galore_queue_size": config.galore_queue_size,
-        "four_bit_base": config.bnb_4bit_quant_type if config.quant_method else None,
     }
 
 

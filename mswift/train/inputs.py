@@ -1,6 +1,6 @@
 """What a launch and a dry run check alike before torch is imported: module names, adapter, dtype, files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from mswift.config.train import PtConfig, SftConfig, TrainConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.longer import longer
 from mswift.converters.plan import ModelTable, table_for
+from mswift.converters.quantization import GroupedCodes, quantization_of
 from mswift.converters.reader import WeightReader
 from mswift.data.chat_template import read_chat_template
 from mswift.data.indexed import open_indexed
@@ -33,6 +34,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         lambda: check_precision(config, train_dtype(config, stored_dtype)),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
+        lambda: check_codes(config, table.config),
         lambda: read_chat_template(config.chat_template),
         lambda: read_mixture(config.dataset, config.dataset_weights),
         *(partial(parse_source, spec, "--dataset") for spec in mixture_of(config).specs),
@@ -130,3 +132,27 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """ConfigError where the flags ask for another adapter than one to continue is."""
     grows = new_tokens(_hf_files(Path(config.model)), config.new_special_tokens) is not None
     check_continued(config, table, path, grows=grows)
+
+
+def check_codes(config: TrainConfig, model: Mapping[str, Any]) -> None:
+    """ConfigError unless --quant_method gptq or awq keeps codes that --model, with this config.json, has."""
+    method = config.quant_method
+    if method not in ("gptq", "awq"):
+        return
+    how = quantization_of(model)
+    if how is None or how.method != method:
+        there = "none (no quantization_config)" if how is None else f"those of {how.method}"
+        remedy = (
+            f"--quant_method {how.method}" if isinstance(how, GroupedCodes) else "--quant_method bnb --quant_bits 4"
+        )
+        raise ConfigError(
+            f"--quant_method {method} keeps the codes of the checkpoint, and --model {config.model} has {there}: use "
+            f"{remedy}, or a checkpoint of {method}"
+        )
+    assert isinstance(how, GroupedCodes)
+    if how.bits != 4 or how.act_order:
+        what = f"{how.bits} bits" if how.bits != 4 else "act-order (desc_act)"
+        raise ConfigError(
+            f"--quant_method {method}: --model {config.model} has codes with {what}, which are not kept: leave "
+            "--quant_method out, which trains on the dequantised base, or use a checkpoint of 4 bits without act-order"
+        )

@@ -9,13 +9,13 @@ from mswift.config.optimizers import kept_by
 from mswift.config.train import TrainConfig
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import EMBEDDING, ModelTable
+from mswift.converters.quantization import GroupedCodes, quantization_of
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
 from mswift.train.trained import optimizer_bytes, part_of, trained_parameters
 
-FOUR_BIT_BYTES = 1 / 2 + 4 / 64  # of a weight, with its share of an fp32 scale
 _LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
 _STATE_BYTES = {"adam": 8, "sgd": 4}  # fp32 moments of each parameter that megatron-core trains
@@ -46,6 +46,14 @@ class StageMemory:
     def total_bytes(self) -> int:
         """Sum of the parts."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def four_bit_bytes(config: TrainConfig, table: ModelTable) -> float:
+    """Of a weight with --quant_method: its code, its share of a scale (bnb: fp32, else 2 bytes) and of a zero (1)."""
+    how = quantization_of(table.config)
+    if config.quant_method == "bnb" or not isinstance(how, GroupedCodes):
+        return 1 / 2 + 4 / 64
+    return 1 / 2 + (3 / how.group if how.group > 0 else 0)
 
 
 def checkpoint_bytes(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
@@ -129,7 +137,7 @@ def stage_memory(
     return StageMemory(
         parameters=parameters,
         trained=trained,
-        weights_bytes=math.ceil((parameters - packed) * dtype_bytes + packed * FOUR_BIT_BYTES),
+        weights_bytes=math.ceil((parameters - packed) * dtype_bytes + packed * four_bit_bytes(config, table)),
         gradients_bytes=trained * _GRAD_BYTES,
         optimizer_bytes=math.ceil((trained - experts) * state / (dims.dp * dims.cp) + experts * state / dims.edp),
         activations_bytes=activations(config, table, dims, dtype_bytes, pp_rank),
@@ -149,7 +157,7 @@ def fsdp_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     held, learning, state = _held_by_all(config, table, dtype_bytes)
     if config.quant_method:
         packed = stage_parameters(table, ParallelDims(), 0, linears_only=True)
-        held -= math.floor(packed * (dtype_bytes - FOUR_BIT_BYTES))
+        held -= math.floor(packed * (dtype_bytes - four_bit_bytes(config, table)))
     holders = 1 if config.trains_adapter and not config.trains_lora else parts  # of what is trained
     weights = ((held - trained * _GRAD_BYTES) * holders + trained * _GRAD_BYTES * parts) / (parts * holders)
     return StageMemory(

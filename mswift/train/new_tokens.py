@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mswift.converters.decode import CodePart
 from mswift.converters.layout import Region
 from mswift.converters.plan import ModelTable, table_for
 from mswift.converters.reader import WeightReader
@@ -102,21 +103,21 @@ class GrownReader(WeightReader):
             files["config.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
         return files
 
-    def read(self, key: str, region: Region, out: memoryview) -> None:
+    def read(self, key: str, region: Region, out: memoryview, part: CodePart | None = None) -> None:
         """Rows of the file, and those of new tokens."""
         if key not in _ROWS or not region.num_elements:
-            super().read(key, region, out)
+            super().read(key, region, out, part)
             return
         first, stop = region.offsets[0], region.offsets[0] + region.sizes[0]
         row_bytes = len(out) // region.sizes[0]
         for start, end in self._stretches(first, stop):
-            part = Region((start, *region.offsets[1:]), (end - start, *region.sizes[1:]))
+            stretch = Region((start, *region.offsets[1:]), (end - start, *region.sizes[1:]))
             target = out.cast("B")[(start - first) * row_bytes : (end - first) * row_bytes]
             if self.tokens.first_id <= start < self.tokens.end:
                 row = self._new_row(key)[region.offsets[1] : region.offsets[1] + region.sizes[1]]
                 target[:] = row.tobytes() * (end - start)
             else:
-                super().read(key, part, target)
+                super().read(key, stretch, target)
 
     def _stretches(self, first: int, stop: int) -> list[tuple[int, int]]:
         """first..stop-1 cut at the rows of new tokens."""

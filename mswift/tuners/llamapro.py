@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from mswift.converters.decode import CodePart
 from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.converters.reader import WeightReader
@@ -143,8 +144,9 @@ class ExpandedReader(WeightReader):
         files["config.json"] = (json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n").encode()
         return files
 
-    def read(self, key: str, region: Region, out: memoryview) -> None:
+    def read(self, key: str, region: Region, out: memoryview, part: CodePart | None = None) -> None:
         """Layer by layer from the files, and zeros."""
+        assert part is None, key
         tensor, data = self.table.megatron[key], out.cast("B")
         if not tensor.rule.in_layer:
             self.inner.read(key, region, out)

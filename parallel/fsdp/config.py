@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mswift.parallel.engine import EngineSettings
+from mswift.parallel.four_bit import Kind
+from mswift.parallel.held_codes import HeldCodes
 from mswift.tuners.lisa import LayerSampling
 
 
@@ -14,14 +16,14 @@ class HfSettings(EngineSettings):
     recompute_blocks: of how many of the first blocks only the input is kept; recompute_keeps_products: and the results
     of `model.KEPT`. lisa: which of its layers are trained at a time (None: all). shifted_attention: training attends
     within groups (`mswift.parallel.shifted`). galore_scale None: the library's. four_bit_base: how bitsandbytes keeps
-    the linears of the layers, cut or whole as the rest.
+    the linears of the layers, or which keep the codes of their checkpoint; cut or whole as the rest.
     """
 
     recompute_blocks: int = 0
     recompute_keeps_products: bool = False
     compile_layers: bool = False
     liger_kernels: bool = False
-    four_bit_base: Literal["nf4", "fp4"] | None = None
+    four_bit_base: Kind | HeldCodes | None = None
     lisa: LayerSampling | None = None
     shifted_attention: bool = False
     muon_momentum: float = 0.95

@@ -42,9 +42,8 @@ def lay_out(tuned: TunedModel, world_size: int, config: FsdpConfig, device: torc
     found = Layout(mesh.get_group("shard"), dist.get_rank() // size, groups)
     whole_ones = [] if method is None else [*method.replicated.values()]
     if config.four_bit_base is not None:
-        whole_ones += pack_linears(
-            blocks(model.inner), config.four_bit_base, device, found.sharing if size > 1 else None
-        )
+        sharing = found.sharing if size > 1 else None
+        whole_ones += pack_linears(blocks(model.inner), config.four_bit_base, device, sharing, tuned.sources())
     if method is not None:
         method.move(device)
     if world_size == 1 and config.dtype == "F32" and not config.cpu_offload:

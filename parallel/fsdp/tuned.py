@@ -56,6 +56,11 @@ class TunedModel:
         """As they are now, by name."""
         return {name.removeprefix(_INNER): parameter for name, parameter in self.model.named_parameters()}
 
+    def sources(self) -> dict[Tensor, frozenset[str]]:
+        """The tensors of files that make each parameter of the checkpoint's model."""
+        own = self.parameters()
+        return {own[name]: frozenset(piece.names[0] for piece in mapped.maps) for name, mapped in self.base.items()}
+
     def drops(self, config: HfSettings) -> bool:
         """Whether adapters have dropout."""
         lora = config.lora

@@ -1,7 +1,6 @@
 """A rank's rows of the weights of a transformers model, read and yielded as boxes of the table's global tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,10 +13,9 @@ from mswift.converters.plan import ModelTable
 from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError
 from mswift.parallel.engine import DTYPES, SOURCE_DTYPES, AdapterSource, Read, StateShard
-from mswift.parallel.four_bit import packed
+from mswift.parallel.four_bit import packed, passes
 from mswift.parallel.fsdp.adapters import adapters_of, first_values
 from mswift.parallel.fsdp.config import HfSettings
-from mswift.parallel.fsdp.four_bit import PackedRows
 from mswift.parallel.fsdp.lora_start import MARK, from_weights, start_in_weights
 from mswift.parallel.fsdp.pieces import Box, local, row_regions
 from mswift.parallel.fsdp.tuned import TunedModel
@@ -58,7 +56,7 @@ class RankWeights:
     def _rows(self, name: str) -> Region:
         parameter = self.parameters[name]
         shape, four_bits = tuple(parameter.shape), packed(parameter)
-        if isinstance(four_bits, PackedRows):
+        if four_bits is not None and four_bits.is_cut:
             return row_regions(shape, four_bits.first if four_bits.count else 0, four_bits.count)
         if not isinstance(parameter, DTensor):
             return Region.full(shape)
@@ -138,11 +136,10 @@ class RankWeights:
     def read(self, parameters: Mapping[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """Fill what this rank has of these parameters."""
         for name, mapped in parameters.items():
-            four_bits = packed(self.parameters[name])
-            with four_bits.filled() if four_bits else nullcontext() as filled:
+            own = passes(self.parameters[name], self.values(name), read, stored(mapped))
+            for values, read_part, dtype in own:
                 for box in self.boxes(name):
-                    values = self.values(name) if filled is None else filled
-                    read_rows(mapped, box.region, box.of(values), read, dtype=stored(mapped))
+                    read_rows(mapped, box.region, box.of(values), read_part, dtype=dtype)
 
     def read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """What the model keeps beside its parameters, whole on every rank: a router's correction."""

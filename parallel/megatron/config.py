@@ -15,6 +15,8 @@ from mswift.config.mcore_fields import reason_on_cpu
 from mswift.converters.spec import ModelSpec
 from mswift.errors import ConfigError
 from mswift.parallel.engine import DTYPES, EngineSettings
+from mswift.parallel.four_bit import Kind
+from mswift.parallel.held_codes import HeldCodes
 from mswift.parallel.megatron.moe import moe_options
 from mswift.topology import ParallelDims
 
@@ -25,13 +27,13 @@ _ConfigT = TypeVar("_ConfigT")
 class EngineConfig(EngineSettings):
     """How a MegatronEngine computes and updates.
 
-    `four_bit_base`: how bitsandbytes keeps the base of `lora`. mcore: fields of megatron-core's own configurations
-    (`mswift.config.mcore`). mtp_num_layers: all multi-token-prediction layers of the model, to train them; 0: they
-    stay.
+    `four_bit_base`: how bitsandbytes keeps the base of `lora`, or which of it keeps the checkpoint's codes. mcore:
+    fields of megatron-core's own configurations (`mswift.config.mcore`). mtp_num_layers: all multi-token-prediction
+    layers of the model, to train them; 0: they stay.
     """
 
     micro_batch_size: int = 1
-    four_bit_base: Literal["nf4", "fp4"] | None = None
+    four_bit_base: Kind | HeldCodes | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     gradient_accumulation_fusion: bool = False

@@ -20,12 +20,14 @@ from mswift.parallel import dropout
 from mswift.parallel.adapters import adapter_tensors, add_lora, load_adapter
 from mswift.parallel.batch import Microbatch, RankBatch, rank_batches
 from mswift.parallel.engine import SOURCE_DTYPES, AdapterSource, Held, LossPart, Read, StateShard, StepResult
+from mswift.parallel.four_bit import passes
+from mswift.parallel.held_codes import HeldCodes
 from mswift.parallel.lora_start import start_from_base
 from mswift.parallel.megatron import schedule, world
 from mswift.parallel.megatron.config import EngineConfig, check_device, ddp_config, transformer_config
 from mswift.parallel.megatron.data_parallel import DataParallel
 from mswift.parallel.megatron.ends import add_noise, differentiate_embeddings
-from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linears, packed
+from mswift.parallel.megatron.four_bit import linears_without_memory, pack_linears
 from mswift.parallel.megatron.held import held_bytes
 from mswift.parallel.megatron.model import build_model, padded_vocab_size
 from mswift.parallel.megatron.optimizer import ShardedOptimizer
@@ -51,7 +53,8 @@ class MegatronEngine:
         check_prediction(config.mtp_num_layers, table.spec)
         check_prediction_flags(config.mtp_num_layers, config.lora is not None)
         if config.four_bit_base:
-            check_four_bit_base(config.lora is not None, config.lora is not None and config.lora.settings.dora)
+            method = config.four_bit_base.method if isinstance(config.four_bit_base, HeldCodes) else "bnb"
+            check_four_bit_base(config.lora is not None, config.lora is not None and config.lora.settings.dora, method)
         check_device(config, device)
         self._part = None if config.part is None else TrainedPart(config.part, table)
         world.enter(dims, config.seed, config.timeout_seconds)
@@ -63,8 +66,6 @@ class MegatronEngine:
         rows = padded_vocab_size(table.spec.vocab_size, dims.tp)
         with linears_without_memory(rows) if four_bits else nullcontext():
             chunks = build_model(table.spec, dims, self._core_config, device)
-        if four_bits:
-            pack_linears(chunks, four_bits)
         for chunk in chunks:
             chunk.loss_fusion = config.loss_fusion
         if config.neftune_alpha:
@@ -88,6 +89,9 @@ class MegatronEngine:
                 differentiate_embeddings(chunks)
             self._base = place_chunks(chunks, self.table, self.dims, dist.get_rank())
         self._trained = self._base
+        if self.config.four_bit_base:
+            sources = {placed.parameter: placed.sources(self.table) for placed in self._base}
+            pack_linears(chunks, self.config.four_bit_base, sources)
         if self.config.lora is not None:
             add_lora(chunks, self.table, self.config.lora, self.config.trainable_modules)
             if self.config.recompute_granularity is not None:
@@ -146,10 +150,8 @@ class MegatronEngine:
     ) -> None:
         """stored: the dtype in which `read` delivers a parameter."""
         for placed in parameters:
-            four_bits = packed(placed.parameter)
-            with four_bits.filled() if four_bits else nullcontext():
-                values = placed.parameter.data.view(-1)
-                read_range(placed, values, 0, values.numel(), read, dtype=stored(placed))
+            for values, read_part, dtype in passes(placed.parameter, placed.parameter.data, read, stored(placed)):
+                read_range(placed, values.view(-1), 0, values.numel(), read_part, dtype=dtype)
         self._optimizer.reload_parameters()
 
     def model_shards(self) -> Iterator[StateShard]:

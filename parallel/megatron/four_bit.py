@@ -8,7 +8,7 @@ Shapes: n tokens of this rank's input, i/o features of this rank's part of a lin
 Import after `mswift.parallel.device.prepare`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mswift.errors import LayoutError
-from mswift.parallel.four_bit import BLOCK, Kind, PackedWeight, library, pack, packed
+from mswift.parallel.four_bit import BLOCK, FourBits, Kind, PackedWeight, library, packed, stand_for
+from mswift.parallel.held_codes import CodesWeight, HeldCodes
 from mswift.parallel.megatron.cpu_linear import product
 from mswift.parallel.megatron.linears import DuplicatedLinear
 
@@ -32,7 +33,7 @@ class FourBitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, packed: PackedWeight, bias: Tensor | None, allreduce: bool, group: dist.ProcessGroup | None
+        ctx, x: Tensor, packed: FourBits, bias: Tensor | None, allreduce: bool, group: dist.ProcessGroup | None
     ) -> Tensor:
         """x [n, b, i] -> [n, b, o]."""
         ctx.packed, ctx.allreduce, ctx.group = packed, allreduce, group
@@ -68,12 +69,14 @@ def linears_without_memory(vocab_rows: int) -> Iterator[None]:
         hook.remove()
 
 
-def pack_linears(chunks: Sequence[nn.Module], kind: Kind) -> None:
+def pack_linears(chunks: Sequence[nn.Module], base: Kind | HeldCodes, sources: Mapping[Tensor, frozenset[str]]) -> None:
     """Let the linears of all layers keep four bits a weight. Before weights are read.
 
-    Of chunks made inside `linears_without_memory`. LayoutError where a rank's part of a row is not whole blocks.
+    Of chunks made inside `linears_without_memory`. sources: the tensors of files that make each weight. LayoutError
+    where a rank's part of a row is not whole blocks.
     """
-    library()
+    if not isinstance(base, HeldCodes):
+        library()
     for chunk in chunks:
         for name, module in chunk.named_modules():
             weight = getattr(module, "weight", None)
@@ -81,19 +84,24 @@ def pack_linears(chunks: Sequence[nn.Module], kind: Kind) -> None:
                 continue
             if ".layers." not in f".{name}":
                 continue
-            if weight.shape[1] % BLOCK:
-                raise LayoutError(
-                    f"--quant_bits 4: {name} has {weight.shape[1]} inputs on a rank, which are no whole blocks of "
-                    f"{BLOCK}: use a smaller --tensor_model_parallel_size, or leave --quant_method out"
-                )
-            _pack(module, kind)
+            if isinstance(base, HeldCodes) and not base.has(sources[weight], name):
+                weight.data.untyped_storage().resize_(weight.numel() * weight.element_size())
+                continue
+            _multiply_by(module, _packed(weight, base, name))
 
 
-def _pack(linear: nn.Module, kind: Kind) -> None:
-    weight = linear.weight
-    assert isinstance(weight, nn.Parameter)
-    own = pack(weight, kind)
+def _packed(weight: nn.Parameter, base: Kind | HeldCodes, name: str) -> FourBits:
+    if isinstance(base, HeldCodes):
+        return stand_for(weight, CodesWeight(weight, base, name, None))
+    if weight.shape[1] % BLOCK:
+        raise LayoutError(
+            f"--quant_bits 4: {name} has {weight.shape[1]} inputs on a rank, which are no whole blocks of "
+            f"{BLOCK}: use a smaller --tensor_model_parallel_size, or leave --quant_method out"
+        )
+    return stand_for(weight, PackedWeight(weight, base))
 
+
+def _multiply_by(linear: nn.Module, own: FourBits) -> None:
     def multiply(
         input: Tensor,
         weight: Tensor,

@@ -62,6 +62,11 @@ class Placed:
     is_buffer: bool = False
     is_expert: bool = False
 
+    def sources(self, table: ModelTable) -> frozenset[str]:
+        """The HF tensors that make it."""
+        pieces = (piece for part in self.parts for piece in table.pieces_in(part.key, part.region))
+        return frozenset(piece.names[0] for piece in pieces)
+
 
 @dataclass(frozen=True)
 class RankPlace:

@@ -92,6 +92,6 @@ def _global_region(part: Part, inside: Region) -> Region:
 
 def _overlap(placed: Placed, part: Part, start: int, stop: int) -> int:
     """Elements of a part inside a flat range: rows are contiguous, so it is an intersection of two intervals."""
-    row = placed.parameter[0].numel() if placed.parameter.dim() > 1 else 1
+    row = placed.parameter.shape[1:].numel()
     first = part.first_row * row
     return max(0, min(stop, first + part.region.num_elements) - max(start, first))

@@ -94,12 +94,12 @@ def unpacked(_: Any) -> dict[str, Any]:
     import torch.distributed as dist
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from mswift.parallel.fsdp.four_bit import PackedRows
+    from mswift.parallel.four_bit import PackedWeight
 
     group = dist.group.WORLD
     assert group is not None
     values = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
-    own = PackedRows(torch.nn.Parameter(torch.empty(5, 128), requires_grad=False), "nf4", group)
+    own = PackedWeight(torch.nn.Parameter(torch.empty(5, 128), requires_grad=False), "nf4", group)
     with own.filled() as mine:
         mine.copy_(values[own.first : own.first + own.count])
     wanted = dequantize_4bit(*quantize_4bit(values, blocksize=64, quant_type="nf4"))

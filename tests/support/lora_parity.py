@@ -89,6 +89,10 @@ def on_rank(payload: Mapping[str, Any]) -> dict[str, Any]:
     lora, saved = (options["lora"], ()) if adapter is None else adapter.lora_config(reader.table, seed=7)
     numbers = SETTINGS | dict(options.get("settings", {}))
     settings = {"lora": lora, "trainable_modules": saved, "dtype": options.get("dtype", "F32")} | numbers
+    if settings.get("four_bit_base") == "codes":
+        from mswift.parallel.held_codes import held_codes
+
+        settings["four_bit_base"] = held_codes(reader)
     result: dict[str, Any] = {"gradients": {}, "optimizer": {}}
     with broken_rule(options.get("broken")):
         engine = make_engine(reader.table, dims, settings, device)

@@ -117,13 +117,14 @@ def random_grouped(
 
 
 def quantise_grouped(
-    tensors: Mapping[str, Array], how: Mapping[str, Any], seed: int = 0
+    tensors: Mapping[str, Array], how: Mapping[str, Any], seed: int = 0, plain: str = ""
 ) -> tuple[dict[str, tuple[str, Array]], dict[str, Array]]:
-    """Random codes in place of every projection of an F16 model; the tensors of the file, and the float32 values."""
+    """Random codes in place of every projection of an F16 model but `plain`; the tensors of the file, and the float32
+    values."""
     stored: dict[str, tuple[str, Array]] = {}
     values = {}
     for number, (name, array) in enumerate(tensors.items()):
-        if "_proj.weight" not in name:
+        if "_proj.weight" not in name or name == plain:
             stored[name] = ("F16", array)
             continue
         act_order = how.get("desc_act", False)
@@ -135,16 +136,18 @@ def quantise_grouped(
     return stored, values
 
 
-def quantise_directory(path: Path, how: Mapping[str, Any], into: Path) -> None:
-    """A copy in F16 of a model's directory, with random codes in place of every projection; and `<into>-plain`: of
-    those weights."""
-    plain = into.with_name(into.name + "-plain")
+def quantise_directory(path: Path, how: Mapping[str, Any], into: Path, plain: str = "") -> None:
+    """A copy in F16 of a model's directory, with random codes in place of every projection but `plain`.
+
+    And `<into>-plain`: of those weights.
+    """
+    whole = into.with_name(into.name + "-plain")
     config = json.loads((path / "config.json").read_text()) | {"dtype": "float16"}
     tensors = {name: array.astype(np.float16) for name, array in load_file(path / "model.safetensors").items()}
-    stored, values = quantise_grouped(tensors, how)
+    stored, values = quantise_grouped(tensors, how, plain=plain)
     tensors |= {name: array.astype(np.float16) for name, array in values.items()}
-    for home, extra in ((into, {"quantization_config": how}), (plain, {})):
+    for home, extra in ((into, {"quantization_config": how}), (whole, {})):
         shutil.copytree(path, home)
         (home / "config.json").write_text(json.dumps(config | extra))
     write_typed(into / "model.safetensors", stored)
-    write_typed(plain / "model.safetensors", {name: ("F16", array) for name, array in tensors.items()})
+    write_typed(whole / "model.safetensors", {name: ("F16", array) for name, array in tensors.items()})

@@ -95,6 +95,20 @@ def test_a_base_in_four_bits() -> None:
     assert found.weights_bytes == (found.parameters - linears) * 4 + linears * 0.5625
 
 
+def test_a_base_that_keeps_its_codes(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, dims = table_for(_table().config | {"quantization_config": GPTQ}), ParallelDims(4)
+    config = SftConfig(model="m", tuner_type="lora", quant_method="gptq")
+    found = stage_memory(config, table, dims, 4, 0)
+    linears = sum(math.prod(shape) for name, shape in table.hf.items() if "_proj." in name)
+    assert found.weights_bytes == (found.parameters - linears) * 4 + linears * (0.5 + 3 / GPTQ["group_size"])
+    fields = LLAMA | {"quantization_config": AWQ, "torch_dtype": "bfloat16"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    assert main([*argv, "--tuner_type", "lora", "--quant_method", "awq"]) == 0
+    assert "base in 4 bits (the codes of awq)" in capsys.readouterr().out
+    assert main([*argv, "--tuner_type", "lora", "--quant_method", "gptq"]) == 2
+    assert "refused: --quant_method gptq keeps the codes of the checkpoint" in capsys.readouterr().out
+
+
 def test_ranks_that_share_sequences_share_activations_and_the_optimizer() -> None:
     table, config = _table(), PtConfig(model="m", max_length=128, global_batch_size=8)
     one, four = (stage_memory(config, table, ParallelDims(n, cp=n), 4, 0) for n in (1, 4))

@@ -192,6 +192,17 @@ def test_the_remedy_of_a_message_works(change: dict[str, Any], world_size: int, 
             "--quant_method bnb with --fsdp_cpu_offload",
         ),
         (dict(tuner_type="lora", quant_bits=4), dict(quant_method="bnb"), "--quant_method bnb"),
+        (
+            dict(tuner_type="lora", quant_method="gptq", bnb_4bit_quant_type="fp4"),
+            dict(bnb_4bit_quant_type="nf4"),
+            "--bnb_4bit_quant_type fp4 has no effect with --quant_method gptq",
+        ),
+        (
+            dict(tuner_type="lora", quant_method="awq", use_dora=True),
+            dict(use_dora=False),
+            "--quant_method awq with DoRA",
+        ),
+        (dict(quant_method="awq"), dict(tuner_type="lora"), "--quant_method awq has no effect with --tuner_type full"),
         (dict(tuner_type="lora", quant_method="bnb", quant_bits=4, use_dora=True), dict(use_dora=False), "--use_dora"),
         (
             dict(tuner_type="lora", quant_method="bnb", quant_bits=4, init_weights="pissa"),

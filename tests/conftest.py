@@ -28,6 +28,7 @@ BUDGET_SECONDS = {
     "unit/test_plan_scale": 35,
     "cpu/test_bad": 85,
     "cpu/test_deepspeed": 60,
+    "cpu/test_deepspeed_tuners": 30,
     "cpu/test_convert": 80,
     "cpu/test_convert_ssm": 30,
     "cpu/test_parity": 100,

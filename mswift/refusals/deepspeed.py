@@ -1,7 +1,7 @@
 """What --backend deepspeed does not do, and a --deepspeed file that says something else than the flags."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +12,7 @@ from mswift.errors import ConfigError
 from mswift.topology import ParallelDims
 
 _FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile", "use_liger_kernel")
-_TUNERS = ("full", "lora", "longlora", "llamapro")
+_NO_TUNERS = ("adalora", "xlora")
 _TYPES = {"adam": ("AdamW", "Adam"), "sgd": ("SGD",), "lion": ("Lion",)}
 """What DeepSpeed calls an update rule (its Adam decays as AdamW does)."""
 
@@ -38,10 +38,10 @@ def deepspeed_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             f"--quant_method {config.quant_method} is not for --backend deepspeed: use --backend fsdp (or ddp), or "
             "--backend megatron"
         )
-    if config.tuner_type not in _TUNERS:
+    if config.tuner_type in _NO_TUNERS:
         yield ConfigError(
-            f"--tuner_type {config.tuner_type} is not for --backend deepspeed: use --backend fsdp (or ddp), or "
-            f"--tuner_type {' or '.join(_TUNERS)}"
+            f"--tuner_type {config.tuner_type} is not for --backend deepspeed, where no rank has whole gradients: use "
+            "--backend fsdp (or ddp), or --tuner_type lora"
         )
     if config.optimizer not in ELEMENTWISE:
         yield ConfigError(
@@ -127,6 +127,17 @@ def check_precision(config: TrainConfig, dtype: str) -> None:
     if zero is not None and zero.says.get("bf16.enabled", wanted) != wanted:
         dtypes = {"BF16": "bfloat16", "F32": "float32"}
         raise _disagreement(config, "bf16.enabled", zero.says["bf16.enabled"], f"training in {dtypes[dtype]}", wanted)
+
+
+def check_modules_in_full(config: TrainConfig, dtype: str, modules: Sequence[str]) -> None:
+    """ConfigError for modules to train in full, in bf16, beside an adapter that is no LoRA and is fp32 everywhere."""
+    other = config.trains_adapter and not config.trains_lora
+    if config.backend == "deepspeed" and other and modules and dtype == "BF16":
+        raise ConfigError(
+            f"--tuner_type {config.tuner_type} with {' and '.join(modules)} in full (--modules_to_save, "
+            "--new_special_tokens), in bfloat16: DeepSpeed updates one dtype, and the adapter is float32: use "
+            "--torch_dtype float32, or --backend fsdp (or ddp)"
+        )
 
 
 def _disagreement(config: TrainConfig, key: str, says: Any, flag: str, wanted: Any) -> ConfigError:

@@ -20,18 +20,22 @@ from mswift.data.mixture import Mixture, read_mixture
 from mswift.data.sources import parse_source
 from mswift.errors import ConfigError, MswiftError
 from mswift.refusals import train_dtype
-from mswift.refusals.deepspeed import check_precision
+from mswift.refusals.deepspeed import check_modules_in_full, check_precision
 from mswift.train.continued import check_continued
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
-from mswift.train.trained import trained_parameters
+from mswift.train.trained import saved_modules, trained_parameters
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
+from mswift.tuners.method import parse_method
+from mswift.tuners.methods import METHODS
+from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
 
 
 def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) -> list[MswiftError]:
     """Every reason not to start that the model's table and the directories tell. `stored_dtype`: as "BF16"."""
     checks: list[Callable[[], object]] = [
         lambda: check_precision(config, train_dtype(config, stored_dtype)),
+        partial(_check_modules, config, train_dtype(config, stored_dtype)),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         lambda: check_codes(config, table.config),
@@ -132,6 +136,13 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     """ConfigError where the flags ask for another adapter than one to continue is."""
     grows = new_tokens(_hf_files(Path(config.model)), config.new_special_tokens) is not None
     check_continued(config, table, path, grows=grows)
+
+
+def _check_modules(config: TrainConfig, dtype: str) -> None:
+    modules = saved_modules(config)
+    for path in map(Path, config.adapters if config.tuner_type in METHODS else ()):
+        modules += parse_method(read_adapter_json(path), path / CONFIG_FILE)[1]
+    check_modules_in_full(config, dtype, modules)
 
 
 def check_codes(config: TrainConfig, model: Mapping[str, Any]) -> None:

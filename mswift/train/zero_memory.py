@@ -22,16 +22,16 @@ def zero_memory(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtyp
     assert zero is not None
     total, trained = stage_parameters(table, ParallelDims(), 0), trained_parameters(config, table)
     parameters, world = total + trained * config.trains_adapter, dims.world_size
-    weights = float(parameters)
+    weights: float = _weights(config, table, dtype_bytes)
     if zero.stage == 3:
         ends = end_parameters(table)
         gathered = 2 * (total - ends) / table.spec.num_layers + ends
-        weights = gathered + (0 if zero.offload == "all" else parameters / world)
+        weights = gathered * dtype_bytes + (0 if zero.offload == "all" else weights / world)
     on_device = zero.offload == "none"
     return StageMemory(
         parameters=parameters,
         trained=trained,
-        weights_bytes=math.ceil(weights * dtype_bytes),
+        weights_bytes=math.ceil(weights),
         gradients_bytes=math.ceil(trained * _FP32 / (1 if zero.stage == 1 else world) * on_device),
         optimizer_bytes=math.ceil(_state(config, table) / world * on_device),
         activations_bytes=activations(config, table, dims, dtype_bytes, 0),
@@ -44,9 +44,17 @@ def zero_host_bytes(config: TrainConfig, table: ModelTable, dims: ParallelDims, 
     if zero is None or zero.offload == "none":
         return 0
     trained = trained_parameters(config, table)
-    parameters = stage_parameters(table, ParallelDims(), 0) + trained * config.trains_adapter
-    held = _state(config, table) + trained * _FP32 + (parameters * dtype_bytes if zero.offload == "all" else 0)
+    held = _state(config, table) + trained * _FP32
+    held += _weights(config, table, dtype_bytes) if zero.offload == "all" else 0
     return math.ceil(held / dims.world_size)
+
+
+def _weights(config: TrainConfig, table: ModelTable, dtype_bytes: int) -> int:
+    """Bytes of all weights, whole: in the dtype of the run, but fp32 of an adapter that is no LoRA."""
+    of_adapter = 0
+    if config.trains_adapter:
+        of_adapter = trained_parameters(config, table) * (dtype_bytes if config.trains_lora else _FP32)
+    return stage_parameters(table, ParallelDims(), 0) * dtype_bytes + of_adapter
 
 
 def _state(config: TrainConfig, table: ModelTable) -> int:

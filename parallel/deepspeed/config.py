@@ -14,9 +14,14 @@ _BUCKET = 200_000_000  # elements that are sent at a time, at most
 @dataclass(frozen=True, kw_only=True)
 class DeepspeedConfig(HfSettings):
     """zero: stage and place of the state. BF16 keeps fp32 masters, cut over ranks, and gradients in bf16 until they are
-    summed in fp32."""
+    summed in fp32; adapters that are no LoRA are fp32."""
 
     zero: Zero = field(default_factory=lambda: Zero(2))
+
+    @property
+    def trains_bf16(self) -> bool:
+        """Whether what is trained is bf16 where it computes; adapters that are no LoRA are fp32 in a bf16 model."""
+        return self.dtype == "BF16" and self.method is None
 
 
 def library_config(
@@ -52,6 +57,6 @@ def library_config(
     }
     if zero.stage < 3:
         whole["gradient_allreduce_op"] = "sum"
-    if config.dtype == "BF16":
+    if config.trains_bf16:
         whole |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return whole | dict(zero.passed_on)

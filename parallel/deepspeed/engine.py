@@ -38,8 +38,9 @@ class DeepspeedEngine(BaseEngine):
         self.coordinate = dims.coordinate(rank)
         self.optimizer_step = 0
         self._tuned = tuned_model(table, config, device)
-        for parameter in self._tuned.model.parameters():
-            parameter.data = parameter.data.to(DTYPES[config.dtype])
+        for name, parameter in self._tuned.parameters().items():
+            if self._tuned.method is None or name not in self._tuned.method.replicated:
+                parameter.data = parameter.data.to(DTYPES[config.dtype])
         groups = update_groups(self._tuned, table, config)
         self._zero = ZeroModel(self._tuned, groups, config, dims.world_size, device, table.spec.hidden_size)
         self._weights = ZeroWeights(self._tuned, table, config, rank, self._zero)
@@ -47,7 +48,7 @@ class DeepspeedEngine(BaseEngine):
         give_up_after(self._groups, config.timeout_seconds)
         self._state = RankState(self._weights, self._zero, config, rank, 0, None)
         drops = self._tuned.drops(config)
-        self._passes = Passes(self._zero.engine, dims, config, device, context, drops=drops)
+        self._passes = Passes(self._zero.engine, dims, config, device, context, drops=drops, method=self._tuned.method)
 
     # -- weights and state
 

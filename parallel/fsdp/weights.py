@@ -159,8 +159,10 @@ class RankWeights:
         if not self._config.trains_adapter and self._rank == 0:
             for name, mapped in self.tuned.buffers.items():
                 yield from shards(mapped, Region.full(mapped.shape), self._buffers[name])
-        if self.tuned.method is not None and self._rank == 0:
-            yield from self.tuned.method.shards()
+        if self.tuned.method is not None:
+            for shard in self.tuned.method.shards():  # on every rank: a network may be cut over them
+                if self._rank == 0:
+                    yield shard
 
     def answered(self, parameters: Mapping[str, Mapped]) -> Iterator[tuple[str, Mapped, Box]]:
         """Of these what this rank, and no other, answers for."""

@@ -156,6 +156,8 @@ def on_rank(given: Any) -> dict[str, Any]:
 
     def go_on(state: Mapping[str, Any]) -> None:
         engine = make_engine(reader.table, dims, settings, device)
+        if "method" in settings:
+            engine.load_weights(reader, resumed=True)
         engine.load_state(lambda key, region, out: read_array(state[key], region, out), 3)
         train(engine, steps[3:])
         engine.close()

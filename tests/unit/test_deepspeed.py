@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.parallel.deepspeed.fragments import flat_boxes
 from mswift.refusals.backend import backend_refusals, describe_layout
-from mswift.refusals.deepspeed import check_accumulation, check_adapter_stage, check_precision
+from mswift.refusals.deepspeed import check_accumulation, check_adapter_stage, check_modules_in_full, check_precision
 from mswift.topology import ParallelDims
 from mswift.train.zero_memory import zero_host_bytes, zero_memory
 
@@ -179,8 +180,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"quant_method": "bnb", "tuner_type": "lora"},
         "--quant_method bnb is not for .* --backend fsdp",
     ),
-    ({"tuner_type": "oft"}, "--tuner_type oft is not for --backend deepspeed: use --backend fsdp"),
-    ({"tuner_type": "reft"}, "--tuner_type reft is not for --backend deepspeed"),
+    ({"tuner_type": "adalora"}, "--tuner_type adalora is not for --backend deepspeed, .*: use --backend fsdp"),
     ({"optimizer": "muon"}, "--optimizer muon: ZeRO cuts parameters anywhere"),
     ({"optimizer": "adafactor"}, "--optimizer adafactor: .* use adam, sgd, lion, or --backend fsdp"),
     ({"lisa_activated_layers": 2}, "--lisa_activated_layers 2: .* --backend fsdp"),
@@ -196,6 +196,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("flags", "message"), REFUSED)
 def test_what_this_backend_does_not_do_names_the_one_that_does(flags: dict[str, Any], message: str) -> None:
     assert any(re.search(message, found) for found in refusals(**flags)), refusals(**flags)
+
+
+@pytest.mark.parametrize("tuner", ["oft", "vera", "reft", "adapter", "ptuning", "prefix", "longlora", "llamapro"])
+@pytest.mark.parametrize("stage", ["zero1", "zero3_offload"])
+def test_tuners_that_it_trains_at_every_stage(tuner: str, stage: str) -> None:
+    assert refusals(tuner_type=tuner, deepspeed=stage) == []
+
+
+def test_modules_in_full_beside_an_adapter_in_fp32() -> None:
+    own = config(tuner_type="oft", modules_to_save=("lm_head",))
+    with pytest.raises(ConfigError, match="--tuner_type oft with lm_head in full .*: use --torch_dtype float32, or"):
+        check_modules_in_full(own, "BF16", own.modules_to_save)
+    check_modules_in_full(own, "F32", own.modules_to_save)
+    check_modules_in_full(own, "BF16", ())
+    for other in (replace(own, tuner_type="lora"), replace(own, backend="ddp")):
+        check_modules_in_full(other, "BF16", own.modules_to_save)
 
 
 def test_a_missing_package_is_one_line() -> None:
@@ -222,6 +238,19 @@ def test_memory_of_a_rank_follows_the_stage() -> None:
     assert [found[name].optimizer_bytes for name in NAMED] == [12 * held // 8] * 3 + [0, 0]
     in_host = [zero_host_bytes(each, table, dims, 2) for each in configs.values()]
     assert in_host == [0, 0, 0, 16 * held // 8, 18 * held // 8]
+
+
+def test_an_adapter_that_is_no_lora_is_fp32() -> None:
+    table, dims = table_for(LLAMA), ParallelDims(world_size=4)
+    own = {"model": "", "backend": "deepspeed", "tuner_type": "prompt"}
+    held, cut = (zero_memory(PtConfig(**own, deepspeed=stage), table, dims, 2) for stage in ("zero2", "zero3"))
+    trained = 20 * 64
+    assert held.trained == trained
+    assert held.weights_bytes == 2 * (held.parameters - trained) + 4 * trained
+    of_lora = zero_memory(PtConfig(**own | {"tuner_type": "lora"}, deepspeed="zero3"), table, dims, 2)
+    assert cut.weights_bytes - of_lora.weights_bytes == (4 * trained - 2 * of_lora.trained) // 4
+    offloaded = PtConfig(**own, deepspeed="zero3_offload")
+    assert zero_host_bytes(offloaded, table, dims, 2) == (held.weights_bytes + 16 * trained) // 4
 
 
 def test_the_layout_says_the_stage() -> None:

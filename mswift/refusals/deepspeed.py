@@ -12,7 +12,6 @@ from mswift.errors import ConfigError
 from mswift.topology import ParallelDims
 
 _FSDP_ONLY = ("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "torch_compile", "use_liger_kernel")
-_NO_TUNERS = ("adalora", "xlora")
 _TYPES = {"adam": ("AdamW", "Adam"), "sgd": ("SGD",), "lion": ("Lion",)}
 """What DeepSpeed calls an update rule (its Adam decays as AdamW does)."""
 
@@ -38,10 +37,10 @@ def deepspeed_refusals(config: TrainConfig) -> Iterator[ConfigError]:
             f"--quant_method {config.quant_method} is not for --backend deepspeed: use --backend fsdp (or ddp), or "
             "--backend megatron"
         )
-    if config.tuner_type in _NO_TUNERS:
+    if config.tuner_type == "adalora":
         yield ConfigError(
-            f"--tuner_type {config.tuner_type} is not for --backend deepspeed, where no rank has whole gradients: use "
-            "--backend fsdp (or ddp), or --tuner_type lora"
+            "--tuner_type adalora is not for --backend deepspeed, where no rank has whole gradients: use --backend "
+            "fsdp (or ddp), or --tuner_type lora"
         )
     if config.optimizer not in ELEMENTWISE:
         yield ConfigError(
@@ -68,6 +67,11 @@ def _stage_3_refusals(config: TrainConfig, zero: Zero) -> Iterator[ConfigError]:
     needing = {"--use_dora": config.use_dora, f"--init_weights {config.init_weights}": config.init_weights != "true"}
     for flag in (flag for flag, given in needing.items() if given):
         yield _needs_whole_weights(config, flag)
+    if config.tuner_type == "xlora":
+        yield ConfigError(
+            f"--tuner_type xlora keeps its LoRAs whole on every rank, which ZeRO-3 (--deepspeed {config.deepspeed}) "
+            "would cut: use --deepspeed zero2, or --backend fsdp"
+        )
 
 
 def check_adapter_stage(config: TrainConfig, path: str, *, dora: bool) -> None:

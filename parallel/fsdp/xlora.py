@@ -33,8 +33,8 @@ class XloraAdapters(MethodAdapters):
         own, trained = {id(p): name for name, p in self.replicated.items()}, config.trained_shapes(table)
         self.saved = {own[id(mixer.tensors[n])]: whole(n, _STORED + n, shape) for n, shape in trained.items()}
         self._frozen = {name: tensor for name, tensor in mixer.tensors.items() if name not in trained}
-        for name in self.saved:
-            parameters[name].requires_grad_(True)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in self.saved)
         self._constants, self._budget = {}, None
 
     def constants(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""--backend deepspeed trains PEFT's methods, prompts, Houlsby's adapters and LoReFT at every stage of ZeRO.
+"""--backend deepspeed trains PEFT's methods, prompts, Houlsby's adapters, LoReFT at every stage of ZeRO; X-LoRA to 2.
 
 Two ranks, fp32: at most 1e-5 from PEFT or the published formulas (max|a - b| / max|b| per tensor), and a resumed run is
 the same run bit for bit. bf16, and modules in full beside an adapter: against ddp. "cut" is ZeRO-3 that keeps no
@@ -29,12 +29,17 @@ from tests.support.methods import (
     peft_steps,
     random_peft,
     short_steps,
+    tiny,
 )
 from tests.support.parity import difference, differences
 from tests.support.prompts import CASES, DOCUMENTS, prompt_of
 from tests.support.prompts import peft_steps as prompt_steps
 from tests.support.ranks import run_ranks
 from tests.support.spaces import assemble
+from tests.support.xlora import CASES as XLORA
+from tests.support.xlora import engine_steps as xlora_engine_steps
+from tests.support.xlora import make_loras, mixed_of
+from tests.support.xlora import peft_steps as xlora_peft_steps
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'mswift[deepspeed]'"
@@ -109,6 +114,22 @@ def test_hidden_tuners_equal_the_formulas(home: Path, stage: str, kind: str) -> 
     found, wanted = run_ranks(2, "tests/cpu/test_hidden.py:on_rank", payload), by_hand(kind)
     weights = assemble([rank.pop("weights") for rank in found])
     assert worst(found[0] | {"weights": weights}, wanted, ("logits", "loss", "grad_norm", "weights")) == {}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero2_offload"])
+@pytest.mark.parametrize("case", XLORA)
+def test_xlora_equals_peft(home: Path, tmp_path: Path, stage: str, case: str) -> None:
+    (tmp_path / "model").symlink_to(home / "model")
+    make_loras(tiny(), tmp_path)
+    config = mixed_of(tmp_path, XLORA[case])
+    (found,) = xlora_engine_steps(tmp_path, [config], 2, {}, zero(home, stage), run=tmp_path / "run")
+    wanted = xlora_peft_steps(tmp_path, config, None)
+    found["weights"] = {name: found["weights"][name] for name in wanted["weights"]}
+    assert worst(found, wanted, (*WHAT, "last")) == {}
+    for weights, state, resumed in found["each"]:
+        assert same(weights, resumed["weights"])
+        assert same(state, resumed["state"])
 
 
 # -- against ddp

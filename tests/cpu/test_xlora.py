@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from mswift.parallel.fsdp.config import FsdpConfig
+from mswift.parallel.fsdp.tuned import tuned_model
 from mswift.tuners.export import export_adapter
+from tests.support.adapters import table_of
 from tests.support.parity import VOCAB, difference, differences, random_model
 from tests.support.prompts import DOCUMENTS, steps_of
 from tests.support.ranks import run_ranks
@@ -81,6 +84,13 @@ def test_equals_peft(wanted: Any, found: Any, case: str, layout: str) -> None:
     apart = differences(ours, theirs, WHAT)
     assert {name: value for name, value in apart.items() if not value <= 1e-5} == {}
     assert difference(theirs["last"], theirs["logits"]) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_else_has_a_gradient(home: Path, case: str) -> None:
+    tuned = tuned_model(table_of(home / "model"), FsdpConfig(method=mixed_of(home, CASES[case])), torch.device("cpu"))
+    learning = {name for name, parameter in tuned.parameters().items() if parameter.requires_grad}
+    assert learning == tuned.trained.keys() != set()
 
 
 @pytest.mark.whole

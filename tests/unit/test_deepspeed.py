@@ -181,6 +181,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--quant_method bnb is not for .* --backend fsdp",
     ),
     ({"tuner_type": "adalora"}, "--tuner_type adalora is not for --backend deepspeed, .*: use --backend fsdp"),
+    (
+        {"tuner_type": "xlora", "deepspeed": "zero3"},
+        "xlora keeps its LoRAs whole .*--deepspeed zero2, or --backend fsdp",
+    ),
     ({"optimizer": "muon"}, "--optimizer muon: ZeRO cuts parameters anywhere"),
     ({"optimizer": "adafactor"}, "--optimizer adafactor: .* use adam, sgd, lion, or --backend fsdp"),
     ({"lisa_activated_layers": 2}, "--lisa_activated_layers 2: .* --backend fsdp"),
@@ -202,6 +206,7 @@ def test_what_this_backend_does_not_do_names_the_one_that_does(flags: dict[str, 
 @pytest.mark.parametrize("stage", ["zero1", "zero3_offload"])
 def test_tuners_that_it_trains_at_every_stage(tuner: str, stage: str) -> None:
     assert refusals(tuner_type=tuner, deepspeed=stage) == []
+    assert refusals(tuner_type="xlora", deepspeed="zero2_offload") == []
 
 
 def test_modules_in_full_beside_an_adapter_in_fp32() -> None:

@@ -10,6 +10,7 @@ from mswift.train.loop import FinishedStep
 from mswift.train.parts import Run
 from mswift.train.save import BackgroundSave, CheckpointSave, Staging, save_state, state_shards
 from mswift.train.snapshot import Snapshot
+from mswift.tuners.export import beside_adapter
 from mswift.tuners.peft_config import CONFIG_FILE
 
 
@@ -62,7 +63,9 @@ class Saver:
     def _snapshot(self, step: int) -> None:
         run = self._run
         adapter = run.engine.config.trains_adapter
-        files = {CONFIG_FILE: run.hf_files[CONFIG_FILE]} if adapter else run.hf_files
+        files = run.hf_files
+        if adapter:
+            files = {CONFIG_FILE: files[CONFIG_FILE], **dict(beside_adapter(to_dict(run.config), files))}
         path = Snapshot(run.output_dir, step, run.rank, files).write(run.engine)
         if run.rank == 0:
             print(f"wrote {path}", flush=True)

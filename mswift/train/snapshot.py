@@ -26,11 +26,13 @@ from mswift.converters.plan import DTYPE_BYTES, ModelTable
 from mswift.errors import CheckpointError
 from mswift.parallel.engine import Engine, StateShard
 from mswift.train.collective import agreed, gather_objects
+from mswift.train.plain_shards import plain_shards
 from mswift.train.save import dtype_name, shard_bytes
 from mswift.tuners.export import STORED
 from mswift.tuners.method import place_of
 from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, parse_peft_config
+from mswift.tuners.plain import as_plain
 from mswift.tuners.shapes import promised_shapes
 from mswift.tuners.xlora import directory_configs
 
@@ -146,7 +148,7 @@ class Snapshot:
         destination, partial = (
             f(self.output_dir, self.step) for f in (rundir.snapshot_dir, rundir.partial_snapshot_dir)
         )
-        dtypes = {shard.key: dtype_name(shard.tensor) for shard in engine.model_shards()}
+        dtypes = {shard.key: dtype_name(shard.tensor) for shard in _shards(engine)}
         known = {key: dtype for some in gather_objects(dtypes) for key, dtype in some.items()}
         try:
             with agreed(f"writing {destination}"):
@@ -154,13 +156,13 @@ class Snapshot:
                 if self.rank == 0:
                     _make(partial, files)
             with agreed(f"writing {destination}"):
-                written = _write_shards(engine.model_shards(), files)
+                written = _write_shards(_shards(engine), files)
             expected = sum(files.sizes.values()) - sum(len(header) for _, header in files.headers())
             if (total := sum(gather_objects(written))) != expected:
                 raise CheckpointError(f"writing {destination}: {total} bytes written, {expected} expected")
             with agreed(f"writing {destination}"):
                 if self.rank == 0:
-                    self._publish(files, partial, destination)
+                    self._publish(engine, files, partial, destination)
         except CheckpointError:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -170,16 +172,27 @@ class Snapshot:
     def _files(self, engine: Engine, partial: Path, dtypes: Mapping[str, str]) -> ModelFiles | AdapterFile:
         if not engine.config.trains_adapter:
             return ModelFiles(partial, engine.table, dtypes)
-        return AdapterFile(partial, engine.table, self.hf_files[CONFIG_FILE], dtypes)
+        lora = engine.config.lora
+        table = (
+            engine.table if lora is None else lora.own_table(engine.table)
+        )  # which says what a name of experts means
+        return AdapterFile(partial, table, self._beside(engine)[CONFIG_FILE], dtypes)
 
-    def _side_files(self, destination: Path) -> dict[str, bytes]:
-        files = dict(self.hf_files)
+    def _beside(self, engine: Engine) -> dict[str, bytes]:
+        """hf_files, with the configuration of the plain LoRA that an adapter is that starts as a part of the weight."""
+        files, lora = dict(self.hf_files), engine.config.lora
+        if lora is not None and lora.settings.starts_in_weight:
+            files[CONFIG_FILE] = as_plain(lora.settings, files[CONFIG_FILE])[1]
+        return files
+
+    def _side_files(self, engine: Engine, destination: Path) -> dict[str, bytes]:
+        files = self._beside(engine)
         return files | directory_configs(files[CONFIG_FILE], destination) if CONFIG_FILE in files else files
 
-    def _publish(self, files: ModelFiles | AdapterFile, partial: Path, destination: Path) -> None:
+    def _publish(self, engine: Engine, files: ModelFiles | AdapterFile, partial: Path, destination: Path) -> None:
         """Side files, then the rename. A run that was set back to before this step replaces the earlier snapshot."""
         files.finish()
-        for name, data in self._side_files(destination).items():
+        for name, data in self._side_files(engine, destination).items():
             write_file(partial / name, data)
         for folder in {(partial / file).parent for file in files.sizes} | {partial}:
             rundir.fsync_path(folder)
@@ -189,6 +202,12 @@ class Snapshot:
         partial.rename(destination)
         rundir.fsync_path(destination.parent)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def _shards(engine: Engine) -> Iterator[StateShard]:
+    """What this rank has of the files."""
+    lora, shards = engine.config.lora, engine.model_shards()
+    return plain_shards(shards) if lora is not None and lora.settings.starts_in_weight else shards
 
 
 def _make(partial: Path, files: ModelFiles | AdapterFile) -> None:

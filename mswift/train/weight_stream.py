@@ -146,7 +146,7 @@ def write_live_adapter(engine: MegatronEngine, destination: Path) -> AdapterRepo
             region.sizes
         )
     matrices = {name: array.flatten(1) if array.dim() > 1 else array for name, array in arrays.items()}
-    table, saved = engine.table, engine.config.trainable_modules
+    table, saved = lora.own_table(engine.table), engine.config.trainable_modules
     content = peft_config(lora.settings, saved, base_model=None, tied=table.spec.tied_embeddings)
     settings = parse_peft_config(content, destination / "adapter_config.json")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial as partial_of
 from math import prod
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mswift import rundir
 from mswift.converters.adapters import trained_name
@@ -31,6 +32,7 @@ from mswift.tuners.xlora import directory_configs
 STORED = "adapter."
 """Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""
 
+T = TypeVar("T")
 Read = Callable[[str, Region, memoryview], None]
 """Fills a buffer with the C-order bytes of a region of a named tensor."""
 
@@ -124,11 +126,18 @@ def read_rows(source: TorchDistSource, name: str, region: Region, out: memoryvie
 def _tokenizer_files(checkpoint: Path) -> dict[str, bytes]:
     """Of a run with new tokens or another chat template: the adapter means nothing without them. {} for others."""
     run = json.loads((checkpoint / rundir.STATE).read_text(encoding="utf-8"))
-    if not any(run.get("config", {}).get(flag) for flag in ("new_special_tokens", "chat_template")):
-        return {}
-    files = sorted((checkpoint / rundir.HF_FILES).iterdir())
-    left_out = (CONFIG_FILE, "config.json", "generation_config.json")
-    return {file.name: file.read_bytes() for file in files if file.is_file() and file.name not in left_out}
+    files = [file for file in sorted((checkpoint / rundir.HF_FILES).iterdir()) if file.is_file()]
+    return {name: read() for name, read in beside_adapter(run.get("config", {}), {f.name: f.read_bytes for f in files})}
+
+
+def beside_adapter(config: Mapping[str, Any], files: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+    """Of the files of a run's checkpoint those that lie beside its adapter, which means nothing without them.
+
+    config: the run's; with new tokens or another chat template its tokenizer, else none.
+    """
+    if any(config.get(flag) for flag in ("new_special_tokens", "chat_template")):
+        left_out = (CONFIG_FILE, "config.json", "generation_config.json")
+        yield from ((name, file) for name, file in files.items() if name not in left_out)
 
 
 def write_adapter(

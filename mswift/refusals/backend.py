@@ -244,6 +244,11 @@ def check_backend(config: TrainConfig, spec: ModelSpec, dims: ParallelDims) -> N
         raise ConfigError(
             f"--use_liger_kernel: not compared for {spec.model_type}, but for {', '.join(LIGER_TYPES)}: leave it out"
         )
+    if config.recompute_granularity == "selective" and spec.model_type == "gpt_oss":
+        raise ConfigError(
+            "--recompute_granularity selective: transformers' gpt_oss writes into products of its experts, which are "
+            "to be kept: use full"
+        )
     size = config.fsdp_shard_size
     if size is not None and dims.world_size % size:
         raise LayoutError(

@@ -58,7 +58,6 @@ class Mixer:
         self._decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         for name, layer in named:
             layer.register_forward_pre_hook(partial(self._with_scales, name), with_kwargs=True)
-            layer.get_base_layer().register_forward_hook(_apart)
 
     def _made_classifier(self, model: Any) -> Any:
         """PEFT's, behind which its layers take scales."""
@@ -110,11 +109,6 @@ class Mixer:
                 f"{list(self._scales.shape[:2])} rows and positions: mix LoRAs without {name.rpartition('.')[2]}"
             )
         return args, kwargs | {"scalings": self._scales}
-
-
-def _apart(_: Any, __: Any, output: Tensor) -> Tensor:
-    """A copy, for PEFT's layer adds to it in place, and recomputation may have kept what the linear gave."""
-    return output.clone() if torch.is_grad_enabled() else output
 
 
 def mixer_of(model: Any) -> Mixer | None:

@@ -29,7 +29,10 @@ class MethodAdapters:
     """The adapter in a model, and what of a step belongs to it alone.
 
     base_names: parameter of the changed model -> its name before; saved: parameter -> where it lies in checkpoints.
+    adds_in_place: PEFT's layers add to what a linear of the base gave, in its memory.
     """
+
+    adds_in_place = False
 
     def __init__(
         self, model: nn.Module, table: ModelTable, config: MethodConfig, modules_to_save: tuple[str, ...]
@@ -53,6 +56,7 @@ class MethodAdapters:
         self._add_modules_in_full(model, table, modules_to_save)
         is_adalora = config.method.name == "adalora"
         self._budget = RankBudget(injected.tuner, self.saved) if is_adalora else None
+        self.adds_in_place = is_adalora
 
     def _add_modules_in_full(self, model: nn.Module, table: ModelTable, modules: tuple[str, ...]) -> None:
         by_base = {base: name for name, base in self.base_names.items()}

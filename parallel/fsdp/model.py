@@ -186,6 +186,22 @@ def recompute(layers: list[nn.Module], *, keep_products: bool = False) -> None:
         layer.forward = again  # type: ignore[method-assign]
 
 
+def copy_products(model: nn.Module) -> None:
+    """In training PEFT's layers get a copy of what a linear of the base gives, and may write into it.
+
+    For `recompute` with keep_products: what a linear gave is kept, and would be kept with all that was added to it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.get_base_layer().register_forward_hook(_copied)
+
+
+def _copied(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.clone() if torch.is_grad_enabled() else output
+
+
 def allocate(module: nn.Module, device: torch.device) -> None:
     """Memory for the parameters of a module (and below) that have none yet; those that are one stay one."""
     made: dict[int, nn.Parameter] = {}

@@ -22,6 +22,7 @@ from mswift.parallel.fsdp.model import (
     add_noise,
     blocks,
     compile_layers,
+    copy_products,
     empty_model,
     recompute,
     saved_buffers,
@@ -110,6 +111,8 @@ def tuned_model(table: ModelTable, config: HfSettings, device: torch.device) -> 
         state_of = {name: whole(m.name, f"of.{m.name}", m.shape) for name, m in trained.items()}
     layer_of = layers_of(inner) if config.lisa is not None else {}
     _change_passes(inner, config, device)
+    if config.recompute_keeps_products and method is not None and method.adds_in_place:
+        copy_products(inner)
     model = TrainedModel(inner, table.spec, config.loss_fusion)
     buffers = {name: places[name] for name in kept}
     return TunedModel(model, base, saved, trained, state_of, buffers, layer_of, method)

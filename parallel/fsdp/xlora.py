@@ -21,6 +21,8 @@ _STORED = "adapter."
 class XloraAdapters(MethodAdapters):
     """As adapters of PEFT's methods are; LoRAs that are not trained are constants."""
 
+    adds_in_place = True
+
     def __init__(self, model: nn.Module, table: ModelTable, config: XloraConfig) -> None:
         before = {id(parameter): name for name, parameter in model.named_parameters()}
         mixer = Mixer(model, table, config)

@@ -347,6 +347,11 @@ _QUANTIZED = {"backend": "fsdp", "optimizer": "galore", "galore_quantization": T
             SPEC,
             "which --torch_compile joins: use full",
         ),
+        (
+            {"backend": "fsdp", "recompute_granularity": "selective"},
+            dataclasses.replace(_MOE, model_type="gpt_oss"),
+            "gpt_oss writes into products of its experts, which are to be kept: use full",
+        ),
         ({"backend": "ddp", "use_liger_kernel": True, "torch_compile": True}, SPEC, "kernels of both: leave one out"),
         ({"backend": "ddp", "use_liger_kernel": True}, SPEC, "needs liger-kernel, which is not installed"),
         ({"use_liger_kernel": True}, SPEC, "--use_liger_kernel belongs to --backend fsdp"),

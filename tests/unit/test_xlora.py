@@ -167,7 +167,7 @@ def test_no_lora_and_no_directory_are_refused(tmp_path: Path) -> None:
     ("change", "text"),
     [
         ({"backend": "megatron"}, "--tuner_type xlora is computed by PEFT on transformers' model: use --backend fsdp"),
-        ({"backend": "deepspeed", "deepspeed": "zero2"}, "--tuner_type xlora is not for --backend deepspeed"),
+        ({"backend": "deepspeed", "deepspeed": "zero3"}, "--tuner_type xlora keeps its LoRAs whole on every rank"),
         ({"tuner_type": "lora"}, "--xlora_adapters a b has no effect with --tuner_type lora: use --tuner_type xlora"),
         ({"lora_rank": 4}, "--lora_rank 4 has no effect with --tuner_type xlora"),
         ({"target_modules": ("q_proj",)}, "--target_modules q_proj has no effect with --tuner_type xlora"),

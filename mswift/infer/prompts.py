@@ -1,7 +1,7 @@
 """Requests to the token ids that a model is given, the same for every engine. Torch-free."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from mswift.errors import DataError
 from mswift.infer.request import Request
@@ -29,8 +29,15 @@ def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:
     return list(tokenizer(text + request.opening, add_special_tokens=False)["input_ids"])
 
 
-def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None, virtual: int = 0) -> None:
-    """DataError for a prompt that is empty, longer than the model (`limit` tokens) or has ids beyond its `rows`.
+class Limit(NamedTuple):
+    """Tokens of a prompt and its answer together, None: any number; of: what says so."""
+
+    tokens: int | None
+    of: str = "the model's max_position_embeddings"
+
+
+def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: Limit, virtual: int = 0) -> None:
+    """DataError for a prompt that is empty, longer than `limit` lets it be or has ids beyond the model's `rows`.
 
     virtual: tokens that an adapter puts before it.
     """
@@ -43,13 +50,13 @@ def check_prompt(prompt: list[int], tokenizer: Any, rows: int, limit: int | None
             f"the prompt has token {token!r} (id {wrong}), the model has {rows} embedding rows: put "
             "the tokenizer files that the model was trained with into the directory of --model"
         )
-    if limit is not None and virtual + len(prompt) >= limit:
+    if limit.tokens is not None and virtual + len(prompt) >= limit.tokens:
         behind = f" behind the adapter's {virtual} virtual tokens" if virtual else ""
-        longest = limit - virtual - 1
+        longest = limit.tokens - virtual - 1
         remedy = f"shorten it to {longest} or less" if longest > 0 else "no prompt fits: ask without this adapter"
         raise DataError(
             f"a prompt of {len(prompt)} tokens{behind} leaves no room for an answer: "
-            f"the model's max_position_embeddings is {limit}; {remedy}"
+            f"{limit.of} is {limit.tokens}; {remedy}"
         )
 
 

@@ -15,7 +15,7 @@ from mswift.infer.answer import Answer, SteppedEngine
 from mswift.infer.backends import EngineConfig
 from mswift.infer.batch_cache import new_cache
 from mswift.infer.loading import ActiveAdapter, load_adapters, load_model, load_tokenizer, pick_device
-from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
+from mswift.infer.prompts import Limit, check_prompt, end_tokens, prompt_tokens
 from mswift.infer.request import Request, Score, TokenPair, choose_adapter
 from mswift.infer.scheduler import Scheduler
 from mswift.infer.scoring import score_pairs
@@ -68,6 +68,7 @@ class TransformersEngine(SteppedEngine):
             raise ConfigError(f"--max_model_len {max_length}: at most the model's max_position_embeddings, {own}")
         self.max_length = max_length or own
         """Tokens of a prompt and its answer together; None: no limit."""
+        self._limit = Limit(own) if max_length is None else Limit(max_length, "--max_model_len")
         embedding: Any = model.get_input_embeddings()
         self._rows = int(embedding.weight.shape[0])
         self._scheduler = Scheduler(self.model, self._active.use, max_rows, self._fronts.of)
@@ -79,7 +80,7 @@ class TransformersEngine(SteppedEngine):
 
     def check(self, prompt: list[int], adapter: str | None = None) -> None:
         """DataError for tokens that the model cannot take, or that leave no room for another."""
-        check_prompt(prompt, self.tokenizer, self._rows, self.max_length, self._fronts.of(adapter).length)
+        check_prompt(prompt, self.tokenizer, self._rows, self._limit, self._fronts.of(adapter).length)
 
     def _room(self, adapter: str | None) -> int | None:
         """Tokens of a prompt and its answer together, behind what the adapter puts before them."""

@@ -19,7 +19,7 @@ from mswift.errors import ConfigError, DataError, MswiftError
 from mswift.infer.answer import Answer, SteppedEngine
 from mswift.infer.backends import EngineConfig
 from mswift.infer.loading import load_tokenizer
-from mswift.infer.prompts import check_prompt, end_tokens, prompt_tokens
+from mswift.infer.prompts import Limit, check_prompt, end_tokens, prompt_tokens
 from mswift.infer.request import Request, Sampling, Score, TokenLogprob, TokenPair, choose_adapter
 from mswift.infer.vllm_adapters import check_vllm_adapter
 from mswift.infer.vllm_options import INSTALL, WORKER, vllm_environment, vllm_options, vllm_version
@@ -109,7 +109,7 @@ class VllmEngine(SteppedEngine):
         """Its n answers, which grow with every `step` from now on. Raises DataError and ConfigError."""
         lora = self._lora(request.adapter)
         prompt = self.prompt_tokens(request)
-        check_prompt(prompt, self.tokenizer, self._rows, self.max_length)
+        check_prompt(prompt, self.tokenizer, self._rows, Limit(self.max_length, "vLLM's max_model_len"))
         room = min(request.sampling.max_new_tokens, self.max_length - len(prompt))
         answers = [
             Answer(request, prompt, room, self._end_tokens, self.tokenizer, index)

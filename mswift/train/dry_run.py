@@ -19,6 +19,7 @@ from mswift.train.dry_run_rows import DTYPE_BYTES, batch_rows, layout_rows, memo
 from mswift.train.inputs import blend_of, input_refusals, mixture_of, model_config, open_model
 from mswift.train.memory import checkpoint_bytes
 from mswift.train.resume import start_of
+from mswift.train.trained import virtual_tokens
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -38,7 +39,7 @@ def dry_run(config: TrainConfig) -> int:
         dims = dims_of(config, world_size, table.spec.num_layers)
         rows += [
             *layout_rows(config, dims, table.spec.num_layers),
-            *batch_rows(config, dims),
+            *batch_rows(config, dims, virtual_tokens(config, table)),
             *memory_rows(config, table, stored, dims),
         ]
     print("\n".join(f"{name:<15}{text}" for name, text in rows))

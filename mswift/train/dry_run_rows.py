@@ -135,8 +135,8 @@ def _ranks(group: Sequence[int]) -> str:
     return " ".join(map(str, group)) if len(group) <= 8 else f"{group[0]} {group[1]} ... {group[-1]}"
 
 
-def batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[Row]:
-    """A step's samples and tokens."""
+def batch_rows(config: TrainConfig, dims: ParallelDims, virtual: int = 0) -> Iterator[Row]:
+    """A step's samples and tokens; virtual: tokens that the tuner puts before each sample."""
     num_microbatches = config.global_batch_size // (config.micro_batch_size * dims.dp)
     yield (
         "batch",
@@ -144,6 +144,9 @@ def batch_rows(config: TrainConfig, dims: ParallelDims) -> Iterator[Row]:
         f"microbatches x {config.micro_batch_size} x DP {dims.dp}; at most "
         f"{config.global_batch_size * config.row_length:,} tokens a step",
     )
+    if virtual:
+        counted = "memory counts one sample in a pack" if config.packing else "memory counts them"
+        yield "  virtual", f"{virtual} tokens before each sample, which --max_length does not count; {counted}"
     if dims.pp > 1:
         idle = (dims.pp - 1) / (num_microbatches * dims.chunks + dims.pp - 1)
         kind = "1F1B" if dims.chunks == 1 else f"interleaved 1F1B of {dims.chunks} chunks a stage"

@@ -14,7 +14,7 @@ from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
-from mswift.train.trained import optimizer_bytes, part_of, trained_parameters
+from mswift.train.trained import optimizer_bytes, part_of, trained_parameters, virtual_tokens
 
 _LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
@@ -196,7 +196,7 @@ def end_parameters(table: ModelTable) -> int:
 def activations(config: TrainConfig, table: ModelTable, dims: ParallelDims, dtype_bytes: int, pp_rank: int) -> int:
     """Bytes of what a rank of a stage keeps for the backward pass."""
     spec = table.spec
-    tokens = -(-config.micro_batch_size * config.row_length // dims.cp)
+    tokens = -(-config.micro_batch_size * (config.row_length + virtual_tokens(config, table)) // dims.cp)
     in_flight = _in_flight(dims, config.global_batch_size // (config.micro_batch_size * dims.dp), pp_rank)
     hidden = 4 * spec.hidden_size / (dims.tp if dims.sequence_parallel else 1)
     attention = 2 * (spec.num_attention_heads + spec.num_kv_heads) * spec.head_dim / dims.tp

@@ -14,6 +14,7 @@ from mswift.tuners.lora import LoraConfig
 from mswift.tuners.other_adapters import other_config, parse_other
 from mswift.tuners.part import Part, joined, refuse_torn
 from mswift.tuners.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter_dir, read_peft_config
+from mswift.tuners.prompts import PROMPTS, PromptConfig
 from mswift.tuners.shapes import adapter_table, promised_shapes
 
 
@@ -61,6 +62,17 @@ def _frozen_elements(config: TrainConfig, table: ModelTable) -> int:
     if config.backend == "megatron" and not part.ratio:  # a share goes by transformers' order: the engine looks
         refuse_torn(frozen, joined(table))
     return sum(sizes[name] for name in frozen)
+
+
+def virtual_tokens(config: TrainConfig, table: ModelTable) -> int:
+    """Positions that the tuner puts before every sample, of a pack too; --max_length does not count them."""
+    if config.tuner_type not in PROMPTS:
+        return 0
+    adapter: object = None
+    for path in map(Path, config.adapters):
+        adapter, _ = parse_other(check_adapter_dir(path), path / CONFIG_FILE, table.spec.num_layers)
+    adapter = adapter or other_config(config, table)
+    return adapter.num_virtual_tokens if isinstance(adapter, PromptConfig) else 0
 
 
 def _adapter_shapes(config: TrainConfig, table: ModelTable) -> dict[str, tuple[int, ...]]:

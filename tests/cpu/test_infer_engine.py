@@ -163,6 +163,9 @@ def test_a_prompt_longer_than_the_model_is_refused_and_an_answer_is_cut_at_its_l
         engine.generate([Request(prompt="x" * limit)])
     answer = engine.generate([Request(prompt="x" * (limit - 1))])[0]
     assert (answer.finish_reason, answer.completion_tokens) == ("length", 1)
+    shorter = TransformersEngine(engine.model, engine.tokenizer, max_length=limit - 3)
+    with pytest.raises(DataError, match=rf"room for an answer: --max_model_len is {limit - 3}; .* to {limit - 4} or"):
+        shorter.generate([Request(prompt="x" * (limit - 3))])
 
 
 def test_an_empty_prompt_without_a_start_token_is_refused(engine: TransformersEngine) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mswift import rundir
 from mswift.cli.main import main
@@ -19,9 +21,10 @@ from mswift.errors import MswiftError
 from mswift.launchers.environment import RankInfo
 from mswift.topology import ParallelDims
 from mswift.train.dry_run import dry_run
-from mswift.train.memory import stage_memory, stage_parameters
+from mswift.train.memory import activations, stage_memory, stage_parameters
 from mswift.train.run import prepare
-from mswift.train.trained import trained_parameters
+from mswift.train.trained import trained_parameters, virtual_tokens
+from mswift.tuners.prompts import EMBEDDINGS, prompt_config
 from tests.support.checkpoints import write_model
 from tests.support.family_configs import family_config
 from tests.support.quantised import AWQ, GPTQ
@@ -114,6 +117,29 @@ def test_ranks_that_share_sequences_share_activations_and_the_optimizer() -> Non
     one, four = (stage_memory(config, table, ParallelDims(n, cp=n), 4, 0) for n in (1, 4))
     assert (four.weights_bytes, four.gradients_bytes) == (one.weights_bytes, one.gradients_bytes)
     assert (4 * four.optimizer_bytes, 4 * four.activations_bytes) == (one.optimizer_bytes, one.activations_bytes)
+
+
+@pytest.mark.parametrize("tuner", ["prompt", "ptuning", "prefix"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "deepspeed"])
+def test_virtual_tokens_are_positions_of_every_row(tuner: str, backend: str) -> None:
+    table, dims = _table(), ParallelDims(world_size=2)
+    own = {"model": "", "backend": backend, "micro_batch_size": 2, "cross_entropy_loss_fusion": "false"}
+    with_tokens = SftConfig(**own, tuner_type=tuner, max_length=100, tuner_config='{"num_virtual_tokens": 28}')
+    assert virtual_tokens(with_tokens, table) == 28
+    longer = SftConfig(**own, max_length=128)
+    assert virtual_tokens(longer, table) == 0
+    assert activations(with_tokens, table, dims, 2, 0) == activations(longer, table, dims, 2, 0)
+
+
+def test_virtual_tokens_of_an_adapter_to_go_on_with_are_its_own(tmp_path: Path, argv: list[str], capsys: Any) -> None:
+    adapter = prompt_config(_table(), "prompt", {"num_virtual_tokens": 7})
+    (tmp_path / "adapter_config.json").write_bytes(adapter.text(_table(), (), None))
+    save_file({EMBEDDINGS: np.zeros((7, 64), np.float32)}, tmp_path / "adapter_model.safetensors")
+    flags = ["--backend", "fsdp", "--tuner_type", "prompt", "--adapters", str(tmp_path)]
+    assert main([*argv, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n  virtual +7 tokens before each sample, which --max_length does not count", printed)
+    assert re.search(r"^ +0 +[\d,]+ +448 ", printed, re.MULTILINE)  # 7 of width 64 are trained
 
 
 def test_context_parallelism_is_told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

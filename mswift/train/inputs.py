@@ -34,8 +34,7 @@ from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
 def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) -> list[MswiftError]:
     """Every reason not to start that the model's table and the directories tell. `stored_dtype`: as "BF16"."""
     checks: list[Callable[[], object]] = [
-        lambda: check_precision(config, train_dtype(config, stored_dtype)),
-        partial(_check_modules, config, train_dtype(config, stored_dtype)),
+        lambda: _check_dtype(config, train_dtype(config, stored_dtype)),
         lambda: trained_parameters(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         lambda: check_codes(config, table.config),
@@ -138,7 +137,8 @@ def _check_adapter(config: TrainConfig, table: ModelTable, path: Path) -> None:
     check_continued(config, table, path, grows=grows)
 
 
-def _check_modules(config: TrainConfig, dtype: str) -> None:
+def _check_dtype(config: TrainConfig, dtype: str) -> None:
+    check_precision(config, dtype)
     modules = saved_modules(config)
     for path in map(Path, config.adapters if config.tuner_type in METHODS else ()):
         modules += parse_method(read_adapter_json(path), path / CONFIG_FILE)[1]

@@ -22,8 +22,9 @@ from mswift.tuners.hidden_modules import Bottleneck, LoReft, attach, set_active
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
 from mswift.tuners.prompts import is_prompt
-from mswift.tuners.xlora import check_fits, is_xlora
+from mswift.tuners.xlora import check_fits
 from mswift.tuners.xlora_adapter import XloraAdapter
+from mswift.tuners.xlora_files import is_xlora
 from mswift.tuners.xlora_modules import Mixer, mixer_of
 
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)

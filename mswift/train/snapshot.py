@@ -34,7 +34,7 @@ from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import CONFIG_FILE, WEIGHTS_FILE, parse_peft_config
 from mswift.tuners.plain import as_plain
 from mswift.tuners.shapes import promised_shapes
-from mswift.tuners.xlora import directory_configs
+from mswift.tuners.xlora_files import directory_configs
 
 Moves = Iterator[tuple[Path, Piece]]
 """(file, flat byte map: side 0 the memory of a shard, side 1 the file)."""

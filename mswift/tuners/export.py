@@ -27,7 +27,7 @@ from mswift.tuners.peft_config import (
 from mswift.tuners.plain import as_plain, joined
 from mswift.tuners.settings import PeftSettings
 from mswift.tuners.shapes import adapter_table, promised_shapes
-from mswift.tuners.xlora import directory_configs
+from mswift.tuners.xlora_files import directory_configs
 
 STORED = "adapter."
 """Prefix of adapter tensors in training checkpoints; what follows is the PEFT name."""

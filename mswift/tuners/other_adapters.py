@@ -22,7 +22,8 @@ from mswift.tuners.prompts import (
     parse_prompt,
     prompt_config,
 )
-from mswift.tuners.xlora import XloraConfig, check_fits, is_xlora, parse_xlora, xlora_config
+from mswift.tuners.xlora import XloraConfig, check_fits, xlora_config
+from mswift.tuners.xlora_files import is_xlora, parse_xlora
 
 OtherConfig = MethodConfig | HiddenConfig | PromptConfig | XloraConfig
 

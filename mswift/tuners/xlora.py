@@ -16,13 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mswift.converters.io.safetensors import read_header
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.tuners.peft_config import (
     CONFIG_FILE,
-    PREFIX,
-    WEIGHTS_FILE,
     parse_peft_config,
     peft_config,
     read_adapter_json,
@@ -46,7 +43,7 @@ FIELDS: Mapping[str, Any] = {
 """Those of PEFT's configuration that may be set -> default; top_k_lora 0: all (PEFT's None)."""
 _OTHER_ROWS = re.compile(r"\.(kv_b_proj|shared_expert(_gate)?)(\.|$)")
 """In names of linears that transformers computes for all that is cached, or for the tokens of all rows as one."""
-_BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class XloraConfig:
     def text(self, table: ModelTable, modules_to_save: Sequence[str], base_model: str | None) -> bytes:
         """The file adapter_config.json of a checkpoint."""
         assert not modules_to_save
-        return _text(self.content(base_model))
+        return json_text(self.content(base_model))
 
 
 def own_table(table: ModelTable) -> ModelTable:
@@ -147,14 +144,14 @@ def xlora_config(table: ModelTable, given: Mapping[str, Any], paths: Sequence[st
         raise ConfigError(f"--tuner_type xlora mixes LoRAs that were trained before: name them, {flag} DIR DIR ...")
     loras = tuple(parse_peft_config(read_adapter_json(p, flag), p / CONFIG_FILE) for p in map(Path, paths))
     where = "--tuner_config: "
-    fields = _checked(given, where)
-    _check_pairs(fields, given, len(loras), where)
+    fields = checked_fields(given, where)
+    check_pairs(fields, given, len(loras), where)
     made = XloraConfig(fields, loras, table.spec.hidden_size, seed)
     made.linears(table)
     return made
 
 
-def _checked(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All fields, of which each is right by itself."""
     fields = dict(FIELDS)
     for name, value in given.items():
@@ -178,7 +175,7 @@ def _checked(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _check_pairs(fields: Mapping[str, Any], given: Mapping[str, Any], count: int, where: str) -> None:
+def check_pairs(fields: Mapping[str, Any], given: Mapping[str, Any], count: int, where: str) -> None:
     """ConfigError for fields that do not go together, or not with this number of LoRAs."""
     if fields["top_k_lora"] > count:
         raise ConfigError(f"{where}top_k_lora {fields['top_k_lora']} of {count} LoRAs: use {count} or less")
@@ -190,78 +187,6 @@ def _check_pairs(fields: Mapping[str, Any], given: Mapping[str, Any], count: int
                 raise ConfigError(f"{where}{name} {given[name]} has no effect with xlora_depth 1, one linear")
 
 
-# -- files
-
-
-def is_xlora(data: Mapping[str, Any]) -> bool:
-    """Whether the content of an adapter_config.json is of X-LoRA."""
-    return data.get("peft_type") == PEFT_TYPE
-
-
-def parse_xlora(data: Mapping[str, Any], path: Path, seed: int = 0) -> XloraConfig:
-    """The content of such an adapter_config.json, of a checkpoint or of a directory; ConfigError for what is not known.
-
-    path: of the file, beside which a directory's LoRAs lie.
-    """
-    known = {*FIELDS, *_BOOKKEEPING, "adapters", "hidden_size", LORAS, "peft_type"}
-    for name, value in data.items():
-        if value and name not in known:
-            raise ConfigError(f"{path}: {name}={value!r} is not supported by mswift for {PEFT_TYPE}")
-    hidden_size = data.get("hidden_size")
-    if type(hidden_size) is not int or hidden_size < 1:
-        raise ConfigError(f"{path}: hidden_size {hidden_size!r} must be a number")
-    given = {name: data[name] for name in FIELDS if data.get(name) is not None}
-    fields = _checked(given, f"{path}: ")
-    if LORAS in data:
-        loras = [parse_peft_config(each, path) for each in data[LORAS]]
-    else:
-        folders = lora_folders(data, path)
-        loras = [parse_peft_config(read_adapter_json(folder), folder / CONFIG_FILE) for folder in folders]
-    _check_pairs(fields, {}, len(loras), f"{path}: ")
-    return XloraConfig(fields, tuple(loras), hidden_size, seed)
-
-
-def lora_folders(data: Mapping[str, Any], path: Path) -> list[Path]:
-    """Where the LoRAs of a directory lie: in folders of their number beside its file, or where that says they are."""
-    named = data.get("adapters")
-    if not isinstance(named, dict) or not named or set(named) != {str(number) for number in range(len(named))}:
-        raise ConfigError(f"{path}: adapters={named!r}: the LoRAs must be named 0, 1, ..., as PEFT computes them")
-    folders = []
-    for number in range(len(named)):
-        beside, told = path.parent / str(number), Path(str(named[str(number)]))
-        found = next((folder for folder in (beside, told) if _is_whole(folder)), None)
-        if found is None:
-            raise ConfigError(
-                f"{path}: LoRA {number} lies neither in {beside} nor in {told}: put its PEFT directory into {beside}"
-            )
-        folders.append(found)
-    return folders
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether there is a LoRA, and not parts of base and classifier, which PEFT writes there for an X-LoRA."""
-    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        return False
-    names = list(read_header(folder / WEIGHTS_FILE))
-    return bool(names) and all(name.startswith(PREFIX) for name in names)
-
-
-def directory_configs(config: bytes, destination: Path) -> dict[str, bytes]:
-    """Path in `destination` -> the adapter_config.json there, from that of a checkpoint; PEFT wants absolute paths."""
-    content = json.loads(config)
-    if not is_xlora(content):
-        return {CONFIG_FILE: config}
-    loras = content.pop(LORAS)
-    folders = {str(number): str(destination.absolute() / str(number)) for number in range(len(loras))}
-    base = {"base_model_name_or_path": content["base_model_name_or_path"]}
-    files = {f"{number}/{CONFIG_FILE}": _text(lora | base) for number, lora in zip(folders, loras, strict=True)}
-    return files | {CONFIG_FILE: _text(content | {"adapters": folders})}
-
-
-def _text(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
 def check_fits(there: XloraConfig, table: ModelTable, adapter: Path) -> None:
     """ConfigError for an adapter of another model."""
     if there.hidden_size != table.spec.hidden_size:
@@ -270,3 +195,8 @@ def check_fits(there: XloraConfig, table: ModelTable, adapter: Path) -> None:
             f"{table.spec.hidden_size}: give the base model that it was trained on"
         )
     there.linears(table)
+
+
+def json_text(content: Mapping[str, Any]) -> bytes:
+    """As a file has it."""
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -11,7 +11,8 @@ from mswift.errors import CheckpointError
 from mswift.tuners.adapter import PeftAdapter
 from mswift.tuners.method_adapter import AdapterFile
 from mswift.tuners.peft_config import CONFIG_FILE, check_adapter_dir
-from mswift.tuners.xlora import STORED_CLASSIFIER, XloraConfig, lora_folders, parse_xlora
+from mswift.tuners.xlora import STORED_CLASSIFIER, XloraConfig
+from mswift.tuners.xlora_files import lora_folders, parse_xlora
 from mswift.tuners.xlora_modules import first_classifier
 
 

@@ -12,7 +12,8 @@ from mswift.errors import CheckpointError, ConfigError
 from mswift.infer.loading import load_adapters, load_model, load_tokenizer
 from mswift.infer.request import BASE_MODEL, Request, Sampling
 from mswift.infer.transformers_engine import TransformersEngine
-from mswift.tuners.xlora import CLASSIFIER, directory_configs, xlora_config
+from mswift.tuners.xlora import CLASSIFIER, xlora_config
+from mswift.tuners.xlora_files import directory_configs
 from mswift.tuners.xlora_modules import first_classifier
 from tests.support.adapters import table_of
 from tests.support.tiny import tiny_model, tiny_tokenizer

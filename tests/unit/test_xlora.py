@@ -18,7 +18,8 @@ from mswift.train.trained import trained_parameters
 from mswift.tuners.library_config import TunerConfig
 from mswift.tuners.peft_config import parse_peft_config, peft_config
 from mswift.tuners.settings import PeftSettings
-from mswift.tuners.xlora import check_fits, directory_configs, parse_xlora, xlora_config
+from mswift.tuners.xlora import check_fits, xlora_config
+from mswift.tuners.xlora_files import directory_configs, parse_xlora
 from tests.support.family_configs import family_config
 
 TABLE = table_for(family_config("llama"))

@@ -17,8 +17,9 @@ from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
 from mswift.tuners.method_adapter import OtherAdapter
 from mswift.tuners.peft_config import check_adapter_dir
+from mswift.tuners.prompt_config import check_fits, prompt_config
 from mswift.tuners.prompt_modules import PromptEmbeddings, split_prefix
-from mswift.tuners.prompts import EMBEDDINGS, PromptConfig, check_fits, is_prompt, prompt_config
+from mswift.tuners.prompts import EMBEDDINGS, PromptConfig, is_prompt
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,29 @@
 PEFT's own objects do the work (`TunedModel.peft`); what is added here is strictness and setting adapters aside.
 """
 
-import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mswift.errors import CheckpointError, ConfigError
 from mswift.tuners.adapter import open_adapter
+from mswift.tuners.adapter_places import (
+    META,
+    Places,
+    bytes_by_device,
+    layers_of,
+    move,
+    places_of,
+    read_back,
+    stored_tensors,
+)
 from mswift.tuners.inject import NAME
 from mswift.tuners.library_config import TunerConfig as TunerConfig
-from mswift.tuners.library_config import check_targets
+from mswift.tuners.library_config import check_name, check_targets
 from mswift.tuners.library_start import (
     Batches,
     Initial,
@@ -29,10 +38,6 @@ from mswift.tuners.library_start import (
     write,
 )
 from mswift.tuners.peft_config import CONFIG_FILE, check_adapter_dir, refuse_changed_base
-
-META = torch.device("meta")
-Places = dict[str, tuple[Any, str, str]]
-"""Name in a file -> (dictionary of PEFT's layer, adapter in it, name inside of a module or "")."""
 
 
 def prepare_model(
@@ -44,7 +49,7 @@ def prepare_model(
     """
     from peft import get_peft_model
 
-    _check_name(model, name)
+    check_name(model, name)
     wanted = config.peft_config(generates=hasattr(model, "prepare_inputs_for_generation"), batches=batches)
     check_targets(model, config)
     with torch.random.fork_rng(devices=[]):
@@ -99,7 +104,7 @@ class TunedModel(nn.Module):
 
     @property
     def _is_off(self) -> bool:
-        return self._no_prompts or any(getattr(layer, "disable_adapters", False) for layer in self._layers())
+        return self._no_prompts or any(getattr(layer, "disable_adapters", False) for layer in layers_of(self.peft))
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimizer takes."""
@@ -166,12 +171,11 @@ class TunedModel(nn.Module):
         if name in self.active:
             raise ConfigError(f"adapter {name!r} is active: activate another one, or deactivate")
         if isinstance(place, str) and place.partition(":")[0] in ("cpu", "cuda"):
-            _move(self._places(name), torch.device(place))
+            move(places_of(self.peft, name), torch.device(place))
             return
         write(self.peft, Path(place), name)  # as it is, for this base
-        places = self._places(name)
-        _move(places, META)
-        _give_back_freed_memory()
+        places = places_of(self.peft, name)
+        move(places, META)
         self._kept[name] = Path(place), places
 
     def bring_back(self, name: str) -> None:
@@ -179,12 +183,10 @@ class TunedModel(nn.Module):
         self._require(name)
         device = next(p.device for p in self.peft.parameters() if p.device != META)
         if name not in self._kept:
-            _move(self._places(name), device)
+            move(places_of(self.peft, name), device)
             return
         folder, places = self._kept[name]
-        file, _ = open_adapter(folder)
-        for stored, (owner, key, inner) in places.items():
-            _put(owner, key, inner, file.get_tensor(stored).to(device))
+        read_back(places, folder, device)
         del self._kept[name]
 
     def save(self, folder: Path, name: str = NAME) -> None:
@@ -196,14 +198,14 @@ class TunedModel(nn.Module):
         """An adapter from a PEFT directory, frozen until it is activated; CheckpointError where it does not fit."""
         self._refuse_reduced_base("loaded")
         if name not in self.adapters:
-            _check_name(self.peft, name)
+            check_name(self.peft, name)
         refuse_changed_base(check_adapter_dir(folder), folder / CONFIG_FILE)
         try:
             self.peft.load_adapter(str(folder), name)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: does not fit: {str(error).splitlines()[0]}") from error
         _, there = open_adapter(folder)
-        wrong = sorted(there.keys() ^ self._stored(name).keys())
+        wrong = sorted(there.keys() ^ stored_tensors(self.peft, name).keys())
         if wrong:
             raise CheckpointError(f"{folder}: {wrong[0]} is missing or has no place ({len(wrong)} such tensors)")
         self._train_one_prompt()
@@ -223,13 +225,7 @@ class TunedModel(nn.Module):
 
     def adapter_bytes(self, name: str) -> Mapping[str, int]:
         """Device -> bytes of an adapter there; what lies in a directory is not counted."""
-        found: dict[str, int] = {}
-        for owner, key, inner in self._places(name).values():
-            tensor = _get(owner, key, inner)
-            if tensor.device != META:
-                where = tensor.device.type
-                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
-        return found
+        return bytes_by_device(places_of(self.peft, name))
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
@@ -239,7 +235,7 @@ class TunedModel(nn.Module):
     def _check_new(self, name: str) -> None:
         if name in self.adapters:
             raise ConfigError(f"adapter {name!r} is there already: {' '.join(self.adapters)}")
-        _check_name(self.peft, name)
+        check_name(self.peft, name)
 
     def _require_here(self, name: str) -> None:
         self._require(name)
@@ -251,67 +247,3 @@ class TunedModel(nn.Module):
         if self._has_prompts:
             for name, encoder in self.peft.prompt_encoder.items():
                 encoder.requires_grad_(name in self.peft.active_adapters)
-
-    def _layers(self) -> Iterator[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return (module for module in self.peft.modules() if isinstance(module, BaseTunerLayer))
-
-    def _stored(self, name: str) -> dict[str, Tensor]:
-        """Name in a file -> tensor of the model."""
-        from peft import get_peft_model_state_dict
-
-        state = self.peft.state_dict(keep_vars=True)
-        found: dict[str, Tensor] = get_peft_model_state_dict(
-            self.peft, state_dict=state, adapter_name=name, save_embedding_layers=False
-        )
-        return found
-
-    def _places(self, name: str) -> Places:
-        by_id = {id(tensor): key for key, tensor in self._stored(name).items()}
-        found: Places = {}
-        for layer in self._layers():
-            for part in layer.adapter_layer_names:
-                owner = getattr(layer, part, None)
-                entry = owner[name] if owner is not None and name in owner else None
-                inner = dict(entry.named_parameters()) if isinstance(entry, nn.Module) else {"": entry}
-                for leaf, tensor in inner.items():
-                    if tensor is not None and id(tensor) in by_id:
-                        found[by_id[id(tensor)]] = (owner, name, leaf)
-        return found
-
-
-def _move(places: Places, device: torch.device) -> None:
-    for owner, key, inner in places.values():
-        tensor = _get(owner, key, inner)
-        _put(owner, key, inner, torch.empty_like(tensor, device=META) if device == META else tensor.to(device))
-
-
-def _give_back_freed_memory() -> None:
-    """To the system, where the C library keeps it for itself (glibc)."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _check_name(model: nn.Module, name: str) -> None:
-    """PEFT tells adapters apart by their name in a tensor's: one that is there already loses tensors in a file."""
-    if not name or "." in name or any(name in module.split(".") for module, _ in model.named_modules()):
-        raise ConfigError(
-            f"adapter {name!r}: PEFT would take it for a part of the model's own names: give it a word without dots "
-            "that is no module's name or number"
-        )
-
-
-def _get(owner: Any, key: str, inner: str) -> Tensor:
-    tensor: Tensor = owner[key].get_parameter(inner) if inner else owner[key]
-    return tensor
-
-
-def _put(owner: Any, key: str, inner: str, value: Tensor) -> None:
-    """In place of a parameter of PEFT's layer, trained as it was."""
-    made = nn.Parameter(value.detach(), requires_grad=_get(owner, key, inner).requires_grad)
-    if not inner:
-        owner[key] = made
-        return
-    path, _, leaf = inner.rpartition(".")
-    owner[key].get_submodule(path)._parameters[leaf] = made

@@ -66,3 +66,12 @@ def check_targets(model: nn.Module, config: TunerConfig) -> None:
         if name != "all-linear" and last not in leaves:
             near = ", ".join(get_close_matches(last, sorted(leaves), 3, 0.3))
             raise ConfigError(f"target_modules {name!r}: no linear of the model ends so; near: {near}")
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """PEFT tells adapters apart by their name in a tensor's: one that is there already loses tensors in a file."""
+    if not name or "." in name or any(name in module.split(".") for module, _ in model.named_modules()):
+        raise ConfigError(
+            f"adapter {name!r}: PEFT would take it for a part of the model's own names: give it a word without dots "
+            "that is no module's name or number"
+        )

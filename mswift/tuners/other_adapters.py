@@ -14,14 +14,8 @@ from mswift.tuners.hidden import HIDDEN, HiddenConfig, hidden_config, is_hidden,
 from mswift.tuners.method import MethodConfig, parse_method
 from mswift.tuners.method_flags import method_config, tuner_fields
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
-from mswift.tuners.prompts import (
-    PROMPTS,
-    PromptConfig,
-    check_continued,
-    is_prompt,
-    parse_prompt,
-    prompt_config,
-)
+from mswift.tuners.prompt_config import check_continued, parse_prompt, prompt_config
+from mswift.tuners.prompts import PROMPTS, PromptConfig, is_prompt
 from mswift.tuners.xlora import XloraConfig, check_fits, xlora_config
 from mswift.tuners.xlora_files import is_xlora, parse_xlora
 

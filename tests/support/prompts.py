@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mswift.tuners.prompt_config import prompt_config
 from mswift.tuners.prompt_modules import make_encoder, stored_names
-from mswift.tuners.prompts import PromptConfig, prompt_config
+from mswift.tuners.prompts import PromptConfig
 from tests.support.adapters import table_of
 from tests.support.engines import make_engine
 from tests.support.parity import Batch, backward, random_steps

@@ -24,7 +24,8 @@ from mswift.train.dry_run import dry_run
 from mswift.train.memory import activations, stage_memory, stage_parameters
 from mswift.train.run import prepare
 from mswift.train.trained import trained_parameters, virtual_tokens
-from mswift.tuners.prompts import EMBEDDINGS, prompt_config
+from mswift.tuners.prompt_config import prompt_config
+from mswift.tuners.prompts import EMBEDDINGS
 from tests.support.checkpoints import write_model
 from tests.support.family_configs import family_config
 from tests.support.quantised import AWQ, GPTQ

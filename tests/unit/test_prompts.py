@@ -15,7 +15,8 @@ from mswift.refusals import train_refusals
 from mswift.train.trained import trained_parameters
 from mswift.tuners.other_adapters import check_prompt
 from mswift.tuners.peft_config import parse_peft_config
-from mswift.tuners.prompts import PROMPTS, is_prompt, parse_prompt, prompt_config
+from mswift.tuners.prompt_config import parse_prompt, prompt_config
+from mswift.tuners.prompts import PROMPTS, is_prompt
 from tests.support.family_configs import family_config
 
 TABLE = table_for(family_config("llama"))

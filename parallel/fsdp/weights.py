@@ -136,9 +136,11 @@ class RankWeights:
     def read(self, parameters: Mapping[str, Mapped], read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:
         """Fill what this rank has of these parameters."""
         for name, mapped in parameters.items():
-            own = passes(self.parameters[name], self.values(name), read, stored(mapped))
-            for values, read_part, dtype in own:
-                for box in self.boxes(name):
+            boxes, parameter = self.boxes(name), self.parameters[name]
+            if not boxes and packed(parameter) is None:
+                continue
+            for values, read_part, dtype in passes(parameter, self.values(name), read, stored(mapped)):
+                for box in boxes:
                     read_rows(mapped, box.region, box.of(values), read_part, dtype=dtype)
 
     def read_buffers(self, read: Read, stored: Callable[[Mapped], torch.dtype]) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from mswift.converters.decode import Decoding, HasShape
+from mswift.converters.decode import Decoding, HasShape, cast
 from mswift.converters.plan import WEIGHT_DTYPES
 from mswift.converters.quantization import GroupedCodes, Quantization
 from mswift.errors import CheckpointError
@@ -23,6 +23,7 @@ def dequantised(
         bases = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
         one = dtype or _plain_dtype(stored)
         found = [_grouped(base, stored, how, one) for base in bases]
+        found += [bias for base, weight in zip(bases, found, strict=True) for bias in _bias(base, stored, weight.dtype)]
     elif how.method == "fp8":
         found = [_fp8(name, stored, how.block, dtype or "BF16") for name in stored if stored[name].dtype == "F8_E4M3"]
     else:
@@ -103,6 +104,13 @@ def _grouped(base: str, stored: Mapping[str, HasShape], how: GroupedCodes, dtype
         arguments = (*arguments, how.bits, how.zero_plus, how.zero_wraps, ordered)
     decoder = (f"group_decoders.{how.method.capitalize()}", arguments)
     return Decoding(base + ".weight", dtype, (outputs, inputs), tuple(names), rule, decoder, scale_dtype)
+
+
+def _bias(base: str, stored: Mapping[str, HasShape], dtype: str) -> list[Decoding]:
+    """That of a quantised linear, where it has another dtype than the weights: GPTQModel writes F16 beside BF16."""
+    name = base + ".bias"
+    bias = stored.get(name)
+    return [] if bias is None or bias.dtype == dtype else [cast(name, bias, dtype)]
 
 
 def _expect(name: str, stored: Mapping[str, HasShape], dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -24,6 +24,10 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word, from the lowest, hold the code of each of its eight outputs."""
 
 
+_PAIRS = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(np.float32).view(np.uint64)[:, 0]
+"""The two codes of a byte, as one item, so that they are looked up together."""
+
+
 class _Grouped(ABC):
     """[o, i] weights, made from qweight, qzeros and scales (inputs 0 to 2).
 
@@ -44,6 +48,7 @@ class _Grouped(ABC):
         self._inputs, self._outputs, self._groups, self._size = sizes
         self._low = self._high = 0
         self._zeros = self._scales = np.empty((0, 0), np.float32)
+        self._group_of: npt.NDArray[np.int32] | None = None
 
     def __call__(self, first: int, last: int, fetch: Fetch) -> Floats:
         result = np.empty(last - first, np.float32)
@@ -60,22 +65,29 @@ class _Grouped(ABC):
 
     def _values(self, low: int, high: int) -> Floats:
         """[n, i] of outputs [low, high) of the band."""
+        zeros, scales = self._zeros[:, low:high].T, self._scales[:, low:high].T
         if self._part == "scales":
-            return self._of_inputs(self._scales[:, low:high])
-        values, zeros = self._codes(low, high), self._of_inputs(self._zeros[:, low:high])
+            return self._by_group(np.add, np.zeros((high - low, self._inputs), np.float32), scales)
+        values = self._codes(low, high)
         if self._part == "codes":
-            return values + np.float32(256) * zeros
-        scales = self._of_inputs(self._scales[:, low:high])
+            return self._by_group(np.add, values, np.float32(256) * zeros)
+        self._by_group(np.subtract, values, zeros)
         with np.errstate(over="ignore"):
-            values -= zeros
-            values *= scales
-        if np.isinf(values).any():
+            self._by_group(np.multiply, values, scales)
+        if self._scale_dtype != "F16" and np.isinf(values).any():
             raise CheckpointError(f"{self._name}.scales: a code times its scale is beyond float32")
         return values
 
-    def _of_inputs(self, part: Floats) -> Floats:
-        """[g, n] -> [n, i]."""
-        return np.repeat(part.T, self._size, axis=1)[:, : self._inputs]
+    def _by_group(self, compute: np.ufunc, values: Floats, of_groups: Floats) -> Floats:
+        """values [n, i] with that of the group of each, [n, g], in place."""
+        if self._group_of is not None:
+            compute(values, of_groups[:, self._group_of], out=values)
+        elif self._inputs % self._size:
+            compute(values, np.repeat(of_groups, self._size, axis=1)[:, : self._inputs], out=values)
+        else:
+            groups = values.reshape(len(values), -1, self._size)
+            compute(groups, of_groups[:, :, None], out=groups)
+        return values
 
     @abstractmethod
     def _codes(self, low: int, high: int) -> Floats:
@@ -129,8 +141,12 @@ class Awq(_Grouped):
 
     def _codes(self, low: int, high: int) -> Floats:
         first = low // 8
-        codes = _unpacked(self._words[:, first : -(-high // 8)], 4, _AWQ_PLACES)
-        return np.ascontiguousarray(codes[:, low - 8 * first : high - 8 * first].T, np.float32)
+        words = np.ascontiguousarray(self._words[:, first : -(-high // 8)])
+        pairs = np.ascontiguousarray(words.view(np.uint8).reshape(len(words), -1, 4).transpose(2, 1, 0))
+        codes = np.empty((pairs.shape[1], 8, len(words)), np.float32)
+        for output, place in enumerate(_AWQ_PLACES):
+            codes[:, output] = pairs[place // 2] >> 4 if place % 2 else pairs[place // 2] & 15
+        return codes.reshape(-1, len(words))[low - 8 * first : high - 8 * first]
 
 
 class Gptq(_Grouped):
@@ -154,15 +170,21 @@ class Gptq(_Grouped):
         super().__init__(name, sizes, scale_dtype, bits, part)
         self.rows = self._inputs * bits // 32
         self._zero_plus, self._zero_wraps, self._ordered = zero_plus, zero_wraps, ordered
-        self._group_of: npt.NDArray[np.int32] | None = None
 
     def _read_codes(self, low: int, high: int, fetch: Fetch) -> None:
         self._words = self._columns_of_words(0, low, high, 1, fetch)
         self._zeros = self._zeros_of(self._columns_of_words(1, low, high, 32 // self._bits, fetch))
-        if self._ordered and self._group_of is None:
-            self._group_of = np.frombuffer(fetch(3, 0, 4 * self._inputs), "<i4")
-            if self._group_of.min() < 0 or self._group_of.max() >= self._groups:
-                raise CheckpointError(f"{self._name}.g_idx: holds a group that is not one of the {self._groups}")
+        if self._ordered:
+            self._read_order(fetch)
+
+    def _read_order(self, fetch: Fetch) -> None:
+        """Which group each input is in, where those of a group are not neighbours."""
+        self._ordered = False
+        groups = np.frombuffer(fetch(3, 0, 4 * self._inputs), "<i4")
+        if groups.min() < 0 or groups.max() >= self._groups:
+            raise CheckpointError(f"{self._name}.g_idx: holds a group that is not one of the {self._groups}")
+        if not np.array_equal(groups, np.arange(self._inputs) // self._size):
+            self._group_of = groups
 
     def _zeros_of(self, words: Words) -> Floats:
         mask = (1 << self._bits) - 1
@@ -175,11 +197,11 @@ class Gptq(_Grouped):
             words = words + np.uint32(0xFFFFFFFF // mask)  # one to each, as they were subtracted: modulo 2**32
         return _unpacked(words, self._bits).astype(np.float32)
 
-    def _of_inputs(self, part: Floats) -> Floats:
-        return super()._of_inputs(part) if self._group_of is None else part.T[:, self._group_of]
-
     def _codes(self, low: int, high: int) -> Floats:
-        return _unpacked(np.ascontiguousarray(self._words[:, low:high].T), self._bits).astype(np.float32)
+        data = np.ascontiguousarray(self._words[:, low:high].T).view(np.uint8)
+        if self._bits == 8:
+            return data.astype(np.float32)
+        return np.take(_PAIRS, data).view(np.float32)
 
 
 def _unpacked(words: Words, bits: int, places: tuple[int, ...] | None = None) -> Words:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mswift.converters.group_quantization import FIELD, GroupedCodes, grouped_codes
 from mswift.errors import ConfigError
 
-__all__ = ["FIELD", "GroupedCodes", "Quantization", "quantization_of"]
+__all__ = ["FIELD", "GroupedCodes", "Quantization", "codes_of", "quantization_of"]
 _WITHOUT_EFFECT = {"quant_method", "modules_to_not_convert", "ignored_layers", "dequantize"}
 _FP8 = {"fmt": ("e4m3", None), "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
 
@@ -20,6 +20,14 @@ class Quantization:
 
     method: Literal["fp8", "mxfp4"]
     block: tuple[int, int] = (0, 0)
+
+
+def codes_of(config: Mapping[str, Any]) -> GroupedCodes | None:
+    """What a config.json says about codes of GPTQ or AWQ; None for every other model. ConfigError if not read."""
+    value = config.get(FIELD)
+    if not isinstance(value, dict) or value.get("quant_method") not in ("gptq", "awq"):
+        return None
+    return grouped_codes(value)
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | GroupedCodes | None:

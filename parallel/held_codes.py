@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mswift.converters.quantization import GroupedCodes, quantization_of
+from mswift.converters.quantization import codes_of
 from mswift.converters.reader import WeightReader
 from mswift.errors import CheckpointError, LayoutError
 from mswift.parallel.engine import SOURCE_DTYPES, Read
@@ -62,8 +62,8 @@ class HeldCodes:
 
 def held_codes(reader: WeightReader) -> HeldCodes:
     """Of all weights of a checkpoint that have codes of GPTQ or AWQ. CheckpointError where it has none."""
-    how, coded = quantization_of(reader.config), reader.coded
-    if not isinstance(how, GroupedCodes) or not coded:
+    how, coded = codes_of(reader.config), reader.coded
+    if how is None or not coded:
         raise CheckpointError(f"{reader.hf_files}: has no codes of GPTQ or AWQ")
     scales = set(coded.values())
     return HeldCodes(how.method, how.group, reader.dtype, scales.pop() if len(scales) == 1 else "F32", frozenset(coded))

@@ -17,6 +17,8 @@ def main(config: ExportConfig) -> int:
     """Export; to vllm: 1 where the gate does not let it pass. What the gate needs is looked for before."""
     checkpoint = trained_checkpoint(config)
     base = _base(config, checkpoint) if config.to == "vllm" and is_adapter_checkpoint(checkpoint) else None
+    if base is not None and config.gate_engines:
+        gate.check_form(base)
     export(config, checkpoint)
     if config.to != "vllm":
         return 0

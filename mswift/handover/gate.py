@@ -16,6 +16,7 @@ from mswift import __version__, rundir
 from mswift.config.handover import GateEngine, HandoverConfig
 from mswift.converters.catalog import read_config
 from mswift.converters.plan import table_for
+from mswift.converters.quantization import codes_of
 from mswift.errors import ConfigError, MswiftError
 from mswift.handover.files import adapter_problems, file_problems
 from mswift.handover.report import Report, compare
@@ -39,6 +40,8 @@ def main(config: HandoverConfig) -> int:
     run = None if config.run is None else rundir.resolve_checkpoint(Path(config.run))
     if config.gate_tokens < 2:
         raise ConfigError(f"--gate_tokens {config.gate_tokens}: at least 2; try 4096")
+    if config.gate_engines:
+        check_form(model)
     report = Report(str(model), config.adapters, config.run, _versions(config.gate_engines))
     report.problems += file_problems(model, None if adapter else run, chats=config.use_chat_template)
     if adapter is not None:
@@ -56,6 +59,18 @@ def main(config: HandoverConfig) -> int:
     report.write(place)
     print("\n".join(report.lines()))
     return 0 if report.passed else 1
+
+
+def check_form(model: Path) -> None:
+    """ConfigError for codes of GPTQ or AWQ: the gate compares in fp32, in which vLLM does not compute from them."""
+    path = model / "config.json"
+    how = codes_of(read_config(model)) if path.is_file() else None
+    if how is not None:
+        plain = f"{model}-hf"
+        raise ConfigError(
+            f"{model} holds codes of {how.method}, and engines are compared in float32, in which vLLM does not compute "
+            f"from them: mswift convert --model {model} --to hf --output_dir {plain}; then mswift handover {plain}"
+        )
 
 
 def _versions(engines: Sequence[GateEngine]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mswift.converters.catalog import read_config
-from mswift.converters.quantization import FIELD, GroupedCodes, quantization_of
+from mswift.converters.quantization import FIELD, codes_of
 from mswift.converters.source import Source
 from mswift.converters.sources import open_source
 from mswift.parallel.engine import SOURCE_DTYPES
@@ -16,8 +16,8 @@ _TILE_BYTES = 1 << 20
 
 
 def is_dequantised(model_dir: Path) -> bool:
-    """Whether the weights of this directory are made here. ConfigError for a quantisation that is not read."""
-    return isinstance(quantization_of(read_config(model_dir)), GroupedCodes)
+    """Whether the weights of this directory are made here. ConfigError for codes that are not read."""
+    return codes_of(read_config(model_dir)) is not None
 
 
 def from_codes(model_dir: Path, **options: Any) -> Any:

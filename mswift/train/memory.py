@@ -9,7 +9,7 @@ from mswift.config.optimizers import kept_by
 from mswift.config.train import TrainConfig
 from mswift.converters.megatron_tensor import MegatronTensor
 from mswift.converters.plan import EMBEDDING, ModelTable
-from mswift.converters.quantization import GroupedCodes, quantization_of
+from mswift.converters.quantization import codes_of
 from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.refusals.backend import shard_size
@@ -50,8 +50,8 @@ class StageMemory:
 
 def four_bit_bytes(config: TrainConfig, table: ModelTable) -> float:
     """Of a weight with --quant_method: its code, its share of a scale (bnb: fp32, else 2 bytes) and of a zero (1)."""
-    how = quantization_of(table.config)
-    if config.quant_method == "bnb" or not isinstance(how, GroupedCodes):
+    how = codes_of(table.config)
+    if config.quant_method == "bnb" or how is None:
         return 1 / 2 + 4 / 64
     return 1 / 2 + (3 / how.group if how.group > 0 else 0)
 

@@ -196,21 +196,28 @@ def test_training_reads_what_is_converted(kind: str, tmp_path: Path) -> None:
                 ours.read(key, region, memoryview(a))
                 plain.read(key, region, memoryview(b))
                 assert a == b, key
+    assert "quantization_config" not in json.loads(ours.side_files()["config.json"])
 
 
 def test_the_dtype_is_that_of_the_weights_around(tmp_path: Path) -> None:
-    """GPTQModel writes F16 scales beside BF16 weights."""
-    tensors = random_model(tmp_path / "q", "llama", "BF16", **SIZES | {"torch_dtype": "bfloat16"})
+    """GPTQModel writes F16 scales, and F16 biases of quantised linears, beside BF16 weights."""
+    tensors = random_model(tmp_path / "q", "qwen2", "BF16", **SIZES | {"torch_dtype": "bfloat16"})
     stored, values = quantise_grouped(tensors, GPTQ)
     stored = {name: ("BF16" if name in tensors else kind, array) for name, (kind, array) in stored.items()}
+    bias, numbers = "model.layers.1.self_attn.q_proj.bias", np.linspace(-3, 3, 32)
+    stored[bias] = ("F16", numbers.astype(np.float16))
     write_typed(tmp_path / "q" / "model.safetensors", stored)
-    config = tiny_config(**SIZES) | {"torch_dtype": "bfloat16", "quantization_config": GPTQ}
+    config = tiny_config("qwen2", **SIZES) | {"torch_dtype": "bfloat16", "quantization_config": GPTQ}
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     convert(tmp_path / "q", tmp_path / "hf", "hf")
     import torch
 
-    expected = torch.from_numpy(values[DECODED]).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert (read_model(tmp_path / "hf")[DECODED] == expected).all()
+    back = read_model(tmp_path / "hf")
+    for name, wanted in ((DECODED, values[DECODED]), (bias, numbers.astype(np.float16))):
+        assert (back[name] == torch.from_numpy(wanted).bfloat16().view(torch.int16).numpy().view(np.uint16)).all()
+    recorded = read_manifest(tmp_path / "hf")
+    assert recorded is not None
+    assert recorded.tensors[bias].decoded == "F16 cast to BF16"
 
 
 def test_biases_of_zeros_are_left_behind_and_others_refused(tmp_path: Path) -> None:

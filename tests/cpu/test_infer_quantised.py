@@ -1,5 +1,6 @@
 """Answering with GPTQ and AWQ weights, which are dequantised while they are loaded, adapters on them too."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mswift.errors import CheckpointError
+from mswift.cli.main import main
+from mswift.errors import CheckpointError, ConfigError
+from mswift.infer.dequantised import is_dequantised
 from mswift.infer.loading import load_adapters, load_model
 from tests.support.adapters import random_adapter
 from tests.support.quantised import AWQ, GPTQ, quantise_directory
@@ -57,3 +60,24 @@ def test_a_missing_part_is_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="mlp.up_proj.scales: is absent"):
         load_model(path, None, CPU)
+
+
+def test_what_transformers_dequantises_itself_is_left_to_it(tmp_path: Path) -> None:
+    path = quantised("gptq", tmp_path)
+    assert is_dequantised(path)
+    config = json.loads((path / "config.json").read_text())
+    for how in (None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}):
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+        assert not is_dequantised(path)
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": GPTQ | {"bits": 3}}))
+    with pytest.raises(ConfigError, match="bits is 3"):
+        load_model(path, None, CPU)
+
+
+def test_the_gate_to_serving_names_the_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = quantised("gptq", tmp_path)
+    assert main(["handover", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} holds codes of gptq" in said
+    assert f"mswift convert --model {path} --to hf --output_dir {path}-hf" in said
+    assert main(["handover", str(path), "--gate_engines"]) == 0

@@ -76,6 +76,11 @@ class DataOptions:
     num_proc: int | None = None
     """Processes that tokenise; None: see `pool.default_num_proc`."""
 
+    @property
+    def of_conversations(self) -> SftOptions:
+        """sft: what decides the tokens of a row."""
+        return SftOptions(self.max_length, self.truncation_strategy, self.system, self.loss_scale, self.agent_template)
+
 
 class TokenDataset:
     """Samples in a fixed order, read from memory-mapped files; safe to share between processes."""
@@ -150,15 +155,8 @@ def build_dataset(
     all have come; `hand_over` (see `open_or_build`) spares all but the writer the hashes. `flag` is what errors call
     the list. ConfigError and DataError name flag, file or row.
     """
-    if not specs:
-        raise ConfigError(f"{flag} names no file: {flag} train.jsonl")
-    if options.max_length < 2:
-        raise ConfigError(f"--max_length {options.max_length}: a sample needs at least 2 tokens, --max_length 2048")
-    sources = [parse_source(spec, flag) for spec in specs]
-    rows = RowOptions(options.selection, options.columns)
-    sft = SftOptions(
-        options.max_length, options.truncation_strategy, options.system, options.loss_scale, options.agent_template
-    )
+    sources = _sources(specs, options, flag)
+    rows, sft = RowOptions(options.selection, options.columns), options.of_conversations
     files = [path for source in sources for path in source.paths]
     how = HowToWrite(options.strict, progress, options.num_proc or default_num_proc(files))
     root = cache_root(options.cache_dir)
@@ -174,18 +172,10 @@ def build_dataset(
         hashes.save()
         return root / "tokens" / key
 
-    store = open_or_build(
-        locate,
-        write,
-        with_mask=kind == "sft",
-        is_writer=is_writer,
-        barrier=barrier,
-        hand_over=hand_over,
-    )
-    if flag == "--dataset" and options.selection.part == "train" and (unused := store.report["unused_columns"]):
-        raise ConfigError(
-            f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
-        )
+    with_mask = kind == "sft"
+    store = open_or_build(locate, write, with_mask=with_mask, is_writer=is_writer, barrier=barrier, hand_over=hand_over)
+    if flag == "--dataset" and options.selection.part == "train":
+        _check_columns(store)
     samples = _samples(store, options, [source.spec for source in sources], flag)
     if not len(samples.starts):
         raise DataError(f"{flag}: every document is a single token, which predicts nothing; write text in them")
@@ -194,6 +184,23 @@ def build_dataset(
         first = next(report["reasons"][0] for report in store.report["files"] if report["reasons"])
         raise DataError(f"{first} (--strict; without it the row is left out)")
     return data
+
+
+def _sources(specs: Sequence[str], options: DataOptions, flag: str) -> list[Source]:
+    """ConfigError where there are none, or no sample could be long enough."""
+    if not specs:
+        raise ConfigError(f"{flag} names no file: {flag} train.jsonl")
+    if options.max_length < 2:
+        raise ConfigError(f"--max_length {options.max_length}: a sample needs at least 2 tokens, --max_length 2048")
+    return [parse_source(spec, flag) for spec in specs]
+
+
+def _check_columns(store: TokenStore) -> None:
+    """ConfigError for one of --columns that no row has."""
+    if unused := store.report["unused_columns"]:
+        raise ConfigError(
+            f"--columns: no row of --dataset has `{unused[0]}`; leave it out, or name a column that is there"
+        )
 
 
 def _samples(store: TokenStore, options: DataOptions, specs: Sequence[str], flag: str) -> Samples:

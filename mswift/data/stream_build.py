@@ -13,7 +13,7 @@ from blake3 import blake3
 from mswift.data.cache import FORMAT_VERSION, StoreWriter, cache_root
 from mswift.data.dataset import DataOptions, Kind, TokenDataset
 from mswift.data.documents import proved_cut
-from mswift.data.encoding import ConversationEncoder, DocumentEncoder, SftOptions
+from mswift.data.encoding import ConversationEncoder, DocumentEncoder
 from mswift.data.hashing import content_hash
 from mswift.data.packed import PackedDataset
 from mswift.data.packing import Strategy
@@ -61,61 +61,21 @@ def build_stream(
     `check` refuses the samples of a block, `opened` hears of every block by its number, `say` has what the user should
     know. The folder of the blocks is emptied by the writer: all ranks meet after this and before the start.
     """
-    sources = [parse_source(spec) for spec in specs]
-    for source in sources:
-        if source.count is not None:
-            raise ConfigError(
-                f"--streaming reads files as a whole, {source.spec} asks for {source.count} rows: name a file with "
-                "these rows, or leave out --streaming"
-            )
-    columns = options.columns
-    sft = SftOptions(
-        options.max_length, options.truncation_strategy, options.system, options.loss_scale, options.agent_template
-    )
-    weights, seed = options.weights, options.selection.seed
-    fingerprint = content_hash(
-        {
-            "version": FORMAT_VERSION,
-            "kind": kind,
-            "sources": [[_identity(part) for part in source.parts] for source in sources],
-            "weights": weights,
-            "seed": seed,
-            "columns": columns,
-            "tokenizer": tokenizer_identity(tokenizer),
-            "options": asdict(sft) if kind == "sft" else options.max_length,
-            "block": [stream.block_rows, BLOCK_BYTES],
-            "packing": stream.packing,
-            **({"portions": PORTION_BYTES} if kind == "pt" and _has_portions(sources) else {}),
-            **({} if options.cut == "joined" else {"cut": options.cut}),
-        }
-    )
+    sources = _whole_files(specs)
+    fingerprint = _fingerprint(kind, sources, tokenizer, options, stream)
     root = cache_root(options.cache_dir)
     folder = root / "streams" / content_hash({"samples": fingerprint, "owner": stream.owner})[:40]
     own = copy.deepcopy(tokenizer) if is_writer else tokenizer  # truncation and padding of a call are a state of it
-    one_at_a_time = threading.Lock()  # transformers keeps the {% generation %} marks of a text in the shared template
-
-    def fill(writer: StoreWriter, files: Files, paths: Sequence[Path]) -> Mapping[str, Any]:
-        how = HowToWrite(options.strict, False, options.num_proc or default_num_proc(paths))
-        with one_at_a_time:
-            encoder: DocumentEncoder | ConversationEncoder = (
-                DocumentEncoder(own, columns, strict=how.strict)
-                if kind == "pt"
-                else ConversationEncoder(own, columns, sft, strict=how.strict)
-            )
-            return write_rows(writer, files, encoder, columns, how)
+    fill = _filler(kind, own, options)
+    cut = partial(proved_cut, own) if kind == "pt" else None
 
     def rows_of(number: int, block: Block) -> TokenDataset | PackedDataset | None:
         opened(number, block)
-        if block.store is None:
+        data = _samples(block, options)
+        if data is None:
             return None
-        samples = whole(block.store, Cut(options.max_length, options.cut))
-        if not len(samples.starts):
-            return None  # documents of a single token
-        data = TokenDataset(block.store, samples)
         check(data)
         return data if stream.packing is None else PackedDataset(data, *stream.packing)
-
-    cut = partial(proved_cut, own) if kind == "pt" else None
 
     def stream_of(number: int, of: Sequence[Source]) -> SourceStream:
         parts = [part for source in of for part in source.parts]
@@ -128,11 +88,74 @@ def build_stream(
                 Bounds(stream.block_rows, BLOCK_BYTES), kind == "sft",
             )  # fmt: skip
         name = ", ".join(source.spec for source in of)
-        return SourceStream(blocks, rows_of, seed + number, f"--dataset {name}")
+        return SourceStream(blocks, rows_of, options.selection.seed + number, f"--dataset {name}")
 
+    weights = options.weights
     groups = [[source] for source in sources] if weights else [sources]
     streams = [stream_of(number, of) for number, of in enumerate(groups)]
     return StreamDataset(streams, weights or [1.0], fingerprint, _summary(sources, weights, stream))
+
+
+def _whole_files(specs: Sequence[str]) -> list[Source]:
+    """ConfigError for a number of rows of a file."""
+    sources = [parse_source(spec) for spec in specs]
+    for source in sources:
+        if source.count is not None:
+            raise ConfigError(
+                f"--streaming reads files as a whole, {source.spec} asks for {source.count} rows: name a file with "
+                "these rows, or leave out --streaming"
+            )
+    return sources
+
+
+def _fingerprint(
+    kind: Kind, sources: Sequence[Source], tokenizer: Tokenizer, options: DataOptions, stream: StreamOptions
+) -> str:
+    """Of all that decides the samples and their order."""
+    return content_hash(
+        {
+            "version": FORMAT_VERSION,
+            "kind": kind,
+            "sources": [[_identity(part) for part in source.parts] for source in sources],
+            "weights": options.weights,
+            "seed": options.selection.seed,
+            "columns": options.columns,
+            "tokenizer": tokenizer_identity(tokenizer),
+            "options": asdict(options.of_conversations) if kind == "sft" else options.max_length,
+            "block": [stream.block_rows, BLOCK_BYTES],
+            "packing": stream.packing,
+            **({"portions": PORTION_BYTES} if kind == "pt" and _has_portions(sources) else {}),
+            **({} if options.cut == "joined" else {"cut": options.cut}),
+        }
+    )
+
+
+def _filler(
+    kind: Kind, tokenizer: Tokenizer, options: DataOptions
+) -> Callable[[StoreWriter, Files, Sequence[Path]], Mapping[str, Any]]:
+    """What tokenises the files of a block, one block at a time."""
+    one_at_a_time = threading.Lock()  # transformers keeps the {% generation %} marks of a text in the shared template
+    columns, sft = options.columns, options.of_conversations
+
+    def fill(writer: StoreWriter, files: Files, paths: Sequence[Path]) -> Mapping[str, Any]:
+        how = HowToWrite(options.strict, False, options.num_proc or default_num_proc(paths))
+        with one_at_a_time:
+            encoder: DocumentEncoder | ConversationEncoder = (
+                DocumentEncoder(tokenizer, columns, strict=how.strict)
+                if kind == "pt"
+                else ConversationEncoder(tokenizer, columns, sft, strict=how.strict)
+            )
+            return write_rows(writer, files, encoder, columns, how)
+
+    return fill
+
+
+def _samples(block: Block, options: DataOptions) -> TokenDataset | None:
+    """Of a block; None where it has none, as documents of a single token."""
+    if block.store is None:
+        return None
+    samples = whole(block.store, Cut(options.max_length, options.cut))
+    return TokenDataset(block.store, samples) if len(samples.starts) else None
 
 
 def _has_portions(sources: Sequence[Source]) -> bool:

@@ -78,7 +78,8 @@ def test_wrong_commands(data, tmp_path):
 @pytest.mark.parametrize(("kind", "config_class"), [("pt", PtConfig), ("sft", SftConfig)])
 def test_the_options_are_those_of_a_run(monkeypatch, tmp_path, kind, config_class):
     common = ["--max_length", "77", "--dataset_sampling", "first", "--seed", "5", "--split_dataset_ratio", "0.3",
-              "--columns", '{"a": "query"}', "--cache_dir", str(tmp_path), "--dataset_num_proc", "3", "--strict"]  # fmt: skip
+              "--columns", '{"a": "query"}', "--cache_dir", str(tmp_path), "--dataset_num_proc", "3",
+              "--strict"]  # fmt: skip
     sft = [
         "--truncation_strategy",
         "split",

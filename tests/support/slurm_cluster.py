@@ -192,7 +192,9 @@ class Cluster:
     def _start(self, *argv: str) -> "subprocess.Popen[bytes]":
         with (self.home / "daemons.log").open("ab") as log:
             argv = ("setpriv", "--pdeathsig", "KILL", *argv)  # nothing outlives the process of the tests
-            process = subprocess.Popen(argv, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                argv, env=self.environ, cwd=self.home, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )  # a killed daemon's core falls into its home
         self._processes.append(process)
         return process
 

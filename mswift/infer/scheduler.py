@@ -68,6 +68,7 @@ class Scheduler:
         """Let the answers to one prompt, which they hold, begin when there is room."""
         self._added.append((answers, adapter))
 
+    @torch.inference_mode()  # rows of caches that were made so are moved; whoever drops answers is outside of a step
     def sweep(self) -> None:
         """Forget answers that have ended, by themselves or because nobody wants them."""
         while self._added:

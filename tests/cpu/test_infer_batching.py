@@ -82,6 +82,23 @@ def test_answers_that_come_and_go_are_those_of_transformers_generate(tmp_path: P
         assert list(answer.token_ids) == expected, request.prompt
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba2"])
+def test_answers_that_are_dropped_between_two_tokens_leave_the_others_theirs(tmp_path: Path, kind: str) -> None:
+    tiny_tokenizer(tmp_path)
+    tiny_model(tmp_path, kind, vocab_size=259, **FAMILIES[kind])
+    engine = _engine(tmp_path)
+    requests = [Request(prompt=text, sampling=Sampling(max_new_tokens=9)) for text in ("abc", "A prompt", "xy", "What")]
+    alone = [engine.generate([request])[0].token_ids for request in requests]
+    answers = [answer for request in requests for answer in engine.submit(request)]
+    for _ in range(len(requests) + 2):
+        engine.step()
+    engine.drop(answers[:2])  # by the thread that a client's hanging up is seen in: outside of any step
+    assert engine.load == (2, 0)
+    while engine.step():
+        pass
+    assert [tuple(answer.tokens[-len(own) :]) for answer, own in zip(answers[2:], alone[2:], strict=True)] == alone[2:]
+
+
 def test_a_cache_of_another_kind_is_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, "rwkv", attention_hidden_size=64, context_length=64)
     with pytest.raises(ConfigError, match="type rwkv: transformers keeps its state in a form of its own"):

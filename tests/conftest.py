@@ -60,7 +60,7 @@ BUDGET_SECONDS = {
     "cpu/test_fused_loss": 35,
     "cpu/test_matrix": 180,
     "cpu/test_random_shapes": 45,
-    "cpu/": 170,
+    "cpu/": 200,
     "system/test_train": 500,
     "system/test_train_fsdp": 130,
     "system/test_faults": 200,

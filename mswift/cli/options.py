@@ -177,7 +177,10 @@ def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: M
     for name, texts in values.items():
         alone = make_dataclass("Alone", [(name, hints[name])])
         if _run_tyro(alone, options, {name: texts}) is None:
-            raise ConfigError(f"--{name} {' '.join(texts) or 'nothing'}: it takes {options[name].accepted}")
+            given, option = " ".join(texts), options[name]
+            raise ConfigError(
+                f"--{name} {given or 'nothing'}: it takes {option.accepted}{nearest(given, option.choices)}"
+            )
     raise ConfigError("the options do not fit together")
 
 

@@ -72,8 +72,10 @@ NAMED: Mapping[str, Zero] = {
 }
 
 
-def read_zero(given: str) -> Zero:
-    """What `--deepspeed` means; ConfigError for an unknown name and for a file that says what cannot be done."""
+def read_zero(given: str | None) -> Zero:
+    """What `--deepspeed` means, None: zero2; ConfigError for an unknown name and a file that cannot be done."""
+    if given is None:
+        return NAMED["zero2"]
     if given in NAMED:
         return NAMED[given]
     if not given.endswith(".json"):

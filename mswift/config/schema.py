@@ -51,6 +51,11 @@ class Option:
         return get_origin(self.kind) is Mapping
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it takes, where these are all."""
+        return tuple(str(word) for kind in self.alternatives if get_origin(kind) is Literal for word in get_args(kind))
+
+    @property
     def accepted(self) -> str:
         """What it takes, in words: "full or lora", "a whole number or none"."""
         words = [_WORDS.get(kind) or _choices(kind) for kind in self.alternatives if kind is not type(None)]

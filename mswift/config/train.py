@@ -54,8 +54,8 @@ class TrainConfig:
 
     # -- tuner
     tuner_type: TunerType = "full"
-    """Train every parameter (full), LoRA adapters on a frozen base, or (fsdp, ddp) LoRA with shifted sparse
-    attention (longlora), new blocks in a frozen model (llamapro), Houlsby's adapters (adapter), LoReFT (reft), virtual
+    """Train every parameter (full), LoRA adapters on a frozen base (lora), new blocks in a frozen model (llamapro), or,
+    not on megatron, LoRA with shifted sparse attention (longlora), Houlsby's adapters (adapter), LoReFT (reft), virtual
     tokens (prompt, ptuning) or keys (prefix) before every sequence, a classifier that mixes LoRAs token by token
     (xlora), adapters of another method of PEFT."""
     tuner_config: str | None = None
@@ -290,10 +290,10 @@ class TrainConfig:
     """fsdp: let a layer's gathered parameters go after its forward pass, and gather them again for the backward one."""
     fsdp_cpu_offload: bool = False
     """fsdp: parameters, gradients and optimizer state in host memory, where updates are computed too."""
-    deepspeed: str = "zero2"
+    deepspeed: str | None = None
     """deepspeed: zero1 (optimizer state and fp32 masters cut over ranks), zero2 (gradients too), zero3 (parameters
     too), zero2_offload (state in host memory), zero3_offload (parameters too); or FILE.json, DeepSpeed's own
-    configuration, in which "auto" is whatever the flags say."""
+    configuration, in which "auto" is whatever the flags say. Default: zero2."""
     use_liger_kernel: bool = False
     """fsdp, ddp, on GPUs: norms, rotation and activations by Liger's Triton kernels (pip install 'mswift[liger]'). The
     loss stays mswift's, fused or not (--cross_entropy_loss_fusion)."""

@@ -45,8 +45,8 @@ def _check(config: InferConfig) -> None:
     check_model_dir(Path(config.model))
     if len(config.adapters) > 1:
         raise ConfigError(
-            f"--adapters {' '.join(config.adapters)}: one adapter at a time; "
-            f"`mswift merge` folds several into one model, in order"
+            f"--adapters {' '.join(config.adapters)}: one adapter at a time; `mswift deploy --adapters a=DIR b=DIR` "
+            "answers with several side by side, `mswift merge` folds several LoRAs into one model, in order"
         )
     adapters = named_adapters(config.adapters)
     for adapter in adapters.values():

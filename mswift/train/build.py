@@ -21,7 +21,7 @@ from mswift.data.mixture import read_mixture
 from mswift.data.packed import PackedDataset, Stored
 from mswift.data.samples import Cut, CutKind
 from mswift.data.selection import Selection
-from mswift.data.stream import StreamDataset
+from mswift.data.stream import StreamDataset, num_samples
 from mswift.data.tokenizer import Tokenizer, add_special_tokens, late_tokenizer, pad_token_id
 from mswift.errors import ConfigError
 from mswift.launchers.environment import RankInfo
@@ -150,12 +150,12 @@ def batch_plan(config: TrainConfig, dims: ParallelDims, rank: int, tokenizer: To
     )
 
 
-def num_steps(config: TrainConfig, num_samples: int) -> int:
-    """Optimizer steps of the run; the last epoch is rounded up to whole batches. `num_samples`: 0 of a stream."""
+def num_steps(config: TrainConfig, held: int) -> int:
+    """Optimizer steps of the run; the last epoch is rounded up to whole batches. `held`: samples, 0 of a stream."""
     if config.train_iters is not None:
         return config.train_iters
     assert config.num_train_epochs is not None  # refused before
-    steps = math.ceil(num_samples * config.num_train_epochs / config.global_batch_size)
+    steps = math.ceil(held * config.num_train_epochs / config.global_batch_size)
     check_schedule(config, steps)
     return steps
 
@@ -188,6 +188,17 @@ def _stage_lines(dims: ParallelDims, num_layers: int) -> dict[str, str]:
     if dims.chunks == 1 and dims.chunk_layers is None:
         return {}
     return {f"  stage {n}": held for n, held in enumerate(describe_cut(dims.cut(num_layers), dims.pp))}
+
+
+def steps_line(config: TrainConfig, held: int, steps: int) -> str:
+    """How many, and whether a step has samples more than once. `held`: samples of an epoch, 0 of a stream."""
+    size, what = config.global_batch_size, "packs" if config.packing else "samples"
+    if not held or held >= size:
+        return f"{steps}"
+    return (
+        f"{steps}, {steps * size / held:.3g} epochs: a step takes {size} {what} and the data has {held}, so that "
+        f"a step has them more than once; --global_batch_size {held} (or less) would not"
+    )
 
 
 def _loss_line(config: TrainConfig, data: Stored | StreamDataset) -> str:
@@ -231,7 +242,8 @@ def print_banner(
         "loss": _loss_line(config, data),
         "data": data.summary,
         "validation": val_data.summary if val_data else "none",
-        "steps": f"{last_step}" + (f", continuing after step {start.resume.step}" if start.resume else ""),
+        "steps": steps_line(config, num_samples(data), last_step)
+        + (f", continuing after step {start.resume.step}" if start.resume else ""),
         "output": str(Path(config.output_dir)),
     }
     print("\n".join(f"{name:11s}{text}" for name, text in lines.items()), flush=True)

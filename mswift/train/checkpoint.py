@@ -143,6 +143,12 @@ def engine_layout(engine: Engine) -> dict[str, int]:
     return sizes | {f"chunk {n}": layers for n, layers in enumerate(dims.chunk_layers or ())}
 
 
+def _in_words(value: Any) -> str:
+    """A flag's value as a command has it; empty for none."""
+    words = value if isinstance(value, list) else [] if value is None else [value]
+    return " ".join(map(str, words))
+
+
 def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: Mapping[str, Any]) -> None:
     """Refuse to continue on other data or another order: the position would mean other samples."""
     if state.order_version != ORDER_VERSION:
@@ -156,10 +162,11 @@ def check_same_data(state: RunState, fingerprint: str, num_samples: int, fixed: 
         then = state.config.get(name, TrainConfig.__dataclass_fields__[name].default)  # a flag of later than the run
         then, value = (list(v) if isinstance(v, (list, tuple)) else v for v in (then, value))
         if then != value:
-            remedy = "leave it out" if then is None else f"pass {then}"
+            has, says = _in_words(then), _in_words(value)
+            remedy = f"pass {has}" if has else "leave it out"
             raise ConfigError(
-                f"--{name}: the run of this --output_dir has {then}, the command says {value}; {remedy}, or start "
-                "a new run with another --output_dir"
+                f"--{name}: the run of this --output_dir has {has or 'none'}, the command says {says or 'none'}; "
+                f"{remedy}, or start a new run with another --output_dir"
             )
     if state.stream and state.data_fingerprint != fingerprint:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """What a tuner trains, in words. No torch."""
 
 from mswift.config.train import TrainConfig
+from mswift.refusals.backend import FREEZING
 from mswift.tuners.llamapro import within
 from mswift.tuners.prompts import PROMPTS
 
@@ -23,4 +24,9 @@ def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
     if config.lisa_activated_layers:
         active, every = config.lisa_activated_layers, config.lisa_step_interval
         return f"LISA, {active} of {num_layers} layers at a time, drawn anew every {every} steps; all of the ends"
-    return None
+    flags = [f"--{name} {_said(value)}" for name in FREEZING if (value := getattr(config, name))]
+    return f"full, a part of the model: {' '.join(flags)}" if flags else None
+
+
+def _said(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

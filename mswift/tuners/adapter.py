@@ -61,12 +61,15 @@ class PeftAdapter:
                 raise CheckpointError(f"{self.file} lacks {PREFIX}{name} {list(shape)}, which {CONFIG_FILE} asks for")
             if self.shapes[name] != shape:
                 found = list(self.shapes[name])
-                raise CheckpointError(f"{self.file}: {PREFIX}{name} has shape {found}, the model needs {list(shape)}")
+                raise CheckpointError(
+                    f"{self.file}: {PREFIX}{name} has shape {found}, the model needs {list(shape)}; give the base "
+                    "model that it was trained on"
+                )
         extra = sorted(self.shapes.keys() - shapes.keys())
         if extra:
             raise CheckpointError(
                 f"{self.file}: {PREFIX}{extra[0]} {list(self.shapes[extra[0]])} has no place in this model "
-                f"({len(extra)} such tensors)"
+                f"({len(extra)} such tensors); give the base model that it was trained on"
             )
 
     def lora_config(self, table: ModelTable, seed: int) -> tuple[LoraConfig, tuple[str, ...]]:

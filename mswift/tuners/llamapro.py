@@ -62,9 +62,11 @@ def expansion(num_layers: int, num_new: int, num_groups: int | None) -> Expansio
         flag = (
             f"--llamapro_num_groups {groups}" if num_groups else f"--llamapro_num_new_blocks {num_new} (as many groups)"
         )
+        fitting = [size for size in divisors(num_layers) if num_new % size == 0]
         raise ConfigError(
-            f"{flag} does not divide the {num_layers} layers of --model: use "
-            f"{', '.join(map(str, divisors(num_layers)))} for --llamapro_num_groups"
+            f"{flag} does not divide the {num_layers} layers of --model: use --llamapro_num_groups "
+            f"{' or '.join(map(str, fitting))}, or as many new blocks as divide them: "
+            f"{', '.join(map(str, divisors(num_layers)))}"
         )
     if num_new % groups:
         raise ConfigError(

@@ -39,13 +39,14 @@ class AdapterFile:
             if self.shapes[name] != shape:
                 found = list(self.shapes[name])
                 raise CheckpointError(
-                    f"{self.file}: {full_name(name)} has shape {found}, the model needs {list(shape)}"
+                    f"{self.file}: {full_name(name)} has shape {found}, the model needs {list(shape)}; give the base "
+                    "model that it was trained on"
                 )
         extra = sorted(self.shapes.keys() - shapes.keys())
         if extra:
             raise CheckpointError(
                 f"{self.file}: {full_name(extra[0])} {list(self.shapes[extra[0]])} has no place in this model "
-                f"({len(extra)} such tensors)"
+                f"({len(extra)} such tensors); give the base model that it was trained on"
             )
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from mswift.tuners.method_flags import method_config, tuner_fields
 from mswift.tuners.peft_config import CONFIG_FILE, read_adapter_json
 from mswift.tuners.prompt_config import check_continued, parse_prompt, prompt_config
 from mswift.tuners.prompts import PROMPTS, PromptConfig, is_prompt
-from mswift.tuners.xlora import XloraConfig, check_fits, xlora_config
+from mswift.tuners.xlora import XloraConfig, check_choice, check_fits, xlora_config
 from mswift.tuners.xlora_files import is_xlora, parse_xlora
 
 OtherConfig = MethodConfig | HiddenConfig | PromptConfig | XloraConfig
@@ -27,7 +27,9 @@ def other_config(config: TrainConfig, table: ModelTable, num_steps: int | None =
     if config.tuner_type == "xlora":
         if config.adapters:
             return _mixed(config, table, Path(config.adapters[0]))
-        return xlora_config(table, tuner_fields(config), config.xlora_adapters, config.seed)
+        made = xlora_config(table, tuner_fields(config), config.xlora_adapters, config.seed)
+        check_choice(made, config.xlora_adapters)
+        return made
     if config.tuner_type in PROMPTS:
         return prompt_config(table, config.tuner_type, tuner_fields(config), config.seed)
     return _hidden(config, table) if config.tuner_type in HIDDEN else method_config(config, table, num_steps)

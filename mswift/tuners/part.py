@@ -42,10 +42,19 @@ class Part:
         found -= _matching(names, self.trainable_regex, "trainable_parameters_regex")
         if len(found) == len(names):
             raise ConfigError(
-                "--freeze_parameters_ratio, --freeze_parameters: every parameter is frozen, nothing is left to train: "
-                "name some with --trainable_parameters"
+                f"{self._freezing()}: every parameter is frozen, nothing is left to train: name some with "
+                "--trainable_parameters (or --trainable_parameters_regex)"
             )
         return found
+
+    def _freezing(self) -> str:
+        """The flags that freeze."""
+        flags = {
+            "freeze_parameters_ratio": str(self.ratio or ""),
+            "freeze_parameters": " ".join(self.freeze),
+            "freeze_parameters_regex": self.freeze_regex or "",
+        }
+        return ", ".join(f"--{name} {value}" for name, value in flags.items() if value)
 
 
 def _beginning(names: Sequence[str], starts: Sequence[str], flag: str) -> set[str]:

@@ -187,6 +187,17 @@ def check_pairs(fields: Mapping[str, Any], given: Mapping[str, Any], count: int,
                 raise ConfigError(f"{where}{name} {given[name]} has no effect with xlora_depth 1, one linear")
 
 
+def check_choice(made: XloraConfig, paths: Sequence[str]) -> None:
+    """ConfigError where the classifier has no choice: of equal LoRAs all of a softmax's scales compute the same."""
+    fields = made.fields
+    is_same = len({Path(path).resolve() for path in paths}) == 1 and (len(paths) == 1 or not fields["top_k_lora"])
+    if is_same and fields["enable_softmax"] and not fields["use_trainable_adapters"]:
+        raise ConfigError(
+            f"--xlora_adapters {' '.join(paths)}: the scales of a softmax sum to 1, so that of one LoRA nothing would "
+            "be learned: name two different ones or more, or give --tuner_config '{\"enable_softmax\": false}'"
+        )
+
+
 def check_fits(there: XloraConfig, table: ModelTable, adapter: Path) -> None:
     """ConfigError for an adapter of another model."""
     if there.hidden_size != table.spec.hidden_size:

@@ -22,6 +22,23 @@ def test_the_same_run_goes_on() -> None:
         ({"order_version": 1}, {}, f"order 1, this mswift draws order {ORDER_VERSION}"),
         ({"data_fingerprint": "other"}, {}, r"--dataset: .* step 3 \(20 samples then, 20 now\)"),
         ({}, {"seed": 7}, "--seed: the run of this --output_dir has 42, the command says 7; pass 42"),
+        (
+            {
+                "config": {
+                    **STATE.config,
+                    "freeze_parameters": ["model.embed_tokens", "lm_head"],
+                    "quant_method": "gptq",
+                }
+            },
+            {"freeze_parameters": ("lm_head",)},
+            "has model.embed_tokens lm_head, the command says lm_head; pass model.embed_tokens lm_head, or start",
+        ),
+        (
+            {"config": {**STATE.config, "quant_method": "gptq"}},
+            {"quant_method": None},
+            "has gptq, the command says none; pass gptq, or start",
+        ),
+        ({}, {"quant_method": "bnb"}, "has none, the command says bnb; leave it out, or start"),
         ({}, {"max_length": 64}, "--max_length: the run of this --output_dir has 2048, the command says 64"),
     ],
 )

@@ -98,6 +98,7 @@ MISTAKES = {
     ("sft", "--model"): "--model needs a value",
     ("sft", "--model", "m", "--lora_rank", "eight"): "--lora_rank eight: it takes a whole number",
     ("sft", "--model", "m", "--tuner_type", "lra"): "--tuner_type lra: it takes full or lora or longlora",
+    ("sft", "--model", "m", "--tuner_type", "ia33"): "vblora or vera; did you mean ia3?",
     ("sft", "--model", "m", "--train_iters", "1.5"): "--train_iters 1.5: it takes a whole number or none",
     ("sft", "--model", "m", "--sequence_parallel", "yes"): "--sequence_parallel yes: it takes true or false",
     ("sft", "--model", "m", "--sequence_parallel=yes"): "--sequence_parallel yes: it takes true or false",

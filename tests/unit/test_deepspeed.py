@@ -194,6 +194,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"deepspeed": "zero3", "init_weights": "pissa", "tuner_type": "lora"}, "--init_weights pissa begins with whole"),
     ({"backend": "fsdp", "deepspeed": "zero3"}, "--deepspeed zero3 belongs to --backend deepspeed: add it"),
     ({"backend": "megatron", "deepspeed": "zero3"}, "--deepspeed zero3 belongs to --backend deepspeed: add it"),
+    ({"backend": "megatron", "deepspeed": "zero2"}, "--deepspeed zero2 belongs to --backend deepspeed: add it"),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mswift.cli.commands import COMMANDS, load
 from mswift.cli.options import parse
+from mswift.config.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +29,9 @@ def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     recipe = tmp_path / "recipe.yaml"  # the reader's own
     recipe.write_text("model: Qwen3-0.6B\n")
     for name, *argv in _commands(page):
-        parse(load(COMMANDS[name].config), [str(recipe) if word == recipe.name else word for word in argv])
+        config = parse(load(COMMANDS[name].config), [str(recipe) if word == recipe.name else word for word in argv])
+        if isinstance(config, TrainConfig) and name in ("pt", "sft") and recipe.name not in argv:
+            assert config.train_iters or config.num_train_epochs, f"the length of the run is missing: {argv}"
 
 
 def test_there_are_commands_and_a_wrong_flag_would_be_seen(tmp_path: Path) -> None:

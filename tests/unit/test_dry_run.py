@@ -203,6 +203,17 @@ def test_what_a_rank_sends_in_a_step(argv: list[str], capsys: pytest.CaptureFixt
     assert "sent           not estimated with adapters" in capsys.readouterr().out
 
 
+def test_a_part_of_the_model_is_told_by_its_flags(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main([*argv, "--freeze_parameters", "model.embed_tokens", "lm_head", "--trainable_parameters_regex", "mlp"])
+        == 0
+    )
+    said = "tuner          full, a part of the model: --freeze_parameters model.embed_tokens lm_head --trainable_par"
+    assert said in capsys.readouterr().out
+    assert main(argv) == 0
+    assert "tuner          full\n" in capsys.readouterr().out
+
+
 def test_every_refusal_is_printed_and_the_status_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--tensor_model_parallel_size", "8", "--lora_rank", "3", "--val_dataset", "absent.txt", "--resume", "true"]
     assert main([*argv, *wrong, "--world_size", "8"]) == 2

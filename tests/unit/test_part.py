@@ -42,7 +42,8 @@ def test_frozen(part: dict[str, Any], frozen: int) -> None:
         ({"trainable": ("x",)}, "--trainable_parameters x: no parameter"),
         ({"freeze_regex": "("}, r"--freeze_parameters_regex \(: no regular expression"),
         ({"trainable_regex": "zzz"}, "--trainable_parameters_regex zzz: matches no parameter; the first one is embed"),
-        ({"freeze": ("",)}, "nothing is left to train"),
+        ({"freeze_regex": "."}, r"^--freeze_parameters_regex \.: every parameter is frozen, nothing is left to train"),
+        ({"ratio": 0.95, "freeze": ("head",)}, "^--freeze_parameters_ratio 0.95, --freeze_parameters head: every"),
     ],
 )
 def test_refused(part: dict[str, Any], text: str) -> None:

@@ -157,6 +157,30 @@ def test_linears_of_other_rows_are_not_mixed(tmp_path: Path, family: str, name: 
         xlora_config(table_for(family_config(family)), {}, [lora])
 
 
+@pytest.mark.parametrize(
+    ("places", "fields", "is_refused"),
+    [
+        ((0,), {}, True),
+        ((0,), {"top_k_lora": 1}, True),
+        ((0, 0), {}, True),
+        ((0, 0), {"top_k_lora": 1}, False),
+        ((0,), {"enable_softmax": False}, False),
+        ((0,), {"use_trainable_adapters": True}, False),
+        ((0, 0, 1), {}, False),
+    ],
+)
+def test_scales_that_nothing_depends_on_are_refused(
+    loras: tuple[str, ...], places: tuple[int, ...], fields: dict[str, Any], is_refused: bool
+) -> None:
+    spelled = [f"{loras[place]}/../{Path(loras[place]).name}" if n else loras[place] for n, place in enumerate(places)]
+    made = run(tuple(spelled), **fields)
+    if not is_refused:
+        assert trained_parameters(made, TABLE)
+        return
+    with pytest.raises(ConfigError, match="--xlora_adapters .*of one LoRA nothing would be learned: name two"):
+        trained_parameters(made, TABLE)
+
+
 def test_no_lora_and_no_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name them, --xlora_adapters DIR DIR"):
         trained_parameters(FINE, TABLE)

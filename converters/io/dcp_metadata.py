@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,10 +92,15 @@ def _index(metadata: Record) -> Index:
     return index
 
 
-def _item(info: Record) -> Item:
-    file = _text(info.field("relative_path"))
+@lru_cache(maxsize=1 << 12)
+def _check_plain(file: str) -> None:
     if PurePosixPath(file).name != file or file in ("", ".", ".."):
         raise ValueError(f"{file!r} is not a plain file name")
+
+
+def _item(info: Record) -> Item:
+    file = _text(info.field("relative_path"))
+    _check_plain(file)
     if info.state.get("transform_descriptors"):
         raise ValueError(f"{file!r} is compressed or encrypted")
     return Item(file, *_ints((info.field("offset"), info.field("length"))))
@@ -119,7 +124,7 @@ def encode_metadata(index: Index) -> bytes:
     out = PickleWriter()
 
     def size(values: Sequence[int]) -> Any:
-        return partial(out.call, "torch", "Size", (tuple(values),))
+        return partial(out.size, tuple(values))
 
     def new(name: str, state: Any, module: str = _METADATA) -> Any:
         return partial(out.instance, module, name, state)

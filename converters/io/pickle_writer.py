@@ -1,7 +1,7 @@
 """Pickles of torch checkpoints written without torch: protocol-2 opcodes."""
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 TORCH_DTYPES = {
@@ -16,7 +16,7 @@ class PickleWriter:
 
     def __init__(self) -> None:
         self._out = bytearray(b"\x80\x02")
-        self._memo: dict[str | tuple[str, str], int] = {}
+        self._memo: dict[Hashable, int] = {}
 
     def close(self) -> bytes:
         """The finished pickle."""
@@ -35,7 +35,7 @@ class PickleWriter:
         elif isinstance(value, float):
             self._out += b"G" + struct.pack(">d", value)
         elif isinstance(value, str):
-            self._once(value, b"X" + struct.pack("<I", len(data := value.encode("utf-8"))) + data)
+            self._once(value, lambda: self._text(value))
         elif isinstance(value, tuple):
             self._tuple(value)
         elif isinstance(value, Mapping):
@@ -87,16 +87,25 @@ class PickleWriter:
 
     def global_(self, module: str, name: str) -> None:
         """A class or function by name."""
-        self._once((module, name), f"c{module}\n{name}\n".encode())
+        self._once((module, name), lambda: self._out.extend(f"c{module}\n{name}\n".encode()))
 
-    def _once(self, key: str | tuple[str, str], written: bytes) -> None:
-        """`written` the first time, afterwards a reference to it: a name stands in thousands of chunks."""
+    def _text(self, value: str) -> None:
+        data = value.encode("utf-8")
+        self._out += b"X" + struct.pack("<I", len(data)) + data
+
+    def _once(self, key: Hashable, write: Callable[[], None]) -> None:
+        """`write` the first time, afterwards a reference to it: a name stands in thousands of chunks."""
         known = self._memo.get(key)
         if known is None:
+            write()
             known = self._memo[key] = len(self._memo)
-            self._out += written + (b"q" + bytes([known]) if known < 256 else b"r" + struct.pack("<I", known))
+            self._out += b"q" + bytes([known]) if known < 256 else b"r" + struct.pack("<I", known)
         else:
             self._out += b"h" + bytes([known]) if known < 256 else b"j" + struct.pack("<I", known)
+
+    def size(self, values: tuple[int, ...]) -> None:
+        """A torch.Size; equal ones are one object, as they are in most chunks of a checkpoint."""
+        self._once(values, lambda: self.call("torch", "Size", (values,)))
 
     def call(self, module: str, name: str, args: tuple[Any, ...]) -> None:
         """The result of calling a global."""

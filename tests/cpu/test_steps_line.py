@@ -16,7 +16,7 @@ from mswift.train.build import steps_line
         (
             3,
             True,
-            r"2, 10.7 epochs: a step takes 16 packs and the data has 3, .*; --global_batch_size 3 \(or less\) would not",
+            r"2, 10.7 epochs: a step takes 16 packs and the data has 3, .*; --global_batch_size 3 \(or less\) would .*",
         ),
         (15, False, "2, 2.13 epochs: a step takes 16 samples and the data has 15, .*"),
     ],

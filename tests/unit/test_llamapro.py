@@ -34,8 +34,8 @@ def test_new_blocks_stand_behind_their_groups() -> None:
     [
         (
             (6, 4, None),
-            "--llamapro_num_new_blocks 4 .as many groups. does not divide the 6 layers .* use --llamapro_num_groups 1 or "
-            "2, or as many new blocks as divide them: 1, 2, 3, 6",
+            "--llamapro_num_new_blocks 4 .as many groups. does not divide the 6 layers .* use --llamapro_num_groups 1 "
+            "or 2, or as many new blocks as divide them: 1, 2, 3, 6",
         ),
         ((6, 4, 4), "--llamapro_num_groups 4 does not divide the 6 layers"),
         ((6, 4, 3), "4 is not a multiple of --llamapro_num_groups 3: use --llamapro_num_new_blocks 6"),

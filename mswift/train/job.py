@@ -173,11 +173,20 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
     stopped_by, step = 0, first_step
     ledger = Ledger(run.output_dir)
     failing = ledger.failing(lambda: step) if run.rank == 0 else nullcontext()
+
+    def tell(published: list[Path], waited: float) -> None:
+        for number, saved in enumerate(published, 1):
+            for watcher in watchers:
+                watcher.saved(saved)
+            if run.rank == 0:  # of several, the steps waited for the last one
+                ledger.saved(int(saved.name.rpartition("-")[2]), waited if number == len(published) else 0.0)
+
     with watching(watchers), failing, lost_ranks_in_words(), closing(batches):
         for done in steps:
             step = done.step
             if not not_finite.check(done):
-                saver.finish()
+                started = time.perf_counter()
+                tell(saver.finish(), time.perf_counter() - started)
                 raise not_finite.error(done)
             started = time.perf_counter()
             evaluation = _evaluate_if_due(run, done)
@@ -189,12 +198,9 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
                 watcher.step(record)
             run.watch.at(step, "saving")
             started = time.perf_counter()
-            saved = saver.after_step(done, any_busy=bool(any_busy), last=bool(stopped_by) or step == run.last_step)
-            if saved is not None:
-                for watcher in watchers:
-                    watcher.saved(saved)
-                if run.rank == 0:
-                    ledger.saved(int(saved.name.rpartition("-")[2]), time.perf_counter() - started)
+            is_last = bool(stopped_by) or step == run.last_step
+            published = saver.after_step(done, any_busy=bool(any_busy), last=is_last)
+            tell(published, time.perf_counter() - started)
             if isinstance(run.data, StreamDataset):
                 run.data.finished(done.consumed_samples)
             if stopped_by:

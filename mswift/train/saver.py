@@ -27,38 +27,41 @@ class Saver:
         """Whether this rank is writing a checkpoint in the background just now."""
         return self._under_way is not None and self._under_way.is_busy
 
-    def after_step(self, done: FinishedStep, *, any_busy: bool, last: bool) -> Path | None:
-        """Save what is due after a step; the checkpoint that was published meanwhile, if any.
+    def after_step(self, done: FinishedStep, *, any_busy: bool, last: bool) -> list[Path]:
+        """Save what is due after a step; the checkpoints that were published meanwhile.
 
         any_busy: whether some rank `is_busy`; last: no step follows, so all must be on the disk on return.
         """
         config = self._run.config
-        published = None
+        published = []
         if self._under_way is not None and not any_busy and self._under_way.advance():
-            published, self._under_way = self._under_way.destination, None
+            published, self._under_way = [self._under_way.destination], None
         if config.save_hf_steps and done.step % config.save_hf_steps == 0:
             self._snapshot(done.step)
         if last or (config.save_steps and done.step % config.save_steps == 0):
-            published = self.save(done.step, done.consumed_samples, wait=last) or published
+            published += self.save(done.step, done.consumed_samples, wait=last)
         return published
 
-    def save(self, step: int, consumed_samples: int, *, wait: bool) -> Path | None:
-        """Save the state as it is now; None while it is still under way (--async_save, unless `wait`)."""
-        before = self.finish()
+    def save(self, step: int, consumed_samples: int, *, wait: bool) -> list[Path]:
+        """Save the state as it is now, behind the one that is under way; what of them is published on return.
+
+        With --async_save and without `wait` this one is not yet.
+        """
+        published = self.finish()
         run, rank = self._run, self._run.rank
         state, keep = self._state(step, consumed_samples), run.config.save_total_limit
         if wait or not run.config.async_save:
-            return save_state(run.engine, run.output_dir, state, rank, run.hf_files, keep)
+            return [*published, save_state(run.engine, run.output_dir, state, rank, run.hf_files, keep)]
         copies = self._staging.copy(state_shards(run.engine, rank), run.device)
         self._under_way = BackgroundSave(CheckpointSave(run.output_dir, state, rank, copies, run.hf_files, keep))
-        return before
+        return published
 
-    def finish(self) -> Path | None:
+    def finish(self) -> list[Path]:
         """Wait for the save that is under way, if there is one; its checkpoint."""
         if self._under_way is None:
-            return None
+            return []
         under_way, self._under_way = self._under_way, None
-        return under_way.finish()
+        return [under_way.finish()]
 
     def _snapshot(self, step: int) -> None:
         run = self._run

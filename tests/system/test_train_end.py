@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mswift import rundir
 from tests.support.commands import command, make_home, run_program
 from tests.support.server import ENVIRON, ROOT
 
@@ -30,6 +31,9 @@ def ends(home: Path, tmp_path: Path, *flags: str) -> list[dict[str, Any]]:
     return [json.loads((tmp_path / "ends" / str(rank)).read_text()) for rank in range(2)]
 
 
+ASYNC = ("--train_iters", "2", "--save_steps", "1", "--async_save")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -39,10 +43,14 @@ def ends(home: Path, tmp_path: Path, *flags: str) -> list[dict[str, Any]]:
 )
 def test_a_rank_ends_without_threads_and_groups(tmp_path: Path, flags: tuple[str, ...]) -> None:
     home = make_home(tmp_path / "home")
-    for rank, end in enumerate(ends(home, tmp_path, "--train_iters", "2", "--async_save", *flags)):
+    for rank, end in enumerate(ends(home, tmp_path, *ASYNC, *flags)):
         assert end["groups"] == [], rank
         assert GLOO not in end["native"], (rank, end)
         assert end["threads"] == [], (rank, end)
+    saved = [
+        event["step"] for event in rundir.read_objects(tmp_path / "run" / rundir.LEDGER) if event["event"] == "save"
+    ]
+    assert saved == [1, 2]  # also the one that the last save waited for
 
 
 LEAVING = """

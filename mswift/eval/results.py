@@ -79,7 +79,7 @@ def read(directory: Path) -> tuple[dict[str, Any], list[TaskResult]]:
             raise ConfigError(f"{path}: format {value['mswift_eval']}, and this version reads {_FORMAT}")
         results = []
         for name, task in value["tasks"].items():
-            lines = (directory / samples_name(name)).read_text(encoding="utf-8").splitlines()
+            lines = (directory / samples_name(name)).read_bytes().splitlines()  # of text, also at U+2028
             metrics = tuple(Metric(**found["metric"]) for found in task["metrics"].values())
             fields = {key: task[key] for key in _TOLD}
             results.append(TaskResult(name=name, metrics=metrics, samples=[json.loads(x) for x in lines], **fields))

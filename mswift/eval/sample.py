@@ -116,7 +116,7 @@ def _line(row: Row, completions: Sequence[Completion], reward: Reward, row_hash:
 
 
 def _report(config: SampleConfig, path: Path, kept: int) -> None:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]  # text would also end lines at U+2028
     passed = [sum(sample["score"] >= config.min_score for sample in line["samples"]) for line in lines]
     scores = [sample["score"] for line in lines for sample in line["samples"]]
     were_there = f" ({kept} were there)" if kept else ""

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mswift.cli.main import main
+from mswift.eval import sample
 from mswift.infer.loading import load_model, load_tokenizer
+from mswift.infer.request import Completion, Request
 from mswift.infer.transformers_engine import TransformersEngine
 from tests.support.serving import fixed_answer_model, serving
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -38,7 +41,7 @@ def rows(tmp_path: Path) -> Path:
 def _sample(model: Path, rows: Path, result: Path, *flags: str) -> list[dict[str, Any]]:
     argv = ["sample", "--model", str(model), "--val_dataset", str(rows), "--result_path", str(result)]
     assert main([*argv, "--num_samples", "3", "--max_new_tokens", "12", "--max_batch_size", "2", *flags]) == 0
-    return [json.loads(line) for line in result.read_text().splitlines()]
+    return [json.loads(line) for line in result.read_bytes().splitlines()]
 
 
 def test_answers_are_scored_by_a_function_and_the_best_become_rows(
@@ -73,6 +76,28 @@ def test_answers_are_scored_by_a_function_and_the_best_become_rows(
     result.write_bytes(whole[: len(whole) // 2])
     _sample(model_dir, rows, result, *flags)
     assert result.read_bytes() == whole
+
+
+def test_answers_with_line_breaks_of_unicode_are_reported(
+    model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """U+2028 and U+0085 end lines of text, and JSON holds them as they are."""
+    text = "a\u2028b\x85c"
+
+    class Engine:
+        tokenizer = SimpleNamespace(chat_template="any")
+
+        def generate(self, requests: list[Request]) -> list[Completion]:
+            return [Completion(text, "stop", 1, 1) for request in requests for _ in range(request.sampling.n)]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(sample, "open_engine", lambda *_: Engine())
+    best = tmp_path / "best.jsonl"
+    _sample(model_dir, rows, tmp_path / "out", "--reward", "regex:.", "--min_score", "0", "--best_path", str(best))
+    assert "5 rows, 15 answers" in capsys.readouterr().out
+    contents = [json.loads(line)["messages"][1]["content"] for line in best.read_bytes().splitlines()]
+    assert contents == [text] * 5
 
 
 def test_a_file_of_another_reward_is_refused(

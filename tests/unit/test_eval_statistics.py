@@ -99,6 +99,13 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_answers_with_line_breaks_of_unicode_are_read_again(tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 end lines of text, and JSON holds them as they are."""
+    told = {"id": "0", "prompt_sha256": "p0", "answers": ["a\u2028b\u2029c\x85d\re"], "values": {"acc": 1.0}}
+    result = _result([], samples=[told])
+    assert results.read(_write(tmp_path / "one", result))[1] == [result]
+
+
 def test_two_models_side_by_side(tmp_path: Path) -> None:
     one = _write(tmp_path / "one", _result([0.0] * 30))
     two = _write(tmp_path / "two", _result([1.0] * 12 + [0.0] * 18))

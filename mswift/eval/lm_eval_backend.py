@@ -152,7 +152,7 @@ class _opened:
         model, about = self._context.__enter__()
         if config.eval_url is not None:
             return _server(config, model), {**about, "engine": f"{about['engine']}, by lm-eval's client"}
-        return {"model": _engine_model(model, config.use_chat_template)}, about
+        return {"model": _engine_model(model, config.use_chat_template, config.seed)}, about
 
     def __exit__(self, *error: Any) -> None:
         if self._context is not None:
@@ -177,12 +177,13 @@ def _server(config: EvalConfig, model: EvalModel) -> dict[str, Any]:
     return {"model": "local-completions", "model_args": arguments}
 
 
-def _engine_model(model: EvalModel, chat: bool) -> Any:
-    """An engine of mswift as a model of lm-eval."""
+def _engine_model(model: EvalModel, chat: bool, seed: int) -> Any:
+    """An engine of mswift as a model of lm-eval; seed: of all its draws."""
     from lm_eval.api.model import LM
     from lm_eval.models.utils import handle_stop_sequences
 
     from mswift.infer.request import Request, Sampling
+    from mswift.infer.rows import stream_seed
 
     class EngineModel(LM):  # type: ignore[misc]
         """Likelihoods and answers of the engine; tokens, cuts and stops are EvalModel's."""
@@ -197,7 +198,10 @@ def _engine_model(model: EvalModel, chat: bool) -> Any:
             raise NotImplementedError("perplexity tasks: give --eval_args model=hf")
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            asked = [Request(prompt=context, sampling=_sampling(more)) for context, more in (r.args for r in requests)]
+            asked = [
+                Request(prompt=context, sampling=_sampling(more, stream_seed(seed, index)))
+                for index, (context, more) in enumerate(request.args for request in requests)
+            ]  # a task may ask the same several times: each has a stream of its own
             answers, _ = model.generate(asked, lambda count: None)
             return [given[0].text for given in answers]
 
@@ -214,13 +218,14 @@ def _engine_model(model: EvalModel, chat: bool) -> Any:
         def chat_template(self, chat_template: bool | str = False) -> str:
             return str(model.tokenizer.chat_template) if chat else ""
 
-    def _sampling(given: dict[str, Any]) -> Sampling:
+    def _sampling(given: dict[str, Any], own_seed: int) -> Sampling:
         stops = handle_stop_sequences(given.get("until"), eos=model.tokenizer.eos_token)
         sample = bool(given.get("do_sample", False))
         return Sampling(
             max_new_tokens=int(given.get("max_gen_toks", 256)),
             temperature=float(given.get("temperature", 1.0)) if sample else 0.0,
             top_p=float(given.get("top_p", 1.0)),
+            seed=own_seed,
             stop=tuple(stop for stop in stops if stop),
         )
 

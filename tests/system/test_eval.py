@@ -130,6 +130,27 @@ def test_lm_eval_over_the_engine_agrees(
 
 
 @needs_extra
+def test_what_lm_eval_asks_several_times_is_drawn_anew_and_the_seed_decides(tmp_path: Path) -> None:
+    """Tasks with `repeats` (pass@k, votes) ask the same again and again."""
+    from types import SimpleNamespace
+
+    from mswift.eval.lm_eval_backend import _engine_model
+
+    class Seeds:
+        """An EvalModel whose answers are the seeds."""
+
+        tokenizer = SimpleNamespace(eos_token="<end>")
+
+        def generate(self, asked: Sequence[Any], advance: Any) -> tuple[list[list[Any]], list[bool]]:
+            return [[SimpleNamespace(text=str(one.sampling.seed))] for one in asked], [False] * len(asked)
+
+    same = [SimpleNamespace(args=("Q", {"until": ["\n"], "do_sample": True, "temperature": 0.8}))] * 4
+    first, again, other = (_engine_model(Seeds(), False, seed).generate_until(same) for seed in (1, 1, 2))  # type: ignore[arg-type]
+    assert first == again
+    assert len({*first, *other}) == 8
+
+
+@needs_extra
 def test_prompts_are_lm_evals_own(tmp_path: Path) -> None:
     """With examples too: the text that lm-eval's own task gives is the text that ours gives."""
     from lm_eval.tasks import TaskManager

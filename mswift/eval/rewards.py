@@ -13,6 +13,7 @@ from typing import Any
 
 from mswift.config.sample import SampleConfig
 from mswift.errors import ConfigError, DataError, MswiftError
+from mswift.infer.direct import urlopen
 
 Reward = Callable[[str, Sequence[str], str | None], list[float]]
 """(question, answers, label) -> a score for each answer."""
@@ -105,7 +106,7 @@ def _by_judge(url: str, model: str, prompt: str) -> Reward:
         address = f"{url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=_JUDGE_SECONDS) as answer:
+            with urlopen(request, timeout=_JUDGE_SECONDS) as answer:
                 content: Any = json.loads(answer.read())["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             raise MswiftError(f"--judge_url {url}: status {error.code}: {error.read().decode()[:300]}") from None

@@ -17,10 +17,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mswift.errors import MswiftError
+from mswift.infer.direct import urlopen
 
 _SHOWN_LINES = 15
 _SHOWN_BYTES = 1 << 16
@@ -36,7 +37,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 0
     """0: a free one."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     served_model_name: str | None = None
     """None: the directory's name."""
     ready_seconds: float = 1800
@@ -111,8 +112,9 @@ class ChildServer:
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + self.options.ready_seconds
+        request = urllib.request.Request(self.url + self._health)
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.url + self._health, timeout=5):
+            with contextlib.suppress(OSError), urlopen(request, timeout=5, is_ours=True):
                 if self.status is None:  # it answered, not another one on its port
                     return
             if self.status is not None:
@@ -135,7 +137,7 @@ class ChildServer:
         data = json.dumps(content or {}).encode()
         request = urllib.request.Request(f"{self.url}{path}{query}", data, headers, method="POST")
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urlopen(request, is_ours=True) as answer:
                 body = answer.read()
         except urllib.error.HTTPError as error:
             raise MswiftError(f"{self.name} refused {path}: {error.code} {error.read().decode()[:500]}") from None

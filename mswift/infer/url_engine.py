@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from mswift.errors import ConfigError
+from mswift.infer.direct import urlopen
 from mswift.infer.prompts import prompt_tokens
 from mswift.infer.request import (
     Completion,
@@ -237,7 +238,7 @@ class UrlEngine:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{route}", data=data, headers=headers)
         try:
-            return urllib.request.urlopen(request, timeout=_SECONDS)
+            return urlopen(request, timeout=_SECONDS)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             hint = f"; its key goes into the variable {KEY}" if error.code == 401 else ""

@@ -1,18 +1,26 @@
 """What other engines' servers are told, and what is refused before anything starts."""
 
 import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mswift.config.sample import SampleConfig
 from mswift.errors import ConfigError
+from mswift.eval.rewards import find_reward
 from mswift.infer import backends
 from mswift.infer.backends import EngineConfig
-from mswift.infer.child_server import ServerOptions
+from mswift.infer.child_server import ChildServer, ServerOptions, free_port
 from mswift.infer.engine_args import engine_args
 from mswift.infer.other_servers import lmdeploy_argv, sglang_argv, sglang_python
+from mswift.infer.url_engine import UrlEngine
 
 MODEL = Path("/models/m")
 
@@ -135,3 +143,56 @@ def test_vllm_in_this_process_is_not_looked_for_elsewhere(monkeypatch: pytest.Mo
     backends.open_engine("vllm", EngineConfig(tmp_path))
     backends.open_engine("vllm", EngineConfig(tmp_path), in_process=True)
     assert opened == ["mswift.infer.server_engine", "mswift.infer.vllm_engine"]
+
+
+@contextmanager
+def _answering(answer: dict[str, Any]) -> Iterator[tuple[int, list[str | None]]]:
+    """A server's port, and the key of each request that it got."""
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, keys
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_proxy_is_not_asked_for_servers_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters set http_proxy, not always with no_proxy: it could not reach 127.0.0.1, and would be told the key."""
+    monkeypatch.setenv("MSWIFT_JUDGE_API_KEY", "judge")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        _answering({"data": []}) as (proxy, leaked),
+        _answering({"data": [{"id": "m"}], "choices": [{"message": {"content": "7"}}]}) as (own, keys),
+    ):
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy}")
+        assert UrlEngine(f"http://localhost:{own}/v1", None, None, 1, key="secret").model == "m"
+        judge = SampleConfig(
+            model="m", val_dataset=("d",), result_path="r", reward="judge", judge_url=f"http://127.0.0.1:{own}/v1",
+            judge_model="m",
+        )  # fmt: skip
+        assert find_reward(judge)("question", ["answer"], None) == [7.0]
+        assert keys == ["Bearer secret", "Bearer judge"]
+        port = free_port("127.0.0.1")
+        argv = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+        options = ServerOptions(api_key="secret", ready_seconds=60)
+        with ChildServer("it", argv, {}, options, port, "m", "/LICENSE"):
+            pass
+        assert leaked == []
+    assert "secret" not in str(options)

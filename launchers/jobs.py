@@ -40,7 +40,8 @@ class Run:
 def submit(job: SlurmJob, script: str, runs: Sequence[Run], chain: int) -> list[str]:
     """Save script and resolved recipes in the run's directories, submit `chain` jobs; their numbers.
 
-    ConfigError where a job of the run is still there: two jobs would write one run.
+    ConfigError where a job of the run is still there: two jobs would write one run. SlurmError where sbatch refuses
+    one (a limit on jobs); those before it stay.
     """
     if job.script.with_name(JOBS).is_file() and (there := _states(_numbers(job.run_dir))):
         number, words = next(iter(there.items()))
@@ -54,9 +55,25 @@ def submit(job: SlurmJob, script: str, runs: Sequence[Run], chain: int) -> list[
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.script.write_text(script, encoding="utf-8")
     # Options in the environment would win over the script's own lines.
-    numbers = [_slurm(["sbatch", "--parsable", str(job.script)]).strip().split(";")[0] for _ in range(chain)]
-    rundir.write_json(job.script.with_name(JOBS), {"jobs": numbers})
+    numbers: list[str] = []
+    for _ in range(chain):
+        try:
+            number = _slurm(["sbatch", "--parsable", str(job.script)])
+        except SlurmError as error:
+            raise SlurmError(f"{error}{_those_there(job.run_dir, numbers, chain)}") from None
+        numbers.append(number.strip().split(";")[0])
+        rundir.write_json(job.script.with_name(JOBS), {"jobs": numbers})  # each at once: the next may be refused
     return numbers
+
+
+def _those_there(run_dir: Path, numbers: Sequence[str], chain: int) -> str:
+    """What to say of the jobs of a chain that were submitted before one was not."""
+    if not numbers:
+        return ""
+    return (
+        f"; {len(numbers)} of the --chain {chain} jobs stand in the queue ({' '.join(numbers)}) and will run: let "
+        f"them, or mswift launch cancel {shlex.quote(str(run_dir))}"
+    )
 
 
 def _open(launch: Path, run: Run) -> None:

@@ -210,3 +210,28 @@ print(main({argv}))
     assert "sbatch is not installed here: run this on a login node of the cluster" in done.stderr
     assert "#SBATCH --nodes=2\n" in (tmp_path / "run" / "launch" / "job.sbatch").read_text()
     assert "train_iters: 3\n" in (tmp_path / "run" / "launch" / "recipe.yaml").read_text()
+
+
+def test_jobs_of_a_chain_are_known_though_a_later_one_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites limit how many jobs may wait: the first ones run, and a second submission must not run beside them."""
+    tools, run = tmp_path / "tools", tmp_path / "run"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        f"""#!/bin/sh
+[ "$(ls {tools} | grep -c job)" = 2 ] && echo "QOSMaxSubmitJobPerUserLimit" >&2 && exit 1
+touch {tools}/job-$$ && ls {tools} | grep -c job
+"""
+    )
+    (tools / "squeue").write_text("#!/bin/sh\necho '1|RUNNING 0:01 1 n1'\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    argv = ["launch", "slurm", str(recipe), "--output_dir", str(run), "--chain", "3", "--nodes", "2"]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "QOSMaxSubmitJobPerUserLimit; 2 of the --chain 3 jobs stand in the queue (1 2) and will run" in said
+    assert json.loads((run / "launch" / "jobs.json").read_text()) == {"jobs": ["1", "2"]}
+    assert main(argv) == 2
+    assert f"--output_dir {run}: its job 1 is RUNNING: wait for its end" in capsys.readouterr().err

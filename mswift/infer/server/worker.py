@@ -98,7 +98,7 @@ class Worker:
             try:
                 answers = []
                 for number, request in enumerate(requests):
-                    submitted += (own := await asyncio.to_thread(self.engine.submit, request))
+                    submitted += (own := await self._submitted(request))
                     answers += [(number, answer) for answer in own]
                 reader = _Reader(answers)
                 num_left = len(answers)
@@ -116,6 +116,20 @@ class Worker:
                     with self._changed:
                         self._readers.discard(reader)
                 self.engine.drop(submitted)
+
+    async def _submitted(self, request: Request) -> list[Answer]:
+        """What the engine's `submit` returns, from a thread; one that is left goes on, and its answers are dropped."""
+
+        def drop(done: asyncio.Future[list[Answer]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.engine.drop(done.result())
+
+        work = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(drop)
+            raise
 
     @contextlib.contextmanager
     def _room(self, count: int) -> Any:
@@ -152,6 +166,8 @@ class Worker:
                 calls, self._calls = self._calls, []
                 readers = list(self._readers)
             for function, future in calls:
+                if future.cancelled():  # its reader left
+                    continue
                 self._tell([(_settle, (future, *_result_of(function)))])
             if not readers:
                 continue

@@ -1,5 +1,6 @@
 """The server by the official openai client, and by clients that mean ill."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -9,8 +10,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -24,6 +26,7 @@ from mswift.infer.request import BASE_MODEL, Completion, Request, Sampling
 from mswift.infer.server.replies import ChatReply
 from mswift.infer.server.token_texts import TokenTexts
 from mswift.infer.server.translate import Asked
+from mswift.infer.server.worker import Worker
 from mswift.infer.transformers_engine import TransformersEngine
 from tests.support.adapters import random_adapter
 from tests.support.serving import fixed_answer_model, serving
@@ -107,6 +110,27 @@ def test_sampled_answers_without_a_seed_differ(client: openai.OpenAI) -> None:
     ask = {"model": "tiny", "messages": _user("Hi"), "max_tokens": 20, "temperature": 1.0}
     first, second = (client.chat.completions.create(**ask) for _ in range(2))  # type: ignore[call-overload]
     assert first.choices[0].message.content != second.choices[0].message.content
+
+
+def test_answers_to_several_prompts_have_streams_of_their_own(client: openai.OpenAI) -> None:
+    """The prompts are the same, so that answers differ by their streams alone; the first are those of it alone."""
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "temperature": 1.0, "seed": 3, "n": 3}
+    texts = [choice.text for choice in client.completions.create(prompt=["Hi"] * 3, **ask).choices]
+    assert len(set(texts)) == 9
+    assert [choice.text for choice in client.completions.create(prompt="Hi", **ask).choices] == texts[:3]
+
+
+def test_completions_that_do_not_say_how_long_have_16_tokens_or_what_the_server_gives(
+    engine: TransformersEngine, client: openai.OpenAI
+) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "extra_body": {"ignore_eos": True}}
+    usage = client.completions.create(**ask).usage
+    assert usage is not None
+    assert usage.completion_tokens == 16
+    with serving(engine, max_new_tokens=5) as url, openai.OpenAI(base_url=url, api_key="-", max_retries=0) as short:
+        usage = short.completions.create(**ask).usage
+        assert usage is not None
+        assert usage.completion_tokens == 5
 
 
 def test_logprobs_of_chat_are_the_engines(client: openai.OpenAI, engine: TransformersEngine) -> None:
@@ -296,6 +320,51 @@ def test_a_client_that_leaves_frees_its_place(engine: TransformersEngine, url: s
             assert line.recv(100)
     _until(lambda: _load(url) == (0, 0))
     assert _metric(url, "mswift_clients_left_total") == before + 1
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read_leaves_no_answer_behind() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    dropped: list[Any] = []
+
+    class Engine:
+        def submit(self, request: Request) -> list[Any]:
+            begun.set()
+            assert go_on.wait(60)
+            return ["answer"]
+
+        def drop(self, answers: list[Any]) -> None:
+            dropped.extend(answers)
+
+    async def leave() -> None:
+        answers = Worker(Engine(), 1).answer([_ask("Hi")])  # type: ignore[arg-type]
+        task = asyncio.ensure_future(anext(answers))
+        await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        go_on.set()
+        while not dropped:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(leave(), 10))
+    assert dropped == ["answer"]
+
+
+def test_a_client_that_leaves_before_its_prompt_is_scored_costs_nothing() -> None:
+    scored: list[str] = []
+
+    async def leave() -> None:
+        worker = Worker(SimpleNamespace(score=lambda pairs, adapter: scored.append(adapter)), 4)  # type: ignore[arg-type]
+        first, second = (asyncio.ensure_future(worker.score([([1], [2])], name)) for name in ("left", "waits"))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        worker.start()
+        await second
+        worker.stop()
+
+    asyncio.run(leave())
+    assert scored == ["waits"]
 
 
 def _metric(url: str, name: str) -> float:

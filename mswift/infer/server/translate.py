@@ -115,6 +115,10 @@ def _arguments(function: Any, number: int) -> Mapping[str, Any]:
     return value
 
 
+_MAX_TOKENS = 16
+"""Of completions that do not say: OpenAI's default."""
+
+
 def completions(body: CompletionRequest, served: Served) -> list[Request]:
     """A request for each prompt. Raises NoSuchModel and DataError."""
     adapter = adapter_of(served, body.model)
@@ -125,14 +129,15 @@ def completions(body: CompletionRequest, served: Served) -> list[Request]:
         raise DataError("max_tokens: 0 needs echo: true, or nothing would be answered")
     if body.echo and body.stream:
         raise DataError("echo does not go with stream")
-    limit = body.max_tokens if body.max_tokens is not None else 16  # OpenAI's default
+    limit = body.max_tokens if body.max_tokens is not None else min(_MAX_TOKENS, served.max_new_tokens)
     sampling = _sampling(body, served, max(limit, 1), body.logprobs, len(prompts))
+    others = stream_seed(sampling.seed, 0)  # apart from the streams of the n answers to the first prompt
     return [
         Request(
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_ids=None if isinstance(prompt, str) else tuple(prompt),
             adapter=adapter,
-            sampling=replace(sampling, seed=stream_seed(sampling.seed, index) if index else sampling.seed),
+            sampling=replace(sampling, seed=stream_seed(others, index) if index else sampling.seed),
         )
         for index, prompt in enumerate(prompts)
     ]

@@ -17,6 +17,9 @@ from transformers.generation.logits_process import (
 from mswift.errors import CheckpointError
 from mswift.infer.request import Sampling, TokenLogprob
 
+_COLDEST = 1e-30
+"""Temperature below which the likeliest token is certain, and by which no logit becomes infinite."""
+
 
 class RowSampler:
     """Chooses the tokens of one answer.
@@ -54,7 +57,7 @@ class RowSampler:
 
 
 def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(max(float(sampling.temperature), _COLDEST))]
     if sampling.top_k > 0:
         warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
     if sampling.top_p < 1:

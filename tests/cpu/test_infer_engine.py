@@ -199,6 +199,12 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens(fields: dict[str, Any],
     assert {int(sampler.choose([], scores.clone())) for _ in range(80)} == kept
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_coldest_draw_is_the_likeliest_token(temperature: float) -> None:
+    sampler = RowSampler(Sampling(temperature=temperature), 0)
+    assert sampler.choose([], torch.tensor([-3.0, 11.0, 40.0, 39.9, -60.0])).tolist() == [2]
+
+
 def test_a_seed_repeats_its_answer_and_another_gives_another(engine: TransformersEngine) -> None:
     state = torch.random.get_rng_state()
     answers = engine.generate([_ask("Hi", max_new_tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)])

@@ -64,6 +64,7 @@ class Glm4(AgentFormat):
 
     result_role = "tool"
     stop = ("<|observation|>",)
+    tokens = ("<|assistant|>", "<|observation|>")
     marks = re.compile(r"<\|(assistant|observation)\|>|\A[\w.:/-]+\n\s*\{")
     _TURN = "<|assistant|>"
     _CALL = re.compile(r"([\w.:/-]+)\n\s*(?=\{)")

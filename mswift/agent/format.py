@@ -21,6 +21,8 @@ class AgentFormat(ABC):
     """Else: whose message results are."""
     stop: ClassVar[tuple[str, ...]] = ()
     """Texts that end an answer where results follow."""
+    tokens: ClassVar[tuple[str, ...]] = ()
+    """What it writes that is a control token of its models' tokenizers: it stays in the text of an answer."""
     marks: ClassVar[re.Pattern[str]]
     """What the words of an assistant must not hold, as it would be read as a call."""
 

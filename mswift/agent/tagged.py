@@ -10,6 +10,7 @@ from mswift.agent.format import AgentFormat, Tool, function_of
 class Hermes(AgentFormat):
     """<tool_call> around one JSON object each, as NousResearch's Hermes 2 Pro and Qwen 2.5 and 3 write them."""
 
+    tokens = ("<tool_call>", "</tool_call>")
     marks = re.compile(r"</?tool_call>")
 
     def tool_prompt(self, tools: Sequence[Tool]) -> str:
@@ -61,6 +62,7 @@ class DeepseekV31(AgentFormat):
     marks = re.compile("<｜tool▁(calls|call|sep)")
     _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
     _ONE, _SEPARATOR, _ONE_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    tokens = (_BEGIN, _END, _ONE, _SEPARATOR, _ONE_END)
 
     def tool_prompt(self, tools: Sequence[Tool]) -> str:
         """As in the model card of DeepSeek-V3.1."""
@@ -124,6 +126,7 @@ class Mistral(AgentFormat):
 
     marks = re.compile(r"\[TOOL_CALLS\]")
     _MARK = "[TOOL_CALLS]"
+    tokens = (_MARK,)
 
     def tool_prompt(self, tools: Sequence[Tool]) -> str:
         """A JSON list."""

@@ -36,7 +36,8 @@ def _request(messages: Sequence[Mapping[str, Any]], agent: AgentFormat, settings
     begun = opening(left)
     plain = tuple({"role": message["role"], "content": message["content"]} for message in left)
     own = sampled(_OWN, settings)
-    return Request(messages=plain, opening=begun, sampling=replace(own, stop=(*own.stop, *agent.stop)))
+    sampling = replace(own, stop=(*own.stop, *agent.stop))
+    return Request(messages=plain, opening=begun, shown=agent.tokens, sampling=sampling)
 
 
 def _read_steps(path: Path) -> list[Doc]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Sequence
 
-from mswift.infer.detokenize import Decoder, Detokenizer, StopFinder
+from mswift.infer.detokenize import Decoder, Detokenizer, Showing, StopFinder
 from mswift.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
 
 
@@ -26,6 +26,7 @@ class Answer:
         self._num_prompt = len(prompt)
         self._room = room
         self._end = frozenset(() if self.sampling.ignore_eos else end) | set(self.sampling.stop_token_ids)
+        decoder = Showing(decoder, request.shown) if request.shown else decoder
         self._detokenizer = Detokenizer(decoder, prompt if request.messages is None else ())
         self._stops = StopFinder(self.sampling.stop)
         self._pieces: list[str] = []

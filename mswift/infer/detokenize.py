@@ -1,7 +1,7 @@
 """Tokens to text, one token at a time, without cutting a character or losing a space."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 _BROKEN = "�"  # what a decoder writes for bytes that are no character yet
 _CONTEXT_TOKENS = 6  # a byte-fallback character has at most 4; decoders look one token back for spaces
@@ -12,6 +12,20 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str:
         """Text of the tokens."""
+
+
+class Showing:
+    """A decoder that leaves all control tokens out but these."""
+
+    def __init__(self, tokenizer: Any, shown: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._left_out = {number for number, token in added if token.special and token.content not in shown}
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of the tokens."""
+        left = [token for token in token_ids if token not in self._left_out]
+        return str(self._tokenizer.decode(left, skip_special_tokens=False))
 
 
 class Detokenizer:

@@ -73,6 +73,8 @@ class Request:
     """Function descriptions for the chat template."""
     opening: str = ""
     """With messages: what the answer, of which it is no part, goes on from (an agent template's call and result)."""
+    shown: tuple[str, ...] = ()
+    """Control tokens that stay in the text of the answer: an agent template's, which tell of calls."""
     adapter: str | None = None
     """Name of a LoRA of the engine, or BASE_MODEL. None: the engine's only one, or the model where it has none."""
     sampling: Sampling = field(default_factory=Sampling)

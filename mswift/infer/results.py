@@ -12,6 +12,9 @@ from mswift.errors import ConfigError
 from mswift.infer.request import Completion, Request
 from mswift.infer.rows import Row
 
+_LATER = ("opening", "shown")
+"""Fields of a request that decide nothing where they are empty."""
+
 
 def fingerprint(directories: Iterable[Path]) -> str:
     """Tells models apart without reading their weights: name, size and time of every file in the directories."""
@@ -26,7 +29,7 @@ def fingerprint(directories: Iterable[Path]) -> str:
 
 def request_hash(request: Request, model: str) -> str:
     """What an answer depends on: the question, the sampling and the model's fingerprint (16 hex digits)."""
-    asked = {name: value for name, value in asdict(request).items() if name != "opening" or value}
+    asked = {name: value for name, value in asdict(request).items() if value or name not in _LATER}
     content = json.dumps({"request": asked, "model": model}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

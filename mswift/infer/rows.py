@@ -77,10 +77,9 @@ def to_request(row: Row, sampling: Sampling, index: int, chat_template: bool) ->
     if row.prompt is not None:
         return Request(prompt=row.prompt, sampling=sampling)
     if chat_template:
-        stop = (*sampling.stop, *(row.agent.stop if row.agent else ()))
-        return Request(
-            messages=row.messages, tools=row.tools, sampling=replace(sampling, stop=stop), opening=row.opening
-        )
+        stop, shown = ((*sampling.stop, *row.agent.stop), row.agent.tokens) if row.agent else (sampling.stop, ())
+        sampling = replace(sampling, stop=stop)
+        return Request(messages=row.messages, tools=row.tools, opening=row.opening, shown=shown, sampling=sampling)
     return Request(prompt=plain_text(row.messages or (), row.where), sampling=sampling)
 
 

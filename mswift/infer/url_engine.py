@@ -129,6 +129,8 @@ class UrlEngine:
         body: dict[str, Any] = {"model": self._name(request.adapter), "max_tokens": sampling.max_new_tokens}
         body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed % 2**31}
         body |= self._further(sampling)
+        if request.shown and self._dialect.own_tokens:  # these servers show all control tokens or none
+            body["skip_special_tokens"] = False
         if self._dialect.own_tokens or request.messages is None or (request.opening and self.tokenizer is not None):
             body["prompt"] = self._prompt(request)
             return "completions", body

@@ -9,10 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mswift.agent.calls import Call, Reply
+from mswift.agent.formats import FORMATS
 from mswift.errors import DataError
+from mswift.infer.answer import Answer
 from mswift.infer.detokenize import Detokenizer
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import Completion, Request, Sampling
+from mswift.infer.rows import Row, to_request
 from mswift.infer.sampler import RowSampler
 from mswift.infer.transformers_engine import TransformersEngine
 from tests.support.shared import shared_file
@@ -222,3 +226,19 @@ def test_pieces_of_real_tokenizers_join_to_the_decoded_text(name: str) -> None:
     assert "".join([*map(detokenizer.add, ids), detokenizer.finish()]) == tokenizer.decode(
         ids, skip_special_tokens=True
     )
+
+
+@pytest.mark.parametrize("name", ["glm4", "deepseek_v3_1", "mistral", "hermes"])
+def test_calls_that_are_told_by_control_tokens_are_read(tmp_path: Path, name: str) -> None:
+    """Tokenizers of these models have [TOOL_CALLS] and its kin as control tokens, which text leaves out."""
+    agent, tokenizer = FORMATS[name], tiny_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*agent.tokens, "<|other|>"]}, False)
+    reply = Reply("I look.", (Call("weather", {"city": "Oslo"}), Call("time", {})))
+    said = agent.write(reply, "")
+    row = Row("row 1", ({"role": "user", "content": "Weather?"},), None, None, None, agent)
+    request = to_request(row, Sampling(), 0, chat_template=True)
+    answer = Answer(request, [0], 500, [tokenizer.eos_token_id], tokenizer)
+    for token in tokenizer(f"<|other|>{said}<|im_end|>")["input_ids"]:
+        answer.add(token)
+    assert answer.completion().text == said
+    assert agent.read(answer.completion().text) == reply

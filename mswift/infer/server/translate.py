@@ -78,7 +78,7 @@ def chat(body: ChatRequest, served: Served) -> Asked:
     begun = opening(written)
     plain = tuple({"role": message["role"], "content": message["content"]} for message in written)
     sampling = replace(sampling, stop=(*sampling.stop, *agent.stop))
-    request = Request(messages=plain, opening=begun, adapter=adapter, sampling=sampling)
+    request = Request(messages=plain, opening=begun, shown=agent.tokens, adapter=adapter, sampling=sampling)
     return Asked(request, agent, behind_results=bool(begun))
 
 

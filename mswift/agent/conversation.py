@@ -26,7 +26,8 @@ def as_text(messages: Sequence[Message], tools: Sequence[Tool] | None, agent: Ag
     for run, start in _runs(messages):
         if run[0]["role"] == "tool":
             _check_called(written, f"{where}, message {start + 1}")
-            _add_results(written, [message["content"] for message in run], agent)
+            results = _as_called(run, messages[start - 1])
+            _add_results(written, [message["content"] for message in results], agent)
         elif run[0]["role"] == "assistant":
             _add_reply(written, run[0], agent, f"{where}, message {start + 1}")
         else:
@@ -67,6 +68,18 @@ def _runs(messages: Sequence[Message]) -> list[tuple[list[Message], int]]:
 def _check_called(written: Sequence[Message], where: str) -> None:
     if not written or not written[-1].get("called"):
         raise DataError(f"{where}: the result of a tool, and no call before it that it could belong to")
+
+
+def _as_called(results: Sequence[Message], reply: Message) -> Sequence[Message]:
+    """Results in the order of the calls that they name, as templates tell them apart by that alone.
+
+    As they stand where one names none, or one that `reply` does not hold.
+    """
+    calls = [call.get("id") for call in reply.get("tool_calls", ())]
+    named = [result.get("tool_call_id") for result in results]
+    if None in named or not set(named) <= set(calls) or len(set(named)) < len(named):
+        return results
+    return sorted(results, key=lambda result: calls.index(result["tool_call_id"]))
 
 
 def _add_results(written: list[Message], texts: list[str], agent: AgentFormat) -> None:

@@ -41,6 +41,8 @@ from mswift.data.writers import HowToWrite, RowOptions, write_conversations, wri
 from mswift.errors import ConfigError, DataError
 
 Kind = Literal["pt", "sft"]
+AGENT_VERSION = 2
+"""Goes up when an agent template comes to write another text of a row; 1 wrote results as they stood in it."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,8 @@ def _key(
         "tokenizer": tokenizer_identity(tokenizer),
         "options": asdict(sft) if kind == "sft" else None,
     }
+    if kind == "sft" and sft.agent_template is not None:
+        parts["agent_version"] = AGENT_VERSION
     return content_hash(parts)[:40]
 
 

@@ -24,8 +24,9 @@ from mswift.agent.formats import FORMATS
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import BASE_MODEL, Completion, Request, Sampling
 from mswift.infer.server.replies import ChatReply
+from mswift.infer.server.schema import ChatRequest
 from mswift.infer.server.token_texts import TokenTexts
-from mswift.infer.server.translate import Asked
+from mswift.infer.server.translate import Asked, Served, chat
 from mswift.infer.server.worker import Worker
 from mswift.infer.transformers_engine import TransformersEngine
 from tests.support.adapters import random_adapter
@@ -244,6 +245,18 @@ def _shown(agent: Any, system: str | None) -> list[Any]:
         {"role": "system", "content": system}, *_user("Weather?"),
         {"role": "assistant", "content": CALL}, {"role": "user", "content": agent.results(["rain"])[0]},
     ]  # fmt: skip
+
+
+def test_results_are_shown_in_the_order_of_their_calls(engine: TransformersEngine) -> None:
+    call: dict[str, Any] = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    results = [{"role": "tool", "tool_call_id": name, "content": name} for name in ("first", "second")]
+    asked = [*_user("Weather?"), {"role": "assistant", "tool_calls": [{**call, "id": n} for n in ("first", "second")]}]
+    ways = [
+        ChatRequest.model_validate({"model": "tiny", "messages": [*asked, *some]}) for some in (results, results[::-1])
+    ]
+    served = Served("tiny", (), 9, 9, Sampling(), FORMATS["hermes"])
+    one, other = (chat(way, served).request for way in ways)
+    assert one.messages == other.messages
 
 
 def test_what_looks_like_a_call_and_is_none_stays_text_with_the_reason(engine: TransformersEngine) -> None:

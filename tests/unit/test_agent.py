@@ -238,6 +238,21 @@ def test_the_tools_of_llama3_stand_in_the_question() -> None:
     assert result == {"role": "tool", "content": "17 °C", "of_tool": True}
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_results_stand_in_the_order_of_their_calls(name: str) -> None:
+    """Of several calls the quickest may be answered first; a template tells results apart by their order alone."""
+
+    def talk(*results: dict[str, Any]) -> str:
+        calls = [{**call("get_weather", city=city), "id": city.lower()} for city in ("Bern", "Oslo")]
+        asked = [{"role": "user", "content": "Both?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        return str(as_text([*asked, *results], [TOOL], FORMATS[name], "row 1"))
+
+    bern, oslo = ({"role": "tool", "content": text, "tool_call_id": text} for text in ("bern", "oslo"))
+    assert talk(oslo, bern) == talk(bern, oslo)
+    plain = [{"role": "tool", "content": text} for text in ("oslo", "bern")]
+    assert talk(*plain) == talk(*({**one, "tool_call_id": "unknown"} for one in plain)) != talk(bern, oslo)
+
+
 def test_rows_without_tools_are_left_alone() -> None:
     plain = [TALK[1], {"role": "assistant", "content": "Observation: warm", "loss_scale": 0.5}]
     for agent in FORMATS.values():

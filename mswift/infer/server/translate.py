@@ -90,6 +90,8 @@ def to_message(message: ChatMessage, number: int) -> dict[str, Any]:
     if content is None and not (message.role == "assistant" and message.tool_calls):
         raise DataError(f"messages: message {number} has no content")
     told: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
+    if message.role == "tool" and message.tool_call_id:
+        told["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         if message.role != "assistant":
             raise DataError(
@@ -99,6 +101,7 @@ def to_message(message: ChatMessage, number: int) -> dict[str, Any]:
             {
                 "type": "function",
                 "function": {"name": call.function.name, "arguments": _arguments(call.function, number)},
+                **({"id": call.id} if call.id else {}),
             }
             for call in message.tool_calls
         ]

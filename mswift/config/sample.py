@@ -53,7 +53,7 @@ class SampleConfig:
     judge_model: str | None = None
     """reward judge: the name of the model there."""
     judge_prompt: str = JUDGE_PROMPT
-    """reward judge: what it is asked; the first number in its reply is the score."""
+    """reward judge: what it is asked; the first number in its reply, behind its thinking, is the score."""
     min_score: float = 1.0
     """From this score on an answer counts as passed, for pass_at and best_path."""
     pass_at: tuple[int, ...] = ()

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import urllib.error
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mswift.agent.format import split_thinking
 from mswift.config.sample import SampleConfig
 from mswift.errors import ConfigError, DataError, MswiftError
 from mswift.infer.direct import urlopen
@@ -20,6 +22,7 @@ Reward = Callable[[str, Sequence[str], str | None], list[float]]
 
 JUDGE_KEY = "MSWIFT_JUDGE_API_KEY"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_FIELD = re.compile(r"\{(prompt|label|completion)\}")
 _JUDGE_SECONDS = 600
 
 
@@ -91,6 +94,8 @@ def _by_function(path: Path) -> Reward:
         scores = [float(one) for one in function([question] * size, list(answers), [label] * size)]
         if len(scores) != size:
             raise DataError(f"--reward {path}: {len(scores)} scores for {size} answers; return one for each")
+        if any(map(math.isnan, scores)):
+            raise DataError(f"--reward {path}: a score is nan, which is neither better nor worse; return a number")
         return scores
 
     return score
@@ -112,19 +117,18 @@ def _by_judge(url: str, model: str, prompt: str) -> Reward:
             raise MswiftError(f"--judge_url {url}: status {error.code}: {error.read().decode()[:300]}") from None
         except OSError as error:
             raise MswiftError(f"--judge_url {url}: {error}") from None
-        number = _NUMBER.search(str(content))
+        words = split_thinking(str(content))[1]
+        number = _NUMBER.search(words)
         if number is None:
-            raise MswiftError(f"--judge_url {url}: no number in its reply {str(content)[:100]!r}")
+            raise MswiftError(f"--judge_url {url}: no number in its reply {(words or str(content))[:100]!r}")
         return float(number[0])
 
     def score(question: str, answers: Sequence[str], label: str | None) -> list[float]:
-        fields = {"prompt": question, "label": "" if label is None else label}
-        texts = []
-        for answer in answers:
-            text = prompt
-            for name, value in (*fields.items(), ("completion", answer)):
-                text = text.replace(f"{{{name}}}", value)
-            texts.append(text)
-        return [ask(text) for text in texts]
+        return [ask(_filled(prompt, prompt=question, label=label or "", completion=answer)) for answer in answers]
 
     return score
+
+
+def _filled(template: str, **fields: str) -> str:
+    """The template with its fields, which may themselves hold such a name in braces."""
+    return _FIELD.sub(lambda found: fields[found[1]], template)

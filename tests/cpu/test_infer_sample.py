@@ -1,6 +1,7 @@
 """`mswift sample`: scores are the reward's, the best is the best, a half-written file continues to the same bytes."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from mswift.cli.main import main
-from mswift.eval import sample
+from mswift.config.sample import SampleConfig
+from mswift.errors import DataError
+from mswift.eval import rewards, sample
 from mswift.infer.loading import load_model, load_tokenizer
 from mswift.infer.request import Completion, Request
 from mswift.infer.transformers_engine import TransformersEngine
@@ -161,6 +164,35 @@ def test_labels_by_pattern_and_a_judge_behind_an_address(
     assert score(r"regex:is (\d+)", "it is 40, no, it is 41", "it is 41, no, it is 40", "41") == [1, 0, 0]
     assert score(r"regex:\d+", "40 41", "x") == [1, 0]
     capsys.readouterr()
+
+
+def test_a_judge_is_asked_what_was_said_and_its_thinking_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that hold {label} or {completion} stay as they are; "<think>" may speak of other numbers."""
+    asked: list[str] = []
+
+    def answer(request: Any, timeout: float) -> Any:
+        asked.append(json.loads(request.data)["messages"][0]["content"])
+        said = "<think>\nIt has 2 errors.\n</think>\n\nIt is worth 7."
+        return BytesIO(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+    monkeypatch.setattr(rewards, "urlopen", answer)
+    config = SampleConfig(
+        model="m", val_dataset=("d",), result_path="r", reward="judge", judge_url="http://a/v1", judge_model="m",
+        judge_prompt="{prompt} | {label} | {completion} | {other}",
+    )  # fmt: skip
+    score = rewards.find_reward(config)
+    assert score("What is {completion} in {label}?", ["{prompt}", "a{label}"], "secret") == [7.0, 7.0]
+    assert asked == [
+        "What is {completion} in {label}? | secret | {prompt} | {other}",
+        "What is {completion} in {label}? | secret | a{label} | {other}",
+    ]
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def reward(prompts, completions, label):\n    return [1.0, float('nan')]\n")
+    config = SampleConfig(model="m", val_dataset=("d",), result_path="r", reward=str(tmp_path / "own.py"))
+    with pytest.raises(DataError, match="a score is nan"):
+        rewards.find_reward(config)("q", ["a", "b"], None)
 
 
 def test_mistakes_are_one_line(model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,11 @@ class Likelihood:
 class EvalModel:
     """An engine (or a server) with what encodes for it."""
 
-    def __init__(self, engine: Engine, max_length: int | None, batch_size: int, *, is_server: bool = False) -> None:
-        """max_length: tokens that the model takes. A server also writes one where it scores, an engine none."""
+    def __init__(self, engine: Engine, max_length: int | None, batch_size: int) -> None:
+        """max_length: tokens that the model takes."""
         self.engine = engine
         self.max_length = max_length
-        self._score_length = None if max_length is None else max_length + (-1 if is_server else 1)
+        self._score_length = None if max_length is None else max_length + engine.score_beyond
         self._batch_size = batch_size
 
     @property

@@ -100,8 +100,6 @@ def _evaluate(chosen: Chosen, model: EvalModel, settings: Settings, bar: Any) ->
 @contextlib.contextmanager
 def opened(config: EvalConfig) -> Iterator[tuple[EvalModel, dict[str, Any]]]:
     """The engine or server, and what the results say of it."""
-    from mswift.infer.url_engine import UrlEngine
-
     if config.eval_url is not None:
         engine, about = _server(config)
         limit = _limit(Path(config.model)) if config.model is not None else None
@@ -109,7 +107,7 @@ def opened(config: EvalConfig) -> Iterator[tuple[EvalModel, dict[str, Any]]]:
         engine, about = _engine(config)
         limit = _limit(Path(str(config.model)))
     try:
-        yield EvalModel(engine, limit, config.max_batch_size, is_server=isinstance(engine, UrlEngine)), about
+        yield EvalModel(engine, limit, config.max_batch_size), about
     finally:
         engine.close()
 

@@ -153,6 +153,10 @@ class Engine(Protocol):
     def adapters(self) -> tuple[str, ...]:
         """Names that `Request.adapter` may take."""
 
+    @property
+    def score_beyond(self) -> int:
+        """Tokens beyond the model's longest input that a prompt and its continuation may have together in `score`."""
+
     def prompt_tokens(self, request: Request) -> list[int]:
         """Token ids that the model is given for a request."""
 

@@ -47,6 +47,9 @@ class TransformersEngine(SteppedEngine):
     turns, token by token.
     """
 
+    score_beyond = 1
+    """The last token of a continuation is no input."""
+
     def __init__(
         self,
         model: PreTrainedModel,

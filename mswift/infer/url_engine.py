@@ -56,6 +56,8 @@ class UrlEngine:
     """Answers and scores by /v1/chat/completions and /v1/completions, `num_requests` at once."""
 
     adapters: tuple[str, ...] = ()
+    score_beyond = -1
+    """All tokens are input, and one is written behind them."""
 
     def __init__(
         self,

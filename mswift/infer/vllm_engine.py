@@ -77,6 +77,9 @@ class VllmEngine(SteppedEngine):
     After an exception inside vLLM it refuses further work (AFTER_ERRORS): the next step could hang.
     """
 
+    score_beyond = 0
+    """The last token of a continuation is no input, but is written."""
+
     def __init__(self, llm: Any, tokenizer: Any, adapters: Mapping[str, Path], *, owns_groups: bool) -> None:
         self.llm = llm
         self.closed = False

@@ -19,6 +19,7 @@ from mswift.eval.results import TaskResult
 from mswift.eval.statistics import estimate
 from mswift.eval.task import Settings
 from tests.support.shared import shared_file
+from tests.support.vllm import needs_vllm
 
 NUM_ROWS = 6
 needs_extra = pytest.mark.skipif(
@@ -235,6 +236,19 @@ def test_an_agent_that_does_as_the_target_scores_one() -> None:
     assert lost == {**dict.fromkeys(ideal, 0.0), "plan_em": pytest.approx(1 - 1 / len(targets))}
     made_up = [step_text(target, agent, behind_results=False).replace("Action: ", "Action: my_") for target in targets]
     assert _toolbench_scores(chosen, made_up)["hallu_rate"] == 1
+
+
+@needs_vllm
+def test_questions_longer_than_the_model_lose_their_beginning_and_are_scored_by_vllm(
+    stories: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM writes the last token of a choice, so that prompt and choice fill its longest input and no more."""
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"question": "Tom had a dog. " * 200, "choices": ["dog", "big red ball"], "answer": 0}) + "\n"
+    )
+    flags = _flags(model=stories, eval_dataset=f"choices={tmp_path / 'rows.jsonl'}", eval_output_dir=tmp_path / "out")
+    assert main(["eval", *flags, "--infer_backend", "vllm"]) == 0
+    assert "without their beginning: choices: 1 prompts" in capfd.readouterr().out
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

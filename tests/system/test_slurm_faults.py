@@ -77,6 +77,7 @@ def assert_good(run: SlurmRun, num_faults: int, *, starts_count: bool) -> None:
     assert share >= 0.9 * allowed
 
 
+@everything
 def test_a_short_storm(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     names = ["requeue", "node_back"]
     run = recipe.submit(cluster, tmp_path / "run")
@@ -163,6 +164,7 @@ def test_the_limit_of_slurm_itself(cluster: Cluster, recipe: Recipe, tmp_path: P
 # -- a rank that hangs, a disk that is full
 
 
+@everything  # tests/system/test_faults.py hangs a rank without SLURM
 def test_a_rank_hangs_in_a_job(cluster: Cluster, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     """The others wait in a collective: stacks and collectives of all ranks are there, and the job goes on."""
     minutes = str(HANG_SECONDS / 60)

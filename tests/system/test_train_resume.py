@@ -18,13 +18,19 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 
 CASES = {
     "sft-lora-tp2": ("sft", ["--tuner_type", "lora", "--nproc_per_node", "2", "--tensor_model_parallel_size", "2",
-                             "--sequence_parallel"]),
-    "pt-full-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2", "--micro_batch_size", "2"]),
+                             "--sequence_parallel", "--packing", "--packing_length", "100", "--lora_dropout", "0.1",
+                             "--micro_batch_size", "2"]),
+    "pt-full-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2", "--micro_batch_size", "2",
+                           "--packing", "--packing_strategy", "concat-and-split"]),
     "sft-full-dp2-bf16": ("sft", ["--nproc_per_node", "2", "--torch_dtype", "bfloat16"]),
+}  # fmt: skip
+MORE = {
     "pt-rows-cp2": ("pt", ["--nproc_per_node", "2", "--context_parallel_size", "2", "--packing",
                            "--packing_strategy", "concat-and-split"]),
-    "sft-packed-dp2": ("sft", ["--nproc_per_node", "2", "--packing", "--packing_length", "100", "--tuner_type", "lora",
-                               "--lora_dropout", "0.1", "--micro_batch_size", "2"]),
+    "sft-lora-dp2": ("sft", ["--nproc_per_node", "2", "--packing", "--packing_length", "100", "--tuner_type", "lora",
+                             "--lora_dropout", "0.1", "--micro_batch_size", "2"]),
+    "sft-plain-tp2": ("sft", ["--tuner_type", "lora", "--nproc_per_node", "2", "--tensor_model_parallel_size", "2"]),
+    "pt-plain-pp2": ("pt", ["--nproc_per_node", "2", "--pipeline_model_parallel_size", "2"]),
 }  # fmt: skip
 
 
@@ -33,9 +39,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.whole) for case in MORE)])
 def test_six_steps_are_three_and_three(home: Path, tmp_path: Path, case: str) -> None:
-    kind, flags = CASES[case]
+    kind, flags = (CASES | MORE)[case]
     whole, first, moved = tmp_path / "whole", tmp_path / "first", tmp_path / "elsewhere" / "moved"
     run(command(home, kind, whole, *flags, "--train_iters", "6"))
     run(command(home, kind, first, *flags, "--train_iters", "3"))

@@ -86,6 +86,7 @@ def _healthy(port: int) -> bool:
         return False
 
 
+@pytest.mark.whole
 @needs_vllm
 def test_an_adapter_of_two_ranks_is_handed_over_with_the_merged_model(home: Path) -> None:
     """Trained and scored by two tensor-parallel ranks, on a text."""

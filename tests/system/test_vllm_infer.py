@@ -38,6 +38,7 @@ def argv(model: tuple[str, ...], rows: Path, result: Path) -> list[str]:
     return ["infer", *model, "--val_dataset", str(rows), "--result_path", str(result), *flags]
 
 
+@pytest.mark.whole  # tests/system/test_infer_command.py has it with the transformers engine
 def test_a_killed_command_continues_to_the_answers_of_transformers(
     model: tuple[str, ...], rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

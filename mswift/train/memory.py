@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from mswift.config.loss import is_fused, piece_tokens
@@ -14,7 +16,7 @@ from mswift.converters.rule import size_of
 from mswift.converters.spec import ModelSpec
 from mswift.refusals.backend import shard_size
 from mswift.topology import ParallelDims
-from mswift.train.trained import optimizer_bytes, part_of, trained_parameters, virtual_tokens
+from mswift.train.trained import frozen_names, optimizer_bytes, part_of, trained_parameters, virtual_tokens
 
 _LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight$")
 _GRAD_BYTES = 4  # gradients are summed in fp32 whatever the weights are
@@ -81,12 +83,15 @@ def stage_parameters(
     experts_only: bool = False,
     linears_only: bool = False,
     num_ahead: int = 0,
+    without: Set[str] = frozenset(),
 ) -> int:
     """Elements of one rank of a stage, rows of vocabulary padding included; a tied last stage has its own copy.
 
-    So has one that trains `num_ahead` multi-token-prediction layers. linears_only: the weights of linears in layers.
+    So has one that trains `num_ahead` multi-token-prediction layers. linears_only: the weights of linears in layers;
+    without: HF names of what is not counted.
     """
     layers = dims.held_layers(table.spec.num_layers, pp_rank)
+    left = _left(table, without) if without else {}
     first, last = pp_rank == 0, pp_rank == dims.pp - 1
     elements = 0
     for key, tensor in table.megatron.items():
@@ -94,14 +99,30 @@ def stage_parameters(
             continue
         mine = _local_elements(tensor, dims, table)
         if tensor.stacked:
-            elements += mine // table.spec.num_layers * len(layers)
-        elif tensor.rule.in_layer:
+            of_layer = mine // table.spec.num_layers
+            elements += sum(math.ceil(of_layer * left.get((key, layer), 1)) for layer in layers)
+            continue
+        mine = math.ceil(mine * left.get((key, None), 1))
+        if tensor.rule.in_layer:
             elements += mine * (tensor.layer in layers)
         elif key == EMBEDDING:
             elements += mine * (first or (last and (table.spec.tied_embeddings or num_ahead > 0)))
         elif last:
             elements += mine
     return elements
+
+
+def _left(table: ModelTable, without: Set[str]) -> Mapping[tuple[str, int | None], float]:
+    """(Megatron tensor, its layer where it holds all of them) -> the share that is of other HF tensors."""
+    every, others = Counter[tuple[str, int | None]](), Counter[tuple[str, int | None]]()
+    for name, pieces in table.hf_pieces.items():
+        for piece in pieces:
+            key = piece.names[1]
+            place = key, piece.starts[1][0] if table.megatron[key].stacked else None
+            size = math.prod(dim.size for dim in piece.dims)
+            every[place] += size
+            others[place] += size * (name not in without)
+    return {place: others[place] / size for place, size in every.items()}
 
 
 def _local_elements(tensor: MegatronTensor, dims: ParallelDims, table: ModelTable) -> int:
@@ -129,8 +150,8 @@ def stage_memory(
     if not lora:
         trained = stage_parameters(learning, dims, pp_rank, num_ahead=ahead)
         experts = stage_parameters(learning, dims, pp_rank, experts_only=True)
-    if part_of(config, table) is not None:  # its share, taken for the same in every stage; no experts
-        trained = math.ceil(trained * trained_parameters(config, table) / stage_parameters(table, ParallelDims(), 0))
+    if part_of(config, table) is not None:
+        trained = stage_parameters(learning, dims, pp_rank, without=frozen_names(config, table))  # no experts
     parameters = base + trained * lora
     packed = stage_parameters(table, dims, pp_rank, linears_only=True) if config.quant_method else 0
     state = _STATE_BYTES[config.optimizer] + _MASTER_BYTES * (dtype_bytes < _MASTER_BYTES)

@@ -31,7 +31,7 @@ def trained_parameters(config: TrainConfig, table: ModelTable) -> int:
     if config.tuner_type == "full":
         kept = not config.mtp_num_layers
         whole = sum(math.prod(each.shape) for each in table.megatron.values() if not (kept and each.rule.in_mtp))
-        return whole - _frozen_elements(config, table)
+        return whole - sum(math.prod(table.hf[name]) for name in frozen_names(config, table))
     return sum(map(math.prod, _adapter_shapes(config, table).values()))
 
 
@@ -49,19 +49,18 @@ def part_of(config: TrainConfig, table: ModelTable) -> Part | None:
     return part if part != Part() else None
 
 
-def _frozen_elements(config: TrainConfig, table: ModelTable) -> int:
-    """Of a full run. 0 for a model with experts, whose names transformers alone knows.
+def frozen_names(config: TrainConfig, table: ModelTable) -> set[str]:
+    """HF names of a run of full weights. None for a model with experts, whose names transformers alone knows.
 
     ConfigError for names that the model does not have, or that the backend cannot part.
     """
     part = part_of(config, table)
     if part is None or table.spec.moe is not None:
-        return 0
-    sizes = {name: math.prod(table.hf[name]) for name in table.hf_order}
-    frozen = part.frozen(sizes)
+        return set()
+    frozen = part.frozen({name: math.prod(table.hf[name]) for name in table.hf_order})
     if config.backend == "megatron" and not part.ratio:  # a share goes by transformers' order: the engine looks
         refuse_torn(frozen, joined(table))
-    return sum(sizes[name] for name in frozen)
+    return frozen
 
 
 def virtual_tokens(config: TrainConfig, table: ModelTable) -> int:

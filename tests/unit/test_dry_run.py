@@ -91,6 +91,20 @@ def test_memory_parts() -> None:
     assert trained_parameters(SftConfig(model="m", tuner_type="lora", lora_rank=4), table) == lora.trained
 
 
+def test_what_a_part_of_the_model_trains_is_of_the_stages_where_it_lies() -> None:
+    table = _table()
+    frozen = ("model.embed_tokens", *(f"model.layers.{n}." for n in range(table.spec.num_layers // 2)))
+    own = SftConfig(model="m", freeze_parameters=frozen, freeze_parameters_regex="layers.3.self_attn")
+    every = stage_parameters(table, ParallelDims(2, pp=2), 1)
+    attention = sum(math.prod(shape) for name, shape in table.hf.items() if "layers.3.self_attn" in name)
+    first, last = (stage_memory(own, table, ParallelDims(2, pp=2), 2, stage) for stage in range(2))
+    assert (first.trained, first.gradients_bytes, first.optimizer_bytes) == (0, 0, 0)
+    assert last.trained == trained_parameters(own, table) == every - attention
+    assert (last.gradients_bytes, last.optimizer_bytes) == (4 * last.trained, 12 * last.trained)
+    one = stage_memory(own, table, ParallelDims(), 2, 0)
+    assert one.trained == last.trained
+
+
 def test_a_base_in_four_bits() -> None:
     table, dims = _table(), ParallelDims(4)
     config = SftConfig(model="m", tuner_type="lora", quant_method="bnb", quant_bits=4)

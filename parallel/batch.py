@@ -25,7 +25,8 @@ class Microbatch:
     row is one sequence; else the lengths of what is packed in the rows, row by row, padding at a row's end included,
     b * s in all. A document sees itself alone and its positions count from 0. channels: uint8 [b, s], the number
     under which the loss of a position is reported apart, or None. rows: the places of the rows in the global batch,
-    which decide what dropout drops.
+    which decide what dropout drops. lengths: how many positions of each row are its sample's (None: all), where a row
+    is one sequence.
     """
 
     tokens: Tensor
@@ -34,13 +35,14 @@ class Microbatch:
     documents: tuple[int, ...] | None = None
     channels: Tensor | None = None
     rows: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class RankBatch:
     """One rank's part, [b, S / n] (packed: [1, S / n]); documents: their padded lengths, S in all.
 
-    unpadded: lengths of the documents before (what fills the end is none of them), or of a row.
+    unpadded: lengths of the documents before (what fills the end is none of them), or of the sample in each row.
     """
 
     tokens: Tensor
@@ -162,7 +164,7 @@ def _rank_batch(batch: Microbatch, dims: ParallelDims, cp_rank: int, length: int
     tokens, labels, loss_weights, *channels = tensors
     return RankBatch(
         tokens, labels, loss_weights, documents, length, channels[0] if channels else None,
-        unpadded=batch.documents or batch.tokens.shape[1:],
+        unpadded=batch.documents or batch.lengths or batch.tokens.shape[1:] * len(batch.tokens),
     )  # fmt: skip
 
 

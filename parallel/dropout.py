@@ -27,8 +27,8 @@ class BatchPlace:
     """Which microbatch a forward pass computes. rows: int64 [b], of the global batch; of packed ones [s, 1], by token.
 
     positions: int64 [s], of the tokens of this context-parallel rank in the whole sequence (packed: in the row before
-    samples were padded); None: all, in order. lengths, for noise: fp32 [s] or [1], how many positions a token's row
-    has (packed: its document) at every layout: what ranks that share it need beside is not counted.
+    samples were padded); None: all, in order. lengths, for noise: fp32 [1, b], packed [s, 1]: how many positions the
+    sample of a token has at every layout: what pads it is not counted.
     """
 
     seed: int
@@ -101,18 +101,18 @@ def places(
         rows = torch.arange(first, first + size) if batch.rows is None else torch.tensor(batch.rows)
         share = Share((part.seq_length,), (here.cp,), dims.cp)
         positions = natural_rows(share, torch.device("cpu")) if dims.cp > 1 else None
-        lengths = torch.tensor(part.unpadded[:1], dtype=torch.float32)
+        lengths = torch.tensor([part.unpadded], dtype=torch.float32)
         found.append(BatchPlace(seed, step, rows, positions, lengths))
     return found
 
 
 def _document_lengths(part: RankBatch, cp_rank: int, cp: int) -> Tensor:
-    """fp32 [s]: of every token of a packed part the length of its document."""
+    """fp32 [s, 1]: of every token of a packed part the length of its document."""
     assert part.documents is not None
     own = dict(enumerate(part.unpadded))  # what fills the end is as long as it is
     share = Share(part.documents, (cp_rank,), cp)
     each = [torch.full((s.length,), own.get(s.document, part.documents[s.document])) for s in segments(share)]
-    return torch.cat(each).to(torch.float32)
+    return torch.cat(each).to(torch.float32)[:, None]
 
 
 def _enter(place: BatchPlace | None) -> None:
@@ -169,7 +169,7 @@ def dropped(x: Tensor, name: str, probability: float, *, first_token: int, first
 def noise(x: Tensor, name: str, alpha: float, *, first_token: int = 0) -> Tensor:
     """x [s, b, i] with uniform noise in +-alpha / sqrt(positions x i), decided by place and name as above.
 
-    Positions are those of a row; of a packed document its own, as if it were a row. first_token: as of `dropped`.
+    Positions are those of the sample, in a row of its own or packed. first_token: as of `dropped`.
     Outside of `at` and `counted` (an evaluation) nothing is added.
     """
     place = _place.get()
@@ -180,9 +180,9 @@ def noise(x: Tensor, name: str, alpha: float, *, first_token: int = 0) -> Tensor
     assert place.lengths is not None
     lengths = place.lengths if len(place.lengths) == 1 else place.lengths[first_token:][:s]
     key, features = f"{place.seed}:{place.step}:{name}", torch.arange(i, device=x.device)
-    magnitude = alpha * (lengths.to(x.device) * i) ** -0.5
+    magnitude = alpha * (lengths.to(x.device).clamp(min=1) * i) ** -0.5
     words = _words(key, rows.to(x.device), tokens.to(x.device), features)
-    return x + (words.to(torch.float32) * (magnitude / 2**31)[:, None, None]).to(x.dtype)
+    return x + (words.to(torch.float32) * (magnitude / 2**31)[:, :, None]).to(x.dtype)
 
 
 def keep(key: str, rows: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:

@@ -172,5 +172,6 @@ def _microbatch(
     names = data.channel_names
     batch, documents = collate_packs(rows, seq_length, plan.pad_token_id, names)
     tokens, labels, weights, channels = (torch.from_numpy(array) for array in batch)
-    apart = channels if names else None
-    return Microbatch(tokens, labels, weights, documents if is_packed(data) else None, apart, tuple(places))
+    apart, packed = channels if names else None, is_packed(data)
+    lengths = None if packed else tuple(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
+    return Microbatch(tokens, labels, weights, documents if packed else None, apart, tuple(places), lengths)

@@ -1,14 +1,20 @@
 """What each context-parallel rank gets of a microbatch: every token once, padding without loss, at any layout."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mswift.data.batch import Sample
 from mswift.errors import LayoutError
 from mswift.parallel.attention.share import Share, natural_rows
 from mswift.parallel.batch import Microbatch, rank_batches, sequence_multiple, whole_rows
+from mswift.parallel.dropout import at, noise, places
 from mswift.topology import ParallelDims
+from mswift.train.batches import BatchPlan, assemble
 
 CPU = torch.device("cpu")
 
@@ -71,3 +77,51 @@ def test_what_does_not_fit_together_is_refused() -> None:
         rank_batches([microbatch(1, 4, (3,))], dims, 0)
     with pytest.raises(LayoutError, match="packed and not packed"):
         rank_batches([microbatch(1, 4), microbatch(1, 4, (4,))], dims, 0)
+
+
+class Samples:
+    """Eight samples of uneven length, as a data set that is not packed."""
+
+    channel_names = ()
+    lengths = np.array([3, 20, 9, 31, 1, 14, 22, 7])
+
+    def row(self, number: int) -> dict[int, Sample]:
+        positions = int(self.lengths[number])
+        return {number: Sample(np.arange(positions + 1, dtype=np.int32), np.ones(positions + 1, np.float32))}
+
+
+def noises(monkeypatch: pytest.MonkeyPatch, micro_batch_size: int, **sizes: Any) -> dict[int, torch.Tensor]:
+    """The noise of every sample at a layout, by its place in the global batch."""
+    dims, data, found = ParallelDims(**sizes), Samples(), {}
+    monkeypatch.setattr("mswift.train.batches.is_packed", lambda _: False)
+    monkeypatch.setattr("mswift.train.batches.squared_lengths", lambda *_: np.zeros(1))
+    for rank in range(dims.world_size):
+        here = dims.coordinate(rank)
+        plan = BatchPlan(micro_batch_size, 8, here.dp, dims.dp, 8, 0, one_length=dims.pp > 1)
+        microbatches = assemble(data, plan, range(8)).microbatches  # type: ignore[arg-type]
+        batches = rank_batches(microbatches, dims, here.cp)
+        for batch, part, place in zip(
+            microbatches, batches, places(microbatches, batches, dims, here, 5, 2), strict=True
+        ):
+            with at(place):
+                values = noise(torch.zeros(part.tokens.shape[1], part.tokens.shape[0], 4), "embedding", 5.0)
+            assert batch.rows is not None
+            everyone = torch.arange(part.seq_length) if place.positions is None else place.positions
+            for row, own in zip(batch.rows, values.unbind(1), strict=True):
+                whole = found.setdefault(row, torch.full((int(data.lengths[row]), 4), torch.nan))
+                inside = everyone < len(whole)
+                whole[everyone[inside]] = own[inside]
+    return found
+
+
+def test_noise_goes_by_the_positions_of_a_sample_at_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by those of the microbatch that a layout puts it into."""
+    one = noises(monkeypatch, 1, world_size=1)
+    assert one.keys() == set(range(8))
+    for row, values in one.items():
+        bound = 5.0 / (int(Samples.lengths[row]) * 4) ** 0.5
+        assert values.abs().max() <= bound * 1.0001
+    for micro_batch_size, sizes in ((4, {"world_size": 1}), (2, {"world_size": 2}), (1, {"world_size": 2, "pp": 2}),
+                                    (2, {"world_size": 2, "cp": 2})):  # fmt: skip
+        found = noises(monkeypatch, micro_batch_size, **sizes)
+        assert {row: torch.equal(found[row], values) for row, values in one.items()} == dict.fromkeys(one, True)

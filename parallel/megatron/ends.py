@@ -31,12 +31,17 @@ def differentiate_embeddings(chunks: Sequence[Any]) -> None:
             chunk.embedding.register_forward_hook(_require_gradient)
 
 
-def add_noise(chunks: Sequence[Any], alpha: float) -> None:
-    """Embeddings [s, b, h] of training batches get noise (`mswift.parallel.dropout.noise`), after their multiplier."""
+def add_noise(chunks: Sequence[Any], alpha: float, spec: ModelSpec) -> None:
+    """Embeddings [s, b, h] of training batches get noise (`mswift.parallel.dropout.noise`), after `scale_ends`.
+
+    It is on what transformers' embedding gives: Gemma's multiplies by itself, the model multiplies that of others.
+    """
+    multiplied_before = spec.rounded_embedding_multiplier
     for chunk in chunks:
         if hasattr(chunk, "embedding"):
             group = chunk.pg_collection.tp if chunk.config.sequence_parallel else None
-            chunk.embedding.register_forward_hook(partial(_noisy, alpha, 0 if group is None else group.rank()))
+            noisy = partial(_noisy, alpha, 0 if group is None else group.rank())
+            chunk.embedding.register_forward_hook(noisy, prepend=not multiplied_before)
 
 
 def _noisy(alpha: float, part: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

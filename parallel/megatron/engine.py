@@ -69,7 +69,7 @@ class MegatronEngine:
         for chunk in chunks:
             chunk.loss_fusion = config.loss_fusion
         if config.neftune_alpha:
-            add_noise(chunks, config.neftune_alpha)
+            add_noise(chunks, config.neftune_alpha, table.spec)
         self._core_config.finalize_model_grads_func = self._finalize_gradients  # not before: layers copy the config
         self._place(chunks)
         self._chunks = [

@@ -311,6 +311,18 @@ def test_noise_on_embeddings_is_the_same_on_any_engine_and_layout(engine: str, w
     assert abs(one["loss"][0] - truth_of_two()["loss"][0]) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["granite", "gemma2"])
+def test_noise_is_on_what_transformers_embedding_gives(family: str) -> None:
+    """Granite's model multiplies embeddings, and the noise on them; Gemma's embedding has multiplied before."""
+    model = model_of(family_config(family, vocab_size=VOCAB))
+    weights = {name: weight.copy() for name, weight in weights_of(model).items()}
+    found, wanted = (
+        megatron_run(model.config.to_dict(), weights, random_steps(1), SGD | own | {"neftune_alpha": 5.0}, 1, {})
+        for own in ({"backend": "megatron"}, {"backend": "fsdp", "shard_size": 1})
+    )
+    assert worst(found, wanted, 1e-5) == {}
+
+
 @cache
 def truth_of_two() -> dict[str, Any]:
     return run("llama", 1, {}, random_steps())
@@ -331,7 +343,7 @@ def test_noise_is_uniform_in_the_bounds_of_neftune() -> None:
     plain = model.get_input_embeddings()(tokens)
     sequence.attending(None)
     add_noise(model, 5.0)
-    with at(BatchPlace(1, 2, torch.arange(3), lengths=torch.tensor([50.0]))):
+    with at(BatchPlace(1, 2, torch.arange(3), lengths=torch.tensor([[50.0]]))):
         noise = (model.get_input_embeddings()(tokens) - plain).flatten().double() / bounds[0]
     assert noise.abs().max() <= 1.001
     for bins in (2, 10):

@@ -1,5 +1,7 @@
 """megatron-core's two linear functions for CPUs: the faster fp32 matrix product, and no passing gradients of weights.
 
+That of a frozen weight is in its place on GPUs as well: megatron-core's gives a bias beside such a weight no gradient.
+
 torch's own product is MKL's, which leaves half of the speed of an AMD processor unused: 100 against 220 GFLOP/s on
 one core of an EPYC (`benchmarks/gemm.py`); on an Intel Xeon it is the faster one. The maker of the processor decides,
 not a clock: a resumed run computes the same bits. Both compute in IEEE fp32. oneDNN compiles a kernel for every shape
@@ -110,8 +112,8 @@ class CpuLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-class CpuFrozenLinear(torch.autograd.Function):
-    """In place of LinearWithFrozenWeight; called with its arguments."""
+class FrozenLinear(torch.autograd.Function):
+    """In place of LinearWithFrozenWeight, on any device; called with its arguments."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -125,20 +127,20 @@ class CpuFrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        """Gradient of x."""
+        """Gradients of x, and of a bias that is trained."""
         (weight,) = ctx.saved_tensors
         grad_x = product(gradient, weight.t())
         if ctx.allreduce:
             dist.all_reduce(grad_x, group=ctx.group)
-        return grad_x, None, None, None, None
+        grad_bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None, None
 
 
-def replace_linears(layers: ModuleType) -> None:
+def replace_linears(layers: ModuleType, *, on_gpu: bool) -> None:
     """Put them into megatron.core.tensor_parallel.layers."""
-    replaced: dict[str, Any] = {
-        "LinearWithGradAccumulationAndAsyncCommunication": CpuLinear,
-        "LinearWithFrozenWeight": CpuFrozenLinear,
-    }
+    replaced: dict[str, Any] = {"LinearWithFrozenWeight": FrozenLinear}
+    if not on_gpu:
+        replaced["LinearWithGradAccumulationAndAsyncCommunication"] = CpuLinear
     for name, function in replaced.items():
         setattr(layers, name, function)
 

@@ -63,11 +63,11 @@ def apply(*, on_gpu: bool) -> None:
     no_te.name_missing_kernels(megatron.core.transformer.moe.moe_utils)
     dropout.remember_places(megatron.core.tensor_parallel)
     no_te.recompute_without_fp8(megatron.core.tensor_parallel.random)
+    cpu_linear.replace_linears(megatron.core.tensor_parallel.layers, on_gpu=on_gpu)
     if not on_gpu:
         no_gpu.replace_rng_access(megatron.core.tensor_parallel.random)
         no_gpu.replace_uneven_collectives(megatron.core.tensor_parallel.mappings)
         no_gpu.replace_split_counts(megatron.core.transformer.moe.token_dispatcher)
-        cpu_linear.replace_linears(megatron.core.tensor_parallel.layers)
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     _state.applied_for = wanted

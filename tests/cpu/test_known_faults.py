@@ -5,6 +5,8 @@ shown by partner tests elsewhere, which that page names.
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -97,6 +99,17 @@ def test_each_parameter_counts_its_own_steps_after_a_reload() -> None:
 
 def test_one_step_tensor_for_all_parameters_is_seen() -> None:
     assert not same_after_third_step(shared=True)
+
+
+def test_a_bias_beside_a_frozen_weight_gets_no_gradient() -> None:
+    """By its source, since the function is replaced in every process that prepared a device."""
+    found = find_spec("megatron.core")
+    assert found is not None
+    assert found.origin is not None
+    source = (Path(found.origin).parent / "tensor_parallel" / "layers.py").read_text()
+    backward = source.partition("class LinearWithFrozenWeight")[2].partition("\ndef ")[0]
+    assert "bias is not None" in backward
+    assert "return grad_input, None, None, None, None" in backward
 
 
 @leaving_groups

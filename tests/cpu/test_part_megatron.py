@@ -17,6 +17,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "first stage frozen": Part(freeze=("model.embed_tokens", "model.layers.0", "model.layers.1")),
     "norms": Part(freeze_regex=".", trainable_regex="norm"),
+    "biases": Part(freeze_regex=".", trainable_regex=r"bias$"),
     "last stage frozen": Part(freeze=("model.layers.2", "model.layers.3", "model.norm", "lm_head")),
 }
 AGAIN = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -28,6 +29,8 @@ CASES: list[tuple[str, str, int, dict[str, Any], dict[str, Any]]] = [
     ("qwen3-tied", "first stage frozen", 2, {"pp": 2}, {}),
     ("qwen3", "norms", 2, {}, AGAIN),
     ("llama-biases", "norms", 2, {"tp": 2}, {}),
+    ("llama-biases", "biases", 2, {"tp": 2}, {}),
+    ("starcoder2", "biases", 2, {"tp": 2, "sequence_parallel": True}, {}),
 ]
 
 

@@ -26,6 +26,7 @@ from mswift.tuners.part import Part
 _COUNT = "num_hidden_layers"
 _OUTPUT = re.compile(r"\.(linear_proj|linear_fc2|out_proj)\.(weight|bias)$")
 _KINDS = {True: "sliding_attention", False: "full_attention"}
+_LETTERS = "hybrid_override_pattern"
 _OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 
 
@@ -95,6 +96,8 @@ def expanded_config(config: Mapping[str, Any], table: ModelTable, places: Expans
     for name in _OF_EACH_LAYER:
         if isinstance(config.get(name), list):
             larger[name] = [config[name][layer] for layer, _ in places.layers]
+    if isinstance(letters := config.get(_LETTERS), str) and len(letters) == places.num_layers:
+        larger[_LETTERS] = "".join(letters[layer] for layer, _ in places.layers)
     if not _is_expanded(_spec(larger), table.spec, places) and "layer_types" not in config:
         kinds = [_KINDS[table.spec.layer(layer).window is not None] for layer, _ in places.layers]
         larger["layer_types"] = kinds

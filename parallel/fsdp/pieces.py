@@ -19,7 +19,8 @@ _OF_EXPERT = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 """Of an expert's tensors in files: as most models call them, and as Mixtral does."""
-_IN_FILES = ((r"^", ""), (r"\.mlp\.", ".block_sparse_moe."), (r"^model\.", "backbone."))
+_BEGINNING = (r"^model\.", "backbone.")
+_IN_FILES = ((r"^", ""), (r"\.mlp\.", ".block_sparse_moe."), _BEGINNING)
 """What transformers calls otherwise than files do, as pattern and words: Mixtral, Nemotron-H."""
 
 
@@ -49,6 +50,13 @@ def map_parameters(shapes: Mapping[str, tuple[int, ...]], table: ModelTable) -> 
             "the checkpoint): use --backend megatron"
         )
     return found
+
+
+def name_in_files(name: str, table: ModelTable) -> str:
+    """A parameter's name with the beginning that files give it, by which flags and `prefixes` of new blocks say it."""
+    pattern, ours = _BEGINNING
+    begins = any(stored.startswith(ours) for stored in table.hf)
+    return re.sub(pattern, ours, name) if begins else name
 
 
 def _sources(name: str, shape: tuple[int, ...], table: ModelTable) -> list[tuple[str, tuple[int, ...]]]:

@@ -27,7 +27,7 @@ from mswift.parallel.fsdp.model import (
     recompute,
     saved_buffers,
 )
-from mswift.parallel.fsdp.pieces import map_parameters
+from mswift.parallel.fsdp.pieces import map_parameters, name_in_files
 from mswift.parallel.fsdp.sampled import layers_of
 from mswift.parallel.mapped import Mapped, whole
 from mswift.tuners.part import Part
@@ -99,7 +99,7 @@ def tuned_model(table: ModelTable, config: HfSettings, device: torch.device) -> 
     before = base_name if method is None else method.base_names.get
     base = {name: places[found] for name, _ in inner.named_parameters() if (found := before(name))}
     if config.part is not None:
-        _freeze(inner, config.part, base, DTYPES[config.dtype])
+        _freeze(inner, config.part, base, table, DTYPES[config.dtype])
     saved = base if config.lora is None else map_adapters(inner, table, config.lora)
     if method is not None:
         saved = method.saved
@@ -107,8 +107,8 @@ def tuned_model(table: ModelTable, config: HfSettings, device: torch.device) -> 
     trained = {name: mapped for name, mapped in saved.items() if name in learning}
     state_of = trained
     if config.part is not None or config.lisa is not None:
-        # a global tensor may be trained in a part of it: state goes by transformers' names
-        state_of = {name: whole(m.name, f"of.{m.name}", m.shape) for name, m in trained.items()}
+        # a global tensor may be trained in a part of it: state goes by HF names
+        state_of = {n: whole(m.name, f"of.{name_in_files(m.name, table)}", m.shape) for n, m in trained.items()}
     layer_of = layers_of(inner) if config.lisa is not None else {}
     _change_passes(inner, config, device)
     if config.recompute_keeps_products and method is not None and method.adds_in_place:
@@ -118,11 +118,11 @@ def tuned_model(table: ModelTable, config: HfSettings, device: torch.device) -> 
     return TunedModel(model, base, saved, trained, state_of, buffers, layer_of, method)
 
 
-def _freeze(inner: nn.Module, part: Part, base: Mapping[str, Mapped], dtype: torch.dtype) -> None:
+def _freeze(inner: nn.Module, part: Part, base: Mapping[str, Mapped], table: ModelTable, dtype: torch.dtype) -> None:
     """Frozen parameters are kept in the dtype of the run."""
-    frozen = part.frozen({name: prod(mapped.shape) for name, mapped in base.items()})
+    frozen = part.frozen({name_in_files(name, table): prod(mapped.shape) for name, mapped in base.items()})
     for name, parameter in inner.named_parameters():
-        if name in frozen:
+        if name_in_files(name, table) in frozen:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
 

@@ -15,6 +15,7 @@ from mswift.converters.layout import Piece
 from mswift.converters.plan import ModelTable
 from mswift.errors import ConfigError
 from mswift.parallel.fsdp.model import empty_model
+from mswift.parallel.fsdp.pieces import name_in_files
 from mswift.parallel.mapped import Mapped
 from mswift.parallel.megatron import placement
 from mswift.parallel.megatron.placement import Placed
@@ -68,11 +69,12 @@ class TrainedPart:
 def _model_order(table: ModelTable) -> list[str]:
     """Names of the parameters as transformers' model orders them: --freeze_parameters_ratio freezes the first."""
     try:
-        names = [name for name, _ in empty_model(table, torch.float32).named_parameters()]
+        model = empty_model(table, torch.float32)
     except ConfigError as error:
         raise ConfigError(
             f"--freeze_parameters_ratio goes by the order of transformers' model, which cannot be made here ({error}): "
             "name what stays with --freeze_parameters"
         ) from error
+    names = [name_in_files(name, table) for name, _ in model.named_parameters()]
     assert {*names} == table.hf.keys(), {*names} ^ table.hf.keys()
     return names

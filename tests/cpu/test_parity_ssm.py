@@ -10,12 +10,14 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
 from mswift.converters.adapters import refuse_recurrent
 from mswift.converters.plan import table_for
 from mswift.errors import ConfigError
+from mswift.tuners.part import Part
 from tests.support.parity import BASE, differences, megatron_run, model_of, random_steps, reference
 from tests.support.spaces import Arrays, weights_of
 
@@ -74,8 +76,13 @@ def hub_names(arrays: Mapping[str, Any]) -> Arrays:
     for name, array in arrays.items():
         found = re.fullmatch(r"(.*\.mixer\.experts)\.(up_proj|down_proj)", name)
         named = {f"{found[1]}.{e}.{found[2]}.weight": array[e] for e in range(len(array))} if found else {name: array}
-        out |= {re.sub(r"^model\.", "backbone.", n): a for n, a in named.items()}
+        out |= {hub_name(n): a for n, a in named.items()}
     return out
+
+
+def hub_name(name: str) -> str:
+    """A parameter's, where nothing is stacked."""
+    return re.sub(r"^model\.", "backbone.", name)
 
 
 @torch.no_grad()
@@ -111,6 +118,34 @@ def test_transformers_model_cut_over_ranks_equals_itself(name: str) -> None:
     found = megatron_run(config, start, random_steps(), SGD | {"backend": "fsdp", "shard_size": 2}, 2, {})
     apart = differences(found, truth, (*FIRST, "weights", "momentum_buffer"))
     assert {n: d for n, d in apart.items() if not d <= TOLERANCE} == {}
+
+
+PARTS = {
+    "share": Part(ratio=0.4, trainable=("backbone.layers.0.norm",)),
+    "new blocks": Part(freeze_regex=".", trainable=("backbone.layers.1.", "backbone.layers.3.")),
+}
+"""By the names that files have; what LLaMA-Pro trains is said so too."""
+
+
+@pytest.mark.parametrize("backend", ["megatron", "fsdp"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_named_as_files_name_it(part: str, backend: str) -> None:
+    config, start, _ = expected("nemotron_h")
+    model = model_of(MODELS["nemotron_h"])
+    sizes = {hub_name(name): parameter.numel() for name, parameter in model.named_parameters()}
+    frozen = PARTS[part].frozen(sizes)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(hub_name(name) not in frozen)
+    truth = reference(model, random_steps(), SGD)
+    wanted = {n: hub_names(a) if isinstance(a, dict) else a for n, a in truth.items()}
+    own = {"backend": backend, "part": PARTS[part]} | ({"shard_size": 2} if backend == "fsdp" else {})
+    found = megatron_run(config, start, random_steps(), SGD | own, 2, {})
+    assert {
+        n: d for n, d in differences(found, wanted, ("loss", "grad_norm", "weights")).items() if not d <= 1e-5
+    } == {}
+    assert all(np.array_equal(found["weights"][name], start[name]) for name in frozen)
+    states = {key.partition(".of.")[2] for rank in found["states"] for key in rank}
+    assert states == sizes.keys() - frozen
 
 
 def run(name: str, layout: str, broken: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -57,6 +57,15 @@ def test_qwen_7b_has_the_published_number_of_trained_parameters() -> None:
     assert {name.split(".")[2] for name in trained} == {"8", "17", "26", "35"}
 
 
+def test_letters_of_layers_are_repeated() -> None:
+    """As the hub has Nemotron-H; transformers writes a list of names."""
+    config = family_config("nemotron_h")
+    table = table_for(config)
+    larger = expanded_config(config, table, expansion(5, 5, None))
+    assert (config["hybrid_override_pattern"], larger["hybrid_override_pattern"]) == ("M-*EM", "MM--**EEMM")
+    assert [table_for(larger).spec.layer(2 * n + 1) for n in range(5)] == [table.spec.layer(n) for n in range(5)]
+
+
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "qwen3_next"])
 def test_layers_that_their_number_makes_are_refused(family: str) -> None:
     config = family_config(family, num_hidden_layers=4)

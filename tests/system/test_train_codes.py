@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mswift import rundir
-from tests.support.commands import command, make_home, mswift, run
+from tests.support.commands import PROGRAM, command, make_home, mswift, run
 from tests.support.quantised import GPTQ, quantise_directory
 from tests.support.runs import log
 from tests.support.tiny import tiny_model
@@ -45,6 +45,14 @@ def test_it_is_the_run_on_the_dequantised_base(home: Path) -> None:
         for base in ("model-plain", "model")
     )
     assert plain == quantised != ""
+    # and it is merged into what conversion makes of the base
+    adapter = ("--adapters", home / "held-adapter", "--output_dir")
+    refused = run([*PROGRAM, "merge", "--model", str(home / "model"), *map(str, adapter), str(home / "merged")], 2)
+    assert f"mswift convert --model {home / 'model'} --to hf --output_dir {home / 'model'}-hf" in refused
+    mswift("convert", "--model", home / "model", "--to", "hf", "--output_dir", home / "converted")
+    mswift("verify", home / "converted", home / "model-plain")
+    mswift("merge", "--model", home / "converted", *adapter, home / "merged")
+    assert mswift("infer", "--model", home / "merged", *prompt).splitlines()[-1] == plain
 
 
 def test_a_base_without_such_codes_is_refused_in_a_line(home: Path) -> None:

@@ -335,6 +335,22 @@ def test_a_client_that_leaves_frees_its_place(engine: TransformersEngine, url: s
     assert _metric(url, "mswift_clients_left_total") == before + 1
 
 
+def test_a_reader_that_takes_nothing_gives_its_place_back(engine: TransformersEngine) -> None:
+    """Its socket is full long before the answers are told: it is waited for as long as an answer may take."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "n": 8}
+    ask |= {"stream": True, "logprobs": 20}
+    data = json.dumps(ask).encode()
+    with serving(engine, max_answers=8, request_seconds=8) as url, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(("127.0.0.1", int(url.removesuffix("/v1").rsplit(":", 1)[1])))
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+        line.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+        short = json.dumps({"model": "tiny", "prompt": "Hi", "max_tokens": 1}).encode()
+        _until(lambda: _load(url)[0] == 8)
+        assert _post(url, "/completions", short)[0] == 503
+        _until(lambda: _post(url, "/completions", short)[0] == 200, 30)
+
+
 def test_a_client_that_leaves_while_its_prompt_is_read_leaves_no_answer_behind() -> None:
     begun, go_on = threading.Event(), threading.Event()
     dropped: list[Any] = []

@@ -52,6 +52,10 @@ class Limits:
     keys: tuple[str, ...] = ()
 
 
+_LAST_SECONDS = 2.0
+"""For the last events of a stream, which may say that its time is up."""
+
+
 class ClientLeft(Exception):
     """Nobody waits for the answer."""
 
@@ -244,7 +248,7 @@ class _Routes:
             finally:
                 await pieces.aclose()
 
-        return _Stream(events(), self.metrics)
+        return _Stream(events(), self.metrics, deadline + _LAST_SECONDS)
 
     async def _until_left(self, request: Request, work: Awaitable[T]) -> T:
         """What `work` returns. Raises ClientLeft when nobody waits any more, TimeoutError after request_seconds."""
@@ -267,12 +271,13 @@ class _Routes:
 
 
 class _Stream(StreamingResponse):
-    """Events whose source is closed when they end, in whatever way."""
+    """Events whose source is closed when they end, in whatever way; by the deadline even where nobody takes them."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], metrics: Metrics) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], metrics: Metrics, deadline: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._events = events
         self._metrics = metrics
+        self._deadline = deadline
         self._whole = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -282,7 +287,9 @@ class _Stream(StreamingResponse):
                 self._whole = True
 
         try:
-            await super().__call__(scope, receive, watched)
+            with contextlib.suppress(TimeoutError):  # the connection is closed, which tells it
+                async with asyncio.timeout_at(self._deadline):
+                    await super().__call__(scope, receive, watched)
         finally:
             if not self._whole:
                 self._metrics.left.inc()

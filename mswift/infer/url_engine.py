@@ -1,6 +1,7 @@
 """A server that speaks OpenAI's protocol, as an engine: vLLM's, SGLang's, LMDeploy's, mswift deploy. Torch-free."""
 
 import contextlib
+import http.client
 import json
 import os
 import urllib.error
@@ -28,6 +29,8 @@ from mswift.infer.rows import stream_seed
 
 KEY = "OPENAI_API_KEY"
 _SECONDS = 600
+_BROKEN = (OSError, ValueError, http.client.HTTPException)
+"""What is raised where a server does not answer, breaks off, or speaks something else."""
 _DEFAULTS = Sampling()
 
 
@@ -187,7 +190,7 @@ class UrlEngine:
         text, reason = "", None
         usage: dict[str, Any] = {}
         with contextlib.closing(self._open(route, body)) as response:
-            for event in _events(response):
+            for event in _whole(_events(response), f"{self.url}/{route}"):
                 if "error" in event:
                     raise ConfigError(f"{self.url}/{route}: {str(event['error'])[:300]}")
                 usage = event.get("usage") or usage
@@ -232,7 +235,7 @@ class UrlEngine:
         with contextlib.closing(self._open(route, body)) as response:
             try:
                 return cast(dict[str, Any], json.load(response))
-            except (OSError, ValueError) as error:
+            except _BROKEN as error:
                 raise ConfigError(f"{self._flag} {self.url}: no answer from {route} ({error})") from None
 
     def _open(self, route: str, body: dict[str, Any] | None) -> Any:
@@ -247,7 +250,7 @@ class UrlEngine:
             said = error.read(2000).decode(errors="replace")
             hint = f"; its key goes into the variable {KEY}" if error.code == 401 else ""
             raise ConfigError(f"{self.url}/{route}: {error.code} {' '.join(said.split())[:300]}{hint}") from None
-        except (OSError, ValueError) as error:
+        except _BROKEN as error:
             raise ConfigError(f"{self._flag} {self.url}: no answer from {route} ({error})") from None
 
 
@@ -270,3 +273,15 @@ def _events(lines: Any) -> Iterator[dict[str, Any]]:
             if data.strip() == "[DONE]":
                 return
             yield json.loads(data)
+
+
+def _whole(events: Iterator[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
+    """The events; ConfigError where one cannot be read."""
+    while True:
+        try:
+            event = next(events, None)
+        except _BROKEN as error:
+            raise ConfigError(f"{where}: the server broke off its answer ({error})") from None
+        if event is None:
+            return
+        yield event

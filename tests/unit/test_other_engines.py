@@ -1,6 +1,7 @@
 """What other engines' servers are told, and what is refused before anything starts."""
 
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mswift.infer.backends import EngineConfig
 from mswift.infer.child_server import ChildServer, ServerOptions, free_port
 from mswift.infer.engine_args import engine_args
 from mswift.infer.other_servers import lmdeploy_argv, sglang_argv, sglang_python
+from mswift.infer.request import Request
 from mswift.infer.url_engine import UrlEngine
 
 MODEL = Path("/models/m")
@@ -196,3 +198,28 @@ def test_a_proxy_is_not_asked_for_servers_of_this_machine(monkeypatch: pytest.Mo
             pass
         assert leaked == []
     assert "secret" not in str(options)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"HTTP/1.1 200 OK\r\n\r\ndata: {\n", b"no HTTP\r\n\r\n"]
+)
+def test_a_server_that_breaks_off_is_one_line(sent: bytes) -> None:
+    """Whole or streamed, in the middle of an answer or before it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def answer() -> None:
+            for _ in range(2):
+                line, _ = listener.accept()
+                with line:
+                    line.recv(1 << 16)
+                    line.sendall(sent)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        engine = UrlEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", None, 1)
+        for ask in (lambda: engine.generate([Request(prompt="Hi")]), lambda: list(engine.stream(Request(prompt="Hi")))):
+            with pytest.raises(ConfigError, match="/completions: .*broke off|no answer from completions"):
+                ask()
+        thread.join()

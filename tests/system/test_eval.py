@@ -238,6 +238,7 @@ def test_an_agent_that_does_as_the_target_scores_one() -> None:
     assert _toolbench_scores(chosen, made_up)["hallu_rate"] == 1
 
 
+@pytest.mark.whole
 @needs_vllm
 def test_questions_longer_than_the_model_lose_their_beginning_and_are_scored_by_vllm(
     stories: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

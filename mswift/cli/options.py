@@ -15,6 +15,7 @@ from typing import TypeVar, get_type_hints
 import tyro
 
 from mswift.config import mcore
+from mswift.config.elsewhere import flag_hint, value_hint
 from mswift.config.loader import read_recipe
 from mswift.config.schema import NONE_SPELLINGS, Option, canonical, field_of, find, names, nearest, options_of
 from mswift.errors import ConfigError
@@ -166,7 +167,8 @@ def _take_field(field: str, taken: list[str], rest: list[str]) -> list[str]:
 
 
 def _flag_hint(options: Mapping[str, Option], name: str) -> str:
-    return nearest(name, names(options), "--")
+    known = names(options)
+    return flag_hint(canonical(name), known) or nearest(name, known, "--")
 
 
 def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: Mapping[str, list[str]]) -> ConfigT:
@@ -178,9 +180,8 @@ def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: M
         alone = make_dataclass("Alone", [(name, hints[name])])
         if _run_tyro(alone, options, {name: texts}) is None:
             given, option = " ".join(texts), options[name]
-            raise ConfigError(
-                f"--{name} {given or 'nothing'}: it takes {option.accepted}{nearest(given, option.choices)}"
-            )
+            hint = value_hint(name, given, names(options)) or nearest(given, option.choices)
+            raise ConfigError(f"--{name} {given or 'nothing'}: it takes {option.accepted}{hint}")
     raise ConfigError("the options do not fit together")
 
 

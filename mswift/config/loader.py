@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from mswift.config import mcore
-from mswift.config.schema import find, names, nearest, options_of
+from mswift.config.elsewhere import flag_hint
+from mswift.config.schema import canonical, find, names, nearest, options_of
 from mswift.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -46,7 +47,9 @@ def read_recipe(path: Path, config_class: type) -> dict[str, list[str]]:
                 raise ConfigError(f"{where}: the recipe is for `mswift {node.value}`, not for `mswift {own}`")
             continue
         if option is None:
-            raise ConfigError(f"{where}: unknown key {key.value}{nearest(str(key.value), names(options))}")
+            known, name = names(options), str(key.value)
+            hint = flag_hint(canonical(name), known) or nearest(name, known)
+            raise ConfigError(f"{where}: unknown key {key.value}{hint}")
         if option.name in values:
             raise ConfigError(f"{where}: {key.value} is given twice; keep one")
         if option.holds_fields:

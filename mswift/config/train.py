@@ -315,7 +315,7 @@ class TrainConfig:
 
     # -- checkpoints
     output_dir: str = "output"
-    """Run directory: checkpoint-N/, metrics.jsonl, loss.png, run.json."""
+    """Run directory: checkpoint-N/, metrics.jsonl, run.jsonl, run.yaml, loss.png."""
     save_steps: int | None = None
     """Save every N steps; always at the end, and when SIGTERM or SIGUSR1 stops the run."""
     async_save: bool = False

@@ -51,6 +51,16 @@ def test_help_answers_quickly_and_imports_little() -> None:
     assert result.stderr.strip() == "[]"
 
 
+def test_the_package_is_a_program_too() -> None:
+    """`python -m mswift` is what people type where the script is not on the PATH."""
+    said = [
+        subprocess.run([sys.executable, "-m", module, "nothing"], capture_output=True, text=True, check=False)
+        for module in ("mswift", "mswift.cli.main")
+    ]
+    assert said[0].stderr.startswith("mswift: unknown command 'nothing'")
+    assert (said[0].stderr, said[0].returncode) == (said[1].stderr, 2)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_never_imports_torch(name: str) -> None:
     result = _python(
@@ -94,6 +104,16 @@ MISTAKES = {
     ("--verson",): "unknown flag '--verson'",
     ("sft", "--modle", "x"): "unknown flag --modle; did you mean --model?",
     ("sft", "--lora-rnk", "8"): "unknown flag --lora-rnk; did you mean --lora_rank?",
+    ("sft", "--train_type", "lora"): "unknown flag --train_type; here that is --tuner_type",
+    ("sft", "--warmup-ratio", "0.1"): "unknown flag --warmup-ratio; here that is --lr_warmup_iters (steps)",
+    ("infer", "--train_type", "lora"): "unknown flag --train_type",
+    (
+        "sft",
+        "--model",
+        "m",
+        "--tuner_type",
+        "qlora",
+    ): "; here that is --tuner_type lora --quant_method bnb --quant_bits 4",
     ("sft",): "--model is required",
     ("sft", "--model"): "--model needs a value",
     ("sft", "--model", "m", "--lora_rank", "eight"): "--lora_rank eight: it takes a whole number",

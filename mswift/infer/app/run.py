@@ -50,7 +50,7 @@ def main(config: AppConfig) -> int:
 def _check(config: AppConfig) -> tuple[str, ...]:
     """Refuse what cannot be, before a model is loaded; returns the page's keys."""
     if missing := [name for name in ("fastapi", "uvicorn", "httpx2") if find_spec(name) is None]:
-        raise ConfigError(f"mswift app needs {', '.join(missing)}: pip install mswift[serve]")
+        raise ConfigError(f"mswift app needs {', '.join(missing)}: pip install 'mswift[serve]'")
     if (config.url is None) == (config.model is None):
         raise ConfigError("give --url (a server that runs, as http://127.0.0.1:8000/v1) or --model, one of them")
     if config.url is not None:

@@ -35,7 +35,7 @@ def main(config: DeployConfig) -> int:
 def _check(config: DeployConfig) -> tuple[str, ...]:
     """Refuse what cannot be, before the model is loaded; returns the keys."""
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
-        raise ConfigError(f"mswift deploy needs {', '.join(missing)}: pip install mswift[serve]")
+        raise ConfigError(f"mswift deploy needs {', '.join(missing)}: pip install 'mswift[serve]'")
     for name in ("max_num_seqs", "max_new_tokens", "max_body_mib", "request_seconds"):
         if getattr(config, name) <= 0:
             raise ConfigError(f"--{name} {getattr(config, name)}: above 0")

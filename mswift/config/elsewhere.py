@@ -1,6 +1,6 @@
 """Names that other programs have for an option of mswift: ms-swift, Megatron-LM, transformers' Trainer, LLaMA-Factory.
 
-The nearest spelling of such a name is another option (`--warmup_ratio`, `--lorap_lr_ratio`), so these are looked up first.
+The nearest spelling of such a name is another option (of `--warmup_ratio`: `--lorap_lr_ratio`); these come first.
 """
 
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ FLAGS = {
     "fsdp": "--backend fsdp",
     "report_to": "--tensorboard (and metrics.jsonl)",
 }
-"""Name of a flag elsewhere -> what it is here, the flag first. Where a command has a flag of that name, that is meant."""
+"""Name of a flag elsewhere -> what it is here, the flag first. A command with a flag of that name means its own."""
 
 VALUES = {
     ("tuner_type", "qlora"): "--tuner_type lora --quant_method bnb --quant_bits 4",

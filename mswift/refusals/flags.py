@@ -43,7 +43,7 @@ def flag_refusals(config: TrainConfig) -> Iterator[ConfigError]:
     yield from tuner_refusals(config)
     yield from engine_flag_refusals(config)
     yield from backend_refusals(config)
-    if config.min_lr > config.lr:
+    if config.min_lr > config.lr >= 0:
         yield ConfigError(f"--min_lr {config.min_lr} is above --lr {config.lr}: use --min_lr {config.lr} or less")
     yield from _schedule_refusals(config)
     data_path = config.data_path if isinstance(config, PtConfig) else ()
@@ -158,7 +158,7 @@ def _length_refusals(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError(f"--num_train_epochs {epochs} must be above 0: use --num_train_epochs 1")
     if steps is not None and steps < 0:
         yield ConfigError(f"--train_iters {steps} must be a number from 0 on: use --train_iters 0 or more")
-    if steps:
+    elif steps:
         try:
             check_schedule(config, steps)
         except ConfigError as error:

@@ -19,7 +19,8 @@ def tuner_line(config: TrainConfig, num_layers: int) -> str | None:
     if config.tuner_type in PROMPTS:
         return f"{config.tuner_type} {config.tuner_config or ''}".strip() + ", before every sequence"
     if config.tuner_type == "xlora":
-        mixed = f"{len(config.xlora_adapters)} LoRAs" if config.xlora_adapters else f"of {config.adapters[0]}"
+        continued = f"of {' '.join(config.adapters)}" if config.adapters else "0 LoRAs"
+        mixed = f"{len(config.xlora_adapters)} LoRAs" if config.xlora_adapters else continued
         return f"xlora {config.tuner_config or ''}".strip() + f", {mixed}, mixed token by token in a second pass"
     if config.lisa_activated_layers:
         active, every = config.lisa_activated_layers, config.lisa_step_interval

@@ -113,7 +113,7 @@ MISTAKES = {
         "m",
         "--tuner_type",
         "qlora",
-    ): "; here that is --tuner_type lora --quant_method bnb --quant_bits 4",
+    ): "; here that is --tuner_type lora --quant_method bnb",
     ("sft",): "--model is required",
     ("sft", "--model"): "--model needs a value",
     ("sft", "--model", "m", "--lora_rank", "eight"): "--lora_rank eight: it takes a whole number",

@@ -1,4 +1,4 @@
-"""Names that other programs have for mswift's flags: told as what they are here, on the command line and in a recipe."""
+"""Names that other programs have for mswift's flags: told as what they are here, also in a recipe."""
 
 from pathlib import Path
 

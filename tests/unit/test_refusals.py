@@ -285,6 +285,12 @@ def test_every_mistake_is_listed() -> None:
     assert [flag in text for flag, text in zip(["save_steps", "length", "tensor"], texts, strict=True)] == [True] * 3
 
 
+@pytest.mark.parametrize(("change", "flag"), [({"lr": -1.0}, "--lr -1.0"), ({"train_iters": -1}, "--train_iters -1")])
+def test_what_follows_from_a_mistake_is_not_another_one(change: dict[str, Any], flag: str) -> None:
+    (text,) = [str(refusal) for refusal in train_refusals(dataclasses.replace(FINE, **change), SPEC, 1)]
+    assert text.startswith(flag)
+
+
 def test_a_schedule_is_checked_again_when_epochs_become_steps() -> None:
     config = dataclasses.replace(FINE, train_iters=None, num_train_epochs=1.0, lr_warmup_iters=20)
     check_train(config, SPEC, 1)

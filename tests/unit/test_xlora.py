@@ -268,3 +268,5 @@ def test_the_dry_run_says_what_is_trained(
     said = capsys.readouterr().out
     assert "tuner          xlora, 2 LoRAs, mixed token by token in a second pass" in said
     assert f"{HIDDEN * 2 + 2}" in said
+    assert main([*argv, "--backend", "ddp"]) == 2  # LoRAs forgotten: the refusal, no traceback
+    assert "refused: --tuner_type xlora mixes LoRAs that were trained before: name them" in capsys.readouterr().out

@@ -221,6 +221,8 @@ def _module(rule: Rule) -> str:
 
 
 def unknown_module(flag: str, name: str, known: Sequence[str]) -> str:
-    """The message for a name that the model does not have, with the nearest one."""
+    """The message for a name that the model does not have, with the nearest one, or several names taken apart."""
+    if "," in name:
+        return f"{flag} {name}: names stand apart by spaces: {flag} {' '.join(name.replace(',', ' ').split())}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"{flag} {name}: the model has no such module; nearest: {near} (known: {' '.join(known)})"

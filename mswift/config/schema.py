@@ -118,5 +118,5 @@ def field_of(options: Mapping[str, Option], name: str) -> tuple[Option, str] | N
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The hint that ends an error line: "did you mean --x?" for the nearest name, else nothing."""
-    close = difflib.get_close_matches(canonical(name), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(canonical(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -24,7 +24,7 @@ from mswift.refusals.deepspeed import check_modules_in_full, check_precision
 from mswift.train.continued import check_continued
 from mswift.train.new_tokens import GrownReader, new_tokens
 from mswift.train.resume import start_of
-from mswift.train.trained import saved_modules, trained_parameters
+from mswift.train.trained import saved_modules, trained_parameters, virtual_tokens
 from mswift.tuners.llamapro import ExpandedReader, expanded_config, expansion
 from mswift.tuners.method import parse_method
 from mswift.tuners.methods import METHODS
@@ -36,6 +36,7 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
     checks: list[Callable[[], object]] = [
         lambda: _check_dtype(config, train_dtype(config, stored_dtype)),
         lambda: trained_parameters(config, table),
+        lambda: _check_virtual_tokens(config, table),
         *(partial(_check_adapter, config, table, Path(path)) for path in config.adapters),
         lambda: check_codes(config, table.config),
         lambda: read_chat_template(config.chat_template),
@@ -54,6 +55,16 @@ def input_refusals(config: TrainConfig, table: ModelTable, stored_dtype: str) ->
         except MswiftError as error:
             refusals.append(error)
     return refusals
+
+
+def _check_virtual_tokens(config: TrainConfig, table: ModelTable) -> None:
+    """ConfigError for virtual tokens that leave a sample less than 2 positions: one to predict from, one to predict."""
+    virtual, positions = virtual_tokens(config, table), table.spec.max_position_embeddings
+    if virtual and virtual + 2 > positions:
+        raise ConfigError(
+            f"--tuner_config: num_virtual_tokens {virtual} leaves {max(positions - virtual, 0)} of the model's "
+            f"{positions} positions to a sample: use fewer; 20 is usual"
+        )
 
 
 def _check_rows_of_documents(config: TrainConfig) -> None:

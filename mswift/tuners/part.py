@@ -62,12 +62,22 @@ def _beginning(names: Sequence[str], starts: Sequence[str], flag: str) -> set[st
     for start in starts:
         mine = {name for name in names if name.startswith(start)}
         if not mine:
-            near = get_close_matches(start, [*names, *{name.rpartition(".")[0] for name in names}], 3)
+            near = _near(start, names)
             raise ConfigError(
                 f"--{flag} {start}: no parameter's name begins so" + (f"; near: {', '.join(near)}" if near else "")
             )
         found |= mine
     return found
+
+
+def _near(start: str, names: Sequence[str]) -> list[str]:
+    """Beginnings of names that `start` may mean: those it ends, as layers.0 does model.layers.0, or like it."""
+    ended = {name[: at + 1 + len(start)] for name in names if (at := name.find(f".{start}")) >= 0}
+    if ended:
+        return sorted(ended)[:3]
+    dot = "." * start.endswith(".")
+    parts = {name[:at] + dot for name in names for at, letter in enumerate(name) if letter == "."}
+    return get_close_matches(start, sorted({*names, *parts}), 3)
 
 
 def _matching(names: Sequence[str], expression: str | None, flag: str) -> set[str]:

@@ -146,6 +146,14 @@ def test_virtual_tokens_are_positions_of_every_row(tuner: str, backend: str) -> 
     assert activations(with_tokens, table, dims, 2, 0) == activations(longer, table, dims, 2, 0)
 
 
+def test_virtual_tokens_leave_positions_to_samples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = [*argv, "--backend", "ddp", "--tuner_type", "prompt", "--tuner_config"]
+    assert main([*prompt, '{"num_virtual_tokens": 126}']) == 0
+    assert main([*prompt, '{"num_virtual_tokens": 127}']) == 2
+    said = "refused: --tuner_config: num_virtual_tokens 127 leaves 1 of the model's 128 positions to a sample"
+    assert said in capsys.readouterr().out
+
+
 def test_virtual_tokens_of_an_adapter_to_go_on_with_are_its_own(tmp_path: Path, argv: list[str], capsys: Any) -> None:
     adapter = prompt_config(_table(), "prompt", {"num_virtual_tokens": 7})
     (tmp_path / "adapter_config.json").write_bytes(adapter.text(_table(), (), None))
@@ -250,6 +258,8 @@ def test_rows_of_cut_documents_are_no_mixture(argv: list[str], capsys: pytest.Ca
 def test_a_wrong_module_name_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--tuner_type", "lora", "--target_modules", "q_prj"]) == 2
     assert "q_proj" in capsys.readouterr().out
+    assert main([*argv, "--tuner_type", "lora", "--target_modules", "q_proj,v_proj"]) == 2
+    assert "names stand apart by spaces: --target_modules q_proj v_proj" in capsys.readouterr().out
 
 
 def _whole_model(path: Path, config: dict[str, Any]) -> None:

@@ -38,8 +38,13 @@ def test_frozen(part: dict[str, Any], frozen: int) -> None:
 @pytest.mark.parametrize(
     ("part", "text"),
     [
-        ({"freeze": ("layer.0",)}, "--freeze_parameters layer.0: no parameter's name begins so; near: .*layers.0.a"),
+        ({"freeze": ("layer.0",)}, "--freeze_parameters layer.0: no parameter's name begins so; near: layers.0, "),
         ({"trainable": ("x",)}, "--trainable_parameters x: no parameter"),
+        ({"freeze": ("0.a",)}, "--freeze_parameters 0.a: no parameter's name begins so; near: layers.0.a$"),
+        (
+            {"freeze": ("layers.7.",)},
+            "--freeze_parameters layers.7.: no parameter's name begins so; near: layers.[0-9].,",
+        ),
         ({"freeze_regex": "("}, r"--freeze_parameters_regex \(: no regular expression"),
         ({"trainable_regex": "zzz"}, "--trainable_parameters_regex zzz: matches no parameter; the first one is embed"),
         ({"freeze_regex": "."}, r"^--freeze_parameters_regex \.: every parameter is frozen, nothing is left to train"),

@@ -18,9 +18,11 @@ from mswift.config import mcore
 from mswift.config.elsewhere import flag_hint, value_hint
 from mswift.config.loader import read_recipe
 from mswift.config.schema import NONE_SPELLINGS, Option, canonical, field_of, find, names, nearest, options_of
+from mswift.config.train import PtConfig, SftConfig
 from mswift.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+TRAINING = (PtConfig, SftConfig)
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -64,6 +66,8 @@ def parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     elif positionals:
         recipe, *surplus = positionals
         if not Path(recipe).is_file():
+            if Path(recipe).suffix in _RECIPE_SUFFIXES:
+                raise ConfigError(f"there is no recipe {recipe!r}")
             raise ConfigError(f"{recipe!r} is neither a recipe file nor a --flag{_flag_hint(options, recipe)}")
         if surplus:
             raise ConfigError(f"unexpected {surplus[0]!r} beside the recipe {recipe}; values follow a --flag")
@@ -168,7 +172,16 @@ def _take_field(field: str, taken: list[str], rest: list[str]) -> list[str]:
 
 def _flag_hint(options: Mapping[str, Option], name: str) -> str:
     known = names(options)
-    return flag_hint(canonical(name), known) or nearest(name, known, "--")
+    return flag_hint(canonical(name), known) or _of_its_sibling(options, name) or nearest(name, known, "--")
+
+
+def _of_its_sibling(options: Mapping[str, Option], name: str) -> str:
+    """The hint about a flag that the other command of training has."""
+    commands = {kind.command: options_of(kind) for kind in TRAINING}
+    if options not in commands.values() or find(options, name) is not None:
+        return ""
+    others = [command for command, its in commands.items() if find(its, name) is not None]
+    return f"; mswift {others[0]} has it" if others else ""
 
 
 def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: Mapping[str, list[str]]) -> ConfigT:

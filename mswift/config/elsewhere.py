@@ -65,6 +65,8 @@ FLAGS = {
     "ep_size": "--expert_model_parallel_size",
     "ulysses_size": "--sequence_parallel_size",
     "fsdp": "--backend fsdp",
+    "config": "RECIPE.yaml without a flag",
+    "config_file": "RECIPE.yaml without a flag",
     "report_to": "--tensorboard (and metrics.jsonl)",
 }
 """Name of a flag elsewhere -> what it is here, the flag first. A command with a flag of that name means its own."""
@@ -89,7 +91,8 @@ VALUES = {
 def flag_hint(name: str, known: Iterable[str]) -> str:
     """The hint that ends an error line about the flag or key `name`, or nothing: where `known` lacks its flag, too."""
     here = FLAGS.get(name, "")
-    return f"; here that is {here}" if here and here.split()[0].removeprefix("--") in set(known) else ""
+    there = not here.startswith("--") or here.split()[0].removeprefix("--") in set(known)
+    return f"; here that is {here}" if here and there else ""
 
 
 def value_hint(option: str, value: str, known: Iterable[str]) -> str:

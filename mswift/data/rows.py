@@ -106,10 +106,11 @@ def _as_text(conversation: Conversation, agent: AgentFormat, where: str) -> Conv
 def read_row(row: Mapping[str, Any], where: str) -> Conversation:
     """Normalise a row of any accepted shape, whatever it is for: preference, reward, generation, media."""
     fields = {name: value for name, value in row.items() if value not in (None, "", [])}
+    empty = set(row) - set(fields)
     if toolbench.is_answer(fields) or toolbench.is_query(fields):
         fields = toolbench.to_fields(fields, where)
     media: dict[str, list[Any]] = {}
-    used, messages, rejected = _read_shape(fields, where, media)
+    used, messages, rejected = _read_shape(fields, where, media, empty)
     tool_names = [name for name in TOOL_NAMES if name in fields and (name != "function" or _is_list(fields[name]))]
     if len(tool_names) > 1:
         raise DataError(f"{where} has {names(tool_names)}, and only one can be used; remove the others")
@@ -124,7 +125,7 @@ def read_row(row: Mapping[str, Any], where: str) -> Conversation:
 
 
 def _read_shape(
-    fields: Mapping[str, Any], where: str, media: dict[str, list[Any]]
+    fields: Mapping[str, Any], where: str, media: dict[str, list[Any]], empty: set[str]
 ) -> tuple[set[str], list[Message], list[Message] | None]:
     """Names of the fields used, the messages in them, and those of the rejected conversation."""
     used, prompt = _read_prompt(fields, where, media)
@@ -133,7 +134,8 @@ def _read_shape(
         return set(), [], None
     if not used and not named:
         hint = " Plain text is trained on with `mswift pt`." if "text" in fields else ""
-        raise DataError(f"{where}: unknown shape. Fields found: {names(fields)}. Accepted: {_SHAPES}.{hint}")
+        found = names(fields) + (f"{', and' if fields else ' but'} empty ones, {names(empty)}" if empty else "")
+        raise DataError(f"{where}: unknown shape. Fields found: {found}. Accepted: {_SHAPES}.{hint}")
     return used | named, chosen, rejected
 
 

@@ -247,6 +247,8 @@ def test_a_row_without_an_assistant_turn_names_the_remedies():
         ({"foo": 1, "bar": 2}, "unknown shape. Fields found: `bar`, `foo`. Accepted: messages"),
         ({"text": "x"}, "Fields found: `text`.*Plain text is trained on with `mswift pt`"),
         ({}, "Fields found: no field"),
+        ({"messages": []}, "Fields found: no field but empty ones, `messages`. Accepted: messages"),
+        ({"id": 7, "query": None}, "Fields found: `id`, and empty ones, `query`. Accepted: messages"),
         ({"question": "a", "prompt": "b", "answer": "c"}, "`prompt`, `question`, and only one can be used"),
         ({"question": "a", "answer": "c", "solution": "d"}, "`answer`, `solution`, and only one can be used"),
         ({"instruction": "a", "output": "c", "response": "d"}, "`output`, `response`, and only one can be used"),

@@ -100,7 +100,9 @@ def _positional_values(fields: Sequence[Option], given: Sequence[str]) -> dict[s
     needed = sum(option.required for option in fields)
     if not needed <= len(given) <= len(fields):
         count = str(needed) if needed == len(fields) else f"{needed} to {len(fields)}"
-        raise ConfigError(f"{count} arguments are needed ({spelled}), {len(given)} given")
+        takes = "".join(f"; {option.name.upper()} is {option.accepted}" for option in fields if option.choices)
+        are = "argument is" if count == "1" else "arguments are"
+        raise ConfigError(f"{count} {are} needed ({spelled}), {len(given)} given{takes}")
     return {option.name: [value] for option, value in zip(fields, given, strict=False)}
 
 
@@ -194,7 +196,8 @@ def _typed(config_class: type[ConfigT], options: Mapping[str, Option], values: M
         if _run_tyro(alone, options, {name: texts}) is None:
             given, option = " ".join(texts), options[name]
             hint = value_hint(name, given, names(options)) or nearest(given, option.choices)
-            raise ConfigError(f"--{name} {given or 'nothing'}: it takes {option.accepted}{hint}")
+            said = name.upper() if option.positional else f"--{name}"
+            raise ConfigError(f"{said} {given or 'nothing'}: it takes {option.accepted}{hint}")
     raise ConfigError("the options do not fit together")
 
 

@@ -67,6 +67,7 @@ FLAGS = {
     "fsdp": "--backend fsdp",
     "config": "RECIPE.yaml without a flag",
     "config_file": "RECIPE.yaml without a flag",
+    "merge_lora": "the command mswift merge",
     "report_to": "--tensorboard (and metrics.jsonl)",
 }
 """Name of a flag elsewhere -> what it is here, the flag first. A command with a flag of that name means its own."""

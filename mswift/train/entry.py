@@ -1,10 +1,12 @@
 """Entering the run directory: one run at a time, all ranks from the same checkpoint, and from a sound one."""
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mswift import rundir
+from mswift.converters.io.files import NO_SPACE
 from mswift.errors import CheckpointError, ConfigError
 from mswift.run_lock import locked
 from mswift.train.checkpoint import check_share
@@ -26,8 +28,9 @@ def enter_run_directory(start: Start, stack: ExitStack) -> Start:
     with agreed(f"opening {output_dir}"):
         if start.info.rank == 0:
             own_past = start.config.distributed_timeout_minutes * 60 + _OWN_PAST_SECONDS
-            stack.enter_context(locked(output_dir, own_past))
-            remove_remains(output_dir)
+            with _writable(output_dir):
+                stack.enter_context(locked(output_dir, own_past))
+                remove_remains(output_dir)
             if starting_point(start.config) != start.point:
                 raise ConfigError(f"--output_dir {output_dir}: another run has just saved there; start again")
     _check_same_point(start)
@@ -35,6 +38,19 @@ def enter_run_directory(start: Start, stack: ExitStack) -> Start:
         start = _after_damage(start, fault)
     _set_aside_newer(start)
     return start
+
+
+@contextmanager
+def _writable(output_dir: Path) -> Iterator[None]:
+    """What the machine says against a directory to write to, as ConfigError; a full disk is told by the caller."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise ConfigError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror}): name a directory that can be"
+        ) from error
 
 
 def _check_same_point(start: Start) -> None:

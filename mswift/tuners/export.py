@@ -17,6 +17,7 @@ from mswift.converters.layout import Region
 from mswift.converters.plan import DTYPE_BYTES, ModelTable, table_for
 from mswift.errors import CheckpointError
 from mswift.tuners.files import row_blocks, write_safetensors
+from mswift.tuners.hidden import is_hidden
 from mswift.tuners.method import place_of
 from mswift.tuners.other_adapters import parse_other
 from mswift.tuners.peft_config import (
@@ -44,9 +45,11 @@ class AdapterReport:
     destination: Path
     num_tensors: int
     num_elements: int
+    kind: str = "PEFT adapter"
 
     def __str__(self) -> str:
-        return f"PEFT adapter written to {self.destination}: {self.num_tensors} tensors, {self.num_elements:,} elements"
+        size = f"{self.num_tensors} tensors, {self.num_elements:,} elements"
+        return f"{self.kind} written to {self.destination}: {size}"
 
 
 def is_adapter_checkpoint(checkpoint: Path) -> bool:
@@ -196,7 +199,8 @@ def write_tensors(
             write_safetensors(file, dict(sorted(written[folder].items())), partial_of(blocks, folder))
         for name, data in {**directory_configs(config, destination), **(beside or {})}.items():
             write_file(partial / name, data)
-    return AdapterReport(destination, len(shapes), sum(prod(shape) for shape in shapes.values()))
+    own = {"kind": "adapter of mswift's own"} if is_hidden(json.loads(config)) else {}
+    return AdapterReport(destination, len(shapes), sum(prod(shape) for shape in shapes.values()), **own)
 
 
 def _check(

@@ -159,6 +159,8 @@ class TunedModel(nn.Module):
         self._refuse_reduced_base("combined")
         for each in names:
             self._require(each)
+        if len(names) != len(weights):  # PEFT leaves out those without a weight
+            raise ConfigError(f"{len(names)} adapters ({' '.join(names)}) and {len(weights)} weights: give one each")
         self._check_new(name)
         if not hasattr(self.peft.base_model, "add_weighted_adapter"):
             raise ConfigError("only LoRA (and IA3) adapters are combined; activate several of this method instead")

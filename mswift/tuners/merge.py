@@ -7,6 +7,7 @@ a few row blocks are in memory at a time. The base is only read.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from mswift.tuners.hidden import is_hidden
 from mswift.tuners.merge_method import MethodFold
 from mswift.tuners.method_adapter import MethodAdapter
 from mswift.tuners.methods import METHOD_TYPES
-from mswift.tuners.peft_config import read_adapter_json
+from mswift.tuners.peft_config import base_note, read_adapter_json
 from mswift.tuners.prompts import is_prompt
 from mswift.tuners.shapes import adapted_linears, adapter_table, promised_shapes
 
@@ -67,7 +68,10 @@ class MergeReport:
 
 
 def main(config: MergeConfig) -> int:
-    """The command; prints the report."""
+    """The command; prints the report, and on stderr which adapter names another base."""
+    for path in config.adapters:
+        if (note := base_note(Path(path), Path(config.model))) is not None:
+            print(note, file=sys.stderr)
     print(merge(Path(config.model), [Path(path) for path in config.adapters], Path(config.output_dir)))
     return 0
 

@@ -137,6 +137,21 @@ def check_adapter_dir(path: Path) -> dict[str, Any]:
     return read_adapter_json(path)
 
 
+def base_note(adapter: Path, model: Path) -> str | None:
+    """What to say where an adapter names a base of another name than `model`: shapes may fit all the same."""
+    said = read_adapter_json(adapter).get("base_model_name_or_path")
+    name = Path(said).name if isinstance(said, str) else ""
+    known = [*model.absolute().parts, *model.resolve().parts]
+    if not name or any(
+        part == name or part.endswith(f"--{name}") for part in known
+    ):  # the hub's cache: models--a--name
+        return None
+    return (
+        f"note: --adapters {adapter} was trained on {said} (base_model_name_or_path of its {CONFIG_FILE}), and --model "
+        f"is {model}: where these are different models, the answers mean nothing"
+    )
+
+
 def read_adapter_json(path: Path, flag: str = "--adapters") -> dict[str, Any]:
     """Content of adapter_config.json; ConfigError where there is none, with what the directory is instead.
 

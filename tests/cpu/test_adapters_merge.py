@@ -261,9 +261,22 @@ def test_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     adapter = random_adapter(tmp_path / "a", models / "tied")
     argv = ["merge", "--model", str(models / "tied"), "--adapters", str(adapter), "--output_dir", str(tmp_path / "out")]
     assert main(argv) == 0
-    assert "14 with a LoRA folded in" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "14 with a LoRA folded in" in said.out
+    assert said.err == ""
     assert main(argv) == 2
     assert "--output_dir" in capsys.readouterr().err
+
+
+def test_a_base_of_another_name_is_told(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shapes of another model may fit all the same; a copy or a conversion has another name by right: no refusal."""
+    adapter = random_adapter(tmp_path / "a", models / "tied")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for number, (said, told) in enumerate([("hub/tied", False), ("hub/other", True), (None, False)]):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": said}))
+        argv = ["merge", "--model", str(models / "tied"), "--adapters", str(adapter)]
+        assert main([*argv, "--output_dir", str(tmp_path / f"out-{number}")]) == 0
+        assert ("was trained on hub/other" in capsys.readouterr().err) == told
 
 
 def test_the_tolerance_sees_a_wrong_fold(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

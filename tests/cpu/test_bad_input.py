@@ -407,6 +407,8 @@ def test_an_output_directory_that_cannot_be_one(home: Path, tmp_path: Path, caps
         for more in ((), ("--nproc_per_node", 2)):
             error = refused(capsys, 2, train(home, output, "--train_iters", 1, *more), f"--output_dir {output}")
         works(train(home, Path(error.split("--output_dir ")[-1].strip()), "--train_iters", 1))
+    said = "--output_dir /proc/run cannot be written (No such file or directory): name a directory that can be"
+    refused(capsys, 2, train(home, Path("/proc/run"), "--train_iters", 1), said)
     shutil.rmtree(home / "full" / "checkpoint-2-run")
     assert sorted(model.iterdir()) == before
     rows = ["--val_dataset", str(home / "val.jsonl"), "--model", str(model), "--max_new_tokens", "1", "--result_path"]

@@ -166,6 +166,8 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path) -> None:
         model.add(KINDS["lora"], "mine")
     with pytest.raises(ConfigError, match="'mine' is there already"):
         model.combine(["mine"], [2.0], "mine")  # PEFT does nothing then
+    with pytest.raises(ConfigError, match=r"1 adapters \(mine\) and 2 weights: give one each"):
+        model.combine(["mine"], [2.0, 1.0], "other")  # PEFT takes as many as both have
     for name in ("1", "self_attn", "a.b", ""):  # PEFT leaves tensors with ".1." in their names out of other files
         with pytest.raises(ConfigError, match=f"adapter '{name}': PEFT would take it"):
             model.add(KINDS["lora"], name)

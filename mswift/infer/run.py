@@ -23,13 +23,13 @@ from mswift.tuners.peft_config import base_note, check_adapter_dir
 def main(config: InferConfig) -> int:
     """Run `mswift infer`; returns the exit status. What needs no model is refused before loading."""
     _check(config)
-    for adapter in named_adapters(config.adapters).values():
-        if (note := base_note(adapter, Path(config.model))) is not None:
-            print(note, file=sys.stderr)
     agent = FORMATS[config.agent_template] if config.agent_template else None
     rows = read_dataset(config.val_dataset, config.system, agent) if config.val_dataset else []
     sampling = chosen_sampling(config)
     with contextlib.closing(_load(config)) as engine:
+        for adapter in named_adapters(config.adapters).values():
+            if (note := base_note(adapter, Path(config.model))) is not None:
+                print(note, file=sys.stderr)
         return _answer(config, engine, sampling, rows)
 
 

@@ -69,10 +69,10 @@ class MergeReport:
 
 def main(config: MergeConfig) -> int:
     """The command; prints the report, and on stderr which adapter names another base."""
+    print(merge(Path(config.model), [Path(path) for path in config.adapters], Path(config.output_dir)))
     for path in config.adapters:
         if (note := base_note(Path(path), Path(config.model))) is not None:
             print(note, file=sys.stderr)
-    print(merge(Path(config.model), [Path(path) for path in config.adapters], Path(config.output_dir)))
     return 0
 
 

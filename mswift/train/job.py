@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from mswift import rundir
 from mswift.config.loader import dump, to_dict
@@ -69,6 +70,7 @@ def run_job(start: Start, device: torch.device) -> int:
 
     Raises mswift.errors for what the user can mend.
     """
+    tqdm.monitor_interval = 0  # its thread wakes bars that count too seldom, and may outlive the run
     groups.init(start.dims, device, start.info, collective_timeout(start.config.distributed_timeout_minutes))
     with ended_by(groups.destroy, start.dims), lost_ranks_in_words(), ExitStack() as stack:
         return _run(enter_run_directory(start, stack), device)

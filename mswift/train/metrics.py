@@ -108,7 +108,12 @@ class Progress:
 
     def __init__(self, first_step: int, last_step: int, every: int) -> None:
         self._bar = tqdm(
-            total=last_step, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=last_step,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            miniters=1,
+            disable=not sys.stderr.isatty(),
         )
         self._last_step, self._every = last_step, every
 

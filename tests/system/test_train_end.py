@@ -47,6 +47,7 @@ def test_a_rank_ends_without_threads_and_groups(tmp_path: Path, flags: tuple[str
         assert end["groups"] == [], rank
         assert GLOO not in end["native"], (rank, end)
         assert end["threads"] == [], (rank, end)
+        assert not end["watches_bars"], rank  # a thread that is told to end, and not awaited
     saved = [
         event["step"] for event in rundir.read_objects(tmp_path / "run" / rundir.LEDGER) if event["event"] == "save"
     ]

@@ -18,6 +18,7 @@ def note() -> None:
     found = {
         "threads": [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()],
         "native": sorted(native),
+        "watches_bars": sys.modules["tqdm.std"].tqdm.monitor is not None,
         "groups": [] if c10d is None else sorted(c10d._world.pg_names.values()),
     }
     Path(os.environ["EXIT_PROBE"], os.environ["RANK"]).write_text(json.dumps(found))

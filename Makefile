@@ -22,7 +22,7 @@ test test-system test-whole test-all: export OMP_NUM_THREADS := 1
 .PHONY: help venv vllm demo demo-seeds test test-system test-whole test-all test-gpu lint format bench clean
 
 help:
-	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (about 2 minutes)"
+	@echo "make demo         convert, pretrain, fine-tune, export and ask a small model (2 to 5 minutes)"
 	@echo "make demo-seeds   the demo's score on three seeds"
 	@echo "make test         unit and CPU tests            make test-system   resume, faults: whole runs"
 	@echo "make test-all     all, whole products, GPU      make lint          ruff, mypy, import contracts"

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -176,19 +176,12 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
     ledger = Ledger(run.output_dir)
     failing = ledger.failing(lambda: step) if run.rank == 0 else nullcontext()
 
-    def tell(published: list[Path], waited: float) -> None:
-        for number, saved in enumerate(published, 1):
-            for watcher in watchers:
-                watcher.saved(saved)
-            if run.rank == 0:  # of several, the steps waited for the last one
-                ledger.saved(int(saved.name.rpartition("-")[2]), waited if number == len(published) else 0.0)
-
     with watching(watchers), failing, lost_ranks_in_words(), closing(batches):
         for done in steps:
             step = done.step
             if not not_finite.check(done):
                 started = time.perf_counter()
-                tell(saver.finish(), time.perf_counter() - started)
+                _tell(watchers, ledger, saver.finish(), started)
                 raise not_finite.error(done)
             started = time.perf_counter()
             evaluation = _evaluate_if_due(run, done)
@@ -201,8 +194,7 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
             run.watch.at(step, "saving")
             started = time.perf_counter()
             is_last = bool(stopped_by) or step == run.last_step
-            published = saver.after_step(done, any_busy=bool(any_busy), last=is_last)
-            tell(published, time.perf_counter() - started)
+            _tell(watchers, ledger, saver.after_step(done, any_busy=bool(any_busy), last=is_last), started)
             if isinstance(run.data, StreamDataset):
                 run.data.finished(done.consumed_samples)
             if stopped_by:
@@ -213,6 +205,16 @@ def _train(run: Run, state: checkpoint.RunState | None, request: StopRequest) ->
         ledger.stop(step, signal.Signals(stopped_by).name if step < run.last_step else FINISHED)
         _print_end(run, state, step, stopped_by)
     return STOPPED_STATUS if step < run.last_step else 0
+
+
+def _tell(watchers: Sequence[Watcher], ledger: Ledger, published: Sequence[Path], started: float) -> None:
+    """What was published since `started` (perf_counter) to the watchers, which rank 0 alone has, and to the ledger."""
+    waited = time.perf_counter() - started
+    for number, saved in enumerate(published if watchers else (), 1):
+        for watcher in watchers:
+            watcher.saved(saved)
+        # of several, the steps waited for the last one
+        ledger.saved(int(saved.name.rpartition("-")[2]), waited if number == len(published) else 0.0)
 
 
 def _batches(run: Run, consumed_samples: int, num_steps: int) -> Generator[StepBatch, None, None]:
